@@ -1,0 +1,126 @@
+"""The composition root: parse, load, bind, run, exit. Nothing else in echod knows exit statuses or ends the process."""
+
+# First of all, and before any import that takes time: hold the signals back, so that none ends the process by its
+# default action while Python is importing. The C module, because `signal` itself imports enum (5 ms).
+import _signal  # type: ignore[import-not-found]
+
+_HELD = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGUSR1, _signal.SIGUSR2)
+_signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
+
+import os  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
+from echod import cli, config, process  # noqa: E402
+
+if TYPE_CHECKING:
+    from echod.generation import Generation
+    from echod.guard import Guard
+    from echod.reload import Prepare, Reloads
+    from echod.server import Server
+    from echod.signals import Mailbox
+
+OK = 0
+COULD_NOT_START = 1
+CUT_OFF = 3
+BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
+
+LOG_FLUSH_S = 1.0
+"""How long the end waits for a log reader that is behind."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the arguments say; return the exit status."""
+    process.fill_standard_streams()
+    invocation = cli.parse(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(invocation, cli.Serve):
+        return _serve(_loader(invocation.sources, process.raise_open_files()))
+    # Held only for a daemon; whoever started this with them blocked, as an entry point in a container may, means so.
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _HELD)
+    try:
+        return _check(invocation.sources) if isinstance(invocation, cli.Check) else _show_defaults()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
+        return COULD_NOT_START
+
+
+def _loader(sources: cli.Sources, open_files: int) -> partial[config.Loaded]:
+    file = sources.file or os.environ.get("ECHOD_CONFIG") or None
+    return partial(config.load, file, os.environ, sources.flags, open_files)
+
+
+def _check(sources: cli.Sources) -> int:
+    try:
+        loaded = _loader(sources, process.allowed_open_files())()
+    except config.ConfigError as error:
+        _complain(error.faults)
+        return BAD_CONFIG
+    _complain([f"warning: {warning}" for warning in loaded.warnings])
+    print(config.render(loaded.config), end="", flush=True)
+    return OK
+
+
+def _show_defaults() -> int:
+    print(config.render(config.Config(), with_comments=True), end="", flush=True)
+    return OK
+
+
+def _serve(load: partial[config.Loaded]) -> int:
+    # Imported here, for the other commands don't need them.
+    from echod import generation, signals
+    from echod.guard import Guard
+
+    mailbox = signals.Mailbox()
+    guard = Guard(mailbox.put)
+    with signals.delivered(guard.deliver, guard.overdue):
+        try:
+            first = generation.prepare(load)
+        except generation.PrepareError as error:
+            if error.is_configuration:
+                _complain(error.faults)
+                return BAD_CONFIG
+            _complain([f"echod: could not start: {fault}" for fault in error.faults])
+            return COULD_NOT_START
+        return _run(first, partial(generation.prepare, load), mailbox, guard)
+
+def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard") -> int:
+    import asyncio
+
+    import structlog
+    import uvloop
+
+    from echod import lifecycle
+    from echod.greeting import greeting
+    from echod.logs import Logs
+    from echod.stats import Stats
+
+    logs = Logs(first.config.log, first.log_descriptor)
+    stats = Stats(log_dropped=lambda: logs.sink.dropped)
+
+    def on_serving(server: "Server", reloads: "Reloads") -> None:
+        guard.serving(lambda: reloads.config.timeouts.drain, last_words=lambda: logs.sink.close(LOG_FLUSH_S))
+        if logs.is_at_terminal:
+            logs.sink.write(greeting(server.addresses, os.getpid()).encode())
+
+    around = lifecycle.Surroundings(mailbox.get, prepare, logs, stats, on_serving)
+    status = COULD_NOT_START
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            outcome = runner.run(lifecycle.run(first, around))
+        status = CUT_OFF if outcome is lifecycle.Outcome.CUT_OFF else OK
+    except Exception:
+        structlog.get_logger().exception("crashed")
+    structlog.get_logger().info("stopped", exit_status=status)
+    logs.sink.close(LOG_FLUSH_S)
+    return status
+
+
+def _complain(faults: Sequence[str]) -> None:
+    for fault in faults:
+        print(fault, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The command line: arguments to what shall be done. Reads no file and does nothing itself."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from echod import __version__
+from echod.config import Setting
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the configuration comes from: a file, if one is named, and what the flags set."""
+
+    file: str | None
+    flags: tuple[Setting, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """`echod serve`"""
+
+    sources: Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`echod check`"""
+
+    sources: Sources
+
+
+@dataclass(frozen=True, slots=True)
+class ShowDefaults:
+    """`echod config`"""
+
+
+Invocation = Serve | Check | ShowDefaults
+
+
+def parse(arguments: Sequence[str]) -> Invocation:
+    """What the arguments ask for. Wrong ones, --help and --version end the process as argparse does: 2, 0, 0."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    match options.command:
+        case "serve":
+            return Serve(_sources(options))
+        case "check":
+            return Check(_sources(options))
+        case _:
+            return ShowDefaults()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="echod", description="A TCP daemon that answers every line in upper case.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"echod {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="run in the foreground until a signal",
+        description="Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics.",
+        epilog="exit status: 0 every client got what it was owed, 3 some client was cut off, "
+        "1 could not start, 78 bad configuration, 2 usage",
+        allow_abbrev=False,
+    )
+    check = commands.add_parser(
+        "check",
+        help="read the configuration as serve would; print it, or every fault",
+        description="Read the configuration as serve would, bind nothing; print it (TOML), or every fault.",
+        epilog="exit status: 0 valid, 78 not",
+        allow_abbrev=False,
+    )
+    commands.add_parser(
+        "config", help="print the default configuration, every key with a comment", allow_abbrev=False
+    )
+    for command in (serve, check):
+        _add_sources(command)
+    for command in commands.choices.values():
+        command.add_argument("--version", action="version", version=f"echod {__version__}")
+    return parser
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-c", "--config", metavar="FILE", help="read this TOML file (else ECHOD_CONFIG, else none)")
+    command.add_argument(
+        "-l",
+        "--listen",
+        metavar="ADDRESS",
+        action="append",
+        help="host:port, [v6]:port or unix:/path; repeatable, replaces the file's",
+    )
+    command.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error")
+    command.add_argument("--log-format", metavar="FORMAT", help="auto, console, json")
+    command.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=_assignment,
+        help="any key of the configuration, such as limits.connections=100; repeatable",
+    )
+
+
+def _assignment(text: str) -> Setting:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as limits.connections=100 (got {text!r})")
+    return Setting("--set", key.strip(), value)
+
+
+def _sources(options: argparse.Namespace) -> Sources:
+    flags = [*options.set]
+    if options.log_level is not None:
+        flags.append(Setting("--log-level", "log.level", options.log_level))
+    if options.log_format is not None:
+        flags.append(Setting("--log-format", "log.format", options.log_format))
+    if options.listen:
+        flags.append(Setting("--listen", "listen", options.listen))
+    return Sources(options.config, tuple(flags))

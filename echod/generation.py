@@ -1,0 +1,63 @@
+"""One generation: a configuration and everything it needs to be put in force without a failure.
+
+A start and a reload prepare it alike, and only here can they fail: the configuration is read and valid, the log file
+is open, the listeners are bound. Until it is put in force nothing else has changed.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from echod import logs, sockets
+from echod.address import parse_address
+from echod.config import Config, ConfigError, Loaded
+
+
+class PrepareError(Exception):
+    """Why there is no new generation: every fault found, and whether they are the configuration's."""
+
+    def __init__(self, faults: Sequence[str], *, is_configuration: bool = False) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = tuple(faults)
+        self.is_configuration = is_configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What `prepare` made; whoever doesn't use it owes it a `discard`."""
+
+    config: Config
+    warnings: tuple[str, ...]
+    listeners: Mapping[sockets.Key, socket.socket | None]
+    """The listeners of the configuration, in its order; None is one that exists already."""
+    log_descriptor: int | None
+
+    def discard(self) -> None:
+        """Close what was opened for it."""
+        sockets.discard(self.listeners)
+        if self.log_descriptor is not None:
+            os.close(self.log_descriptor)
+
+
+def prepare(load: Callable[[], Loaded], kept: Collection[sockets.Key] = ()) -> Generation:
+    """Do everything that can fail; may block on files and name servers. Raises PrepareError with every fault.
+
+    `kept` are the listeners that exist: those that the new configuration wants too are not bound again.
+    """
+    try:
+        loaded = load()
+    except ConfigError as error:
+        raise PrepareError(error.faults, is_configuration=True) from error
+    log = loaded.config.log
+    try:
+        descriptor = logs.open_file(log)
+    except OSError as error:
+        raise PrepareError([f"log.file: {log.file}: {(error.strerror or str(error)).lower()}"]) from error
+    try:
+        listeners = sockets.listen_all([parse_address(entry.address) for entry in loaded.config.listen], kept)
+    except sockets.BindErrors as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise PrepareError([f"listen: {fault}" for fault in error.faults]) from error
+    return Generation(loaded.config, loaded.warnings, listeners, descriptor)

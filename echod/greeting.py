@@ -1,0 +1,28 @@
+"""What a person at a terminal is told once echod serves: what to type next."""
+
+from collections.abc import Sequence
+
+
+def greeting(addresses: Sequence[str], pid: int) -> str:
+    """A few lines for the terminal that `echod serve` was typed in."""
+    lines = [
+        "",
+        "echod is serving. In another terminal, talk to it, a line at a time:",
+        "",
+        *(f"    {_client(address)}" for address in addresses),
+        "",
+        f"    {f'kill -HUP {pid}':<18}reload the configuration",
+        f"    {f'kill -USR1 {pid}':<18}log the statistics",
+        f"    {'Ctrl-C':<18}drain and stop (twice: at once)",
+        "",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _client(address: str) -> str:
+    if address.startswith("unix:"):
+        return f"nc -U {address.removeprefix('unix:')}"
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]").replace("0.0.0.0", "127.0.0.1")  # noqa: S104 (a name to show, not to bind)
+    return f"nc {'::1' if host == '::' else host} {port}"

@@ -1,0 +1,110 @@
+"""From ready to stopped, as one straight line: serve until told to stop, drain, say how it ended.
+
+What each command means in each phase is decided here and nowhere else.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+import structlog
+
+from echod.generation import Generation
+from echod.logs import Logs
+from echod.reload import Prepare, Reloads
+from echod.server import Drained, Server
+from echod.signals import Command, Order
+from echod.stats import Stats
+
+log = structlog.get_logger()
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    STOPPED = "every client got what it was owed"
+    CUT_OFF = "some client was cut off"
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a run is given: orders to follow, a way to reload, logs to write, whom to tell that clients are served."""
+
+    next_order: Callable[[], Awaitable[Order]]
+    prepare: Prepare
+    logs: Logs
+    stats: Stats
+    on_serving: Callable[[Server, Reloads], None]
+
+
+async def run(first: Generation, around: Surroundings) -> Outcome:
+    """Serve the first generation until an order to stop, then drain."""
+    server = Server(first.config, around.stats)
+    server.apply(first.config, first.listeners)
+    reloads = Reloads(first, around.prepare, server, around.logs, around.stats)
+    for warning in first.warnings:
+        log.warning("configuration", warning=warning)
+    log.info("ready", listen=server.addresses, pid=os.getpid())
+    around.on_serving(server, reloads)
+    stop = await _serve(server, reloads, around)
+    await reloads.close()
+    drained = await _drain(stop, reloads.config.timeouts.drain, server, around)
+    log.info("drain finished", clean=drained.clean, cut=drained.cut, unacknowledged=drained.unacknowledged)
+    return Outcome.CUT_OFF if drained.cut else Outcome.STOPPED
+
+
+async def _serve(server: Server, reloads: Reloads, around: Surroundings) -> Order:
+    """Follow orders until one says to stop; return it."""
+    while True:
+        order = await around.next_order()
+        match order.command:
+            case Command.STOP:
+                return order
+            case Command.RELOAD:
+                log.info("reload started", signal=order.signal, sender_pid=order.sender_pid)
+                reloads.request()
+            case Command.DUMP_STATS:
+                around.logs.always("stats", **server.snapshot())
+            case Command.UPGRADE:
+                log.warning("upgrade refused", errors=["not supported by this version"])
+            case _:
+                assert_never(order.command)
+
+
+async def _drain(stop: Order, drain_s: float, server: Server, around: Surroundings) -> Drained:
+    """Drain, following the orders that still make sense."""
+    open_now = server.snapshot()["connections"]["open"]
+    log.info(
+        "drain started", signal=stop.signal, sender_pid=stop.sender_pid, connections=open_now, seconds_left=drain_s
+    )
+    draining = asyncio.ensure_future(server.drain(_report_progress))
+    following = asyncio.ensure_future(_follow_while_draining(server, around))
+    try:
+        return await draining
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def _follow_while_draining(server: Server, around: Surroundings) -> None:
+    while True:
+        order = await around.next_order()
+        match order.command:
+            case Command.STOP:
+                log.warning("drain cut short", signal=order.signal, sender_pid=order.sender_pid)
+                server.cut_off()
+            case Command.RELOAD:
+                log.info("reload ignored", why="draining")
+            case Command.DUMP_STATS:
+                around.logs.always("stats", **server.snapshot())
+            case Command.UPGRADE:
+                log.warning("upgrade refused", errors=["draining"])
+            case _:
+                assert_never(order.command)
+
+
+def _report_progress(connections: int, seconds_left: float) -> None:
+    log.info("drain progress", connections=connections, seconds_left=round(seconds_left, 1))

@@ -1,0 +1,119 @@
+"""One listening socket in the event loop: accepts by hand, and stops without losing a client.
+
+By hand, because the loop's own server resets what waits in the backlog when it closes, and libuv closes the whole
+backlog without a word when descriptors run out. What becomes of an accepted socket is the owner's business.
+"""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+
+from echod import sockets
+from echod.sockets import SockAddr
+
+ACCEPT_BATCH = 64
+"""Accepts in a row, before established connections get their turn."""
+
+QUIET_S = 0.05
+"""A closing listener that has had no new client for this long has none left: a handshake under way takes one round trip."""
+
+CLOSE_S = 0.5
+"""A closing listener ends here, where the kernel can't hold new handshakes back."""
+
+STARVED_S = 0.2
+"""Pause after an accept for which descriptors or memory were missing; the clients wait in the backlog."""
+
+_STARVED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Listener:
+    """Hands each accepted socket and its peer's address to `on_accept`, which must not raise."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_accept: Callable[[socket.socket, SockAddr], None],
+        on_starved: Callable[[OSError], None],
+    ) -> None:
+        self._socket = sock
+        self._identity = sockets.file_identity(sock)
+        self._on_accept = on_accept
+        self._on_starved = on_starved
+        self._loop = asyncio.get_running_loop()
+        self._is_paused = False
+        self._is_closing = False
+        self._retry: asyncio.TimerHandle | None = None
+        self._last_client_at = 0.0
+        self._loop.add_reader(sock, self._accept_some)
+
+    @property
+    def address(self) -> str:
+        """The address really bound: with the port that the kernel chose for port 0."""
+        return sockets.peer_name(self._socket.family, self._socket.getsockname())
+
+    def pause(self) -> None:
+        """Leave new clients in the backlog until `resume`."""
+        self._is_paused = True
+        self._loop.remove_reader(self._socket)
+
+    def resume(self) -> None:
+        """Accept again after `pause`, or after descriptors ran out."""
+        self._is_paused = False
+        self._retry = None
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket, self._accept_some)
+
+    async def close(self) -> None:
+        """Accept every client whose handshake was complete or under way, then close; later ones are refused."""
+        self._is_closing = True
+        sockets.refuse_new_handshakes(self._socket)
+        now = self._last_client_at = self._loop.time()
+        end = now + CLOSE_S
+        while self._socket.fileno() >= 0 and (wait_s := self._quiet_at(end) - self._loop.time()) > 0:
+            await asyncio.sleep(wait_s)
+        while self._socket.fileno() >= 0 and self._accept_some():
+            pass
+        self.close_now()
+
+    def close_now(self) -> None:
+        """Close; who is still in the backlog is reset."""
+        if self._socket.fileno() >= 0:
+            if self._retry:
+                self._retry.cancel()
+            self._loop.remove_reader(self._socket)
+            sockets.remove_file(self._socket, self._identity)
+            self._socket.close()
+
+    def _quiet_at(self, end: float) -> float:
+        return end if self._is_paused else min(end, self._last_client_at + QUIET_S)
+
+    def _accept_some(self) -> bool:
+        """Accept at most a batch; return whether more may be waiting."""
+        for _ in range(ACCEPT_BATCH):
+            if self._is_paused:
+                return False
+            try:
+                sock, peer = self._socket.accept()
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                return self._accept_failed(error)
+            if self._is_closing:
+                self._last_client_at = self._loop.time()
+                sockets.welcome(sock)
+            self._on_accept(sock, peer)
+        return True
+
+    def _accept_failed(self, error: OSError) -> bool:
+        if error.errno in _STARVED:
+            self.pause()
+            self._retry = self._loop.call_later(STARVED_S, self.resume)
+            self._on_starved(error)
+            return False
+        if error.errno == errno.EINVAL:
+            # A Unix listener that was shut down for reading: its queue is empty, and it would stay readable for ever.
+            self.close_now()
+            return False
+        # What accept(2) calls network errors of the new connection: that client is gone, the next may not be.
+        return True

@@ -1,0 +1,160 @@
+"""structlog set up: one stream of events for echod, asyncio, warnings and the standard library, JSON or for people.
+
+Owns the sink and what is logged into it; a new level, format or file takes effect on loggers already in use.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import structlog
+from structlog.typing import EventDict, ProcessorReturnValue
+
+from echod.config import Log
+from echod.sink import Sink
+
+Renderer = Callable[[Any, str, EventDict], ProcessorReturnValue]
+
+STANDARD_ERROR = 2
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+class Logs:
+    """The log in force. `open_file` may fail; nothing after it does."""
+
+    def __init__(self, config: Log, descriptor: int | None) -> None:
+        """Begin to log; `descriptor` is what `open_file` gave for `config`."""
+        self.sink = _sink(descriptor)
+        self._configure(config)
+        _divert_standard_library()
+
+    def apply(self, config: Log, descriptor: int | None) -> None:
+        """Change over to `config`; a file is changed over to even if its name is the same, as logrotate expects."""
+        if descriptor is None:
+            self.sink.redirect(STANDARD_ERROR, is_owned=False)
+        else:
+            self.sink.redirect(descriptor, is_owned=True)
+        self._configure(config)
+
+    def always(self, event: str, **fields: Any) -> None:
+        """Log an event at level info whatever the level in force."""
+        self.sink.write(_as_line(self._render(None, "info", {"event": event, **fields})))
+
+    def _configure(self, config: Log) -> None:
+        self.is_at_terminal = _is_at_terminal(config)
+        is_for_people = config.format == "console" or (config.format == "auto" and self.is_at_terminal)
+        self._render: Renderer = _console(self.is_at_terminal) if is_for_people else render_json
+        structlog.configure(
+            processors=[self._render],
+            wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.level]),
+            logger_factory=lambda *_: _SinkLogger(self.sink),
+            # A cached logger would never hear of a new level.
+            cache_logger_on_first_use=False,
+        )
+        logging.getLogger().setLevel(_LEVELS[config.level])
+
+
+def _is_at_terminal(config: Log) -> bool:
+    return not config.file and os.isatty(STANDARD_ERROR)
+
+
+def open_file(config: Log) -> int | None:
+    """A descriptor of the log file, or None if the log goes to standard error; raises OSError."""
+    if not config.file:
+        return None
+    return os.open(config.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
+
+
+def _sink(descriptor: int | None) -> Sink:
+    return Sink(STANDARD_ERROR) if descriptor is None else Sink(descriptor, is_owned=True)
+
+
+# -- rendering ---------------------------------------------------------------------------------------------------------
+
+
+def render_json(_: Any, level: str, event: MutableMapping[str, Any]) -> bytes:
+    """One event as a JSON object: timestamp, level, event, then its fields. One function, for half of the time."""
+    fields: dict[str, Any] = {"timestamp": _now(), "level": level, "event": event.pop("event", "")}
+    fields.update(event)
+    if fields.get("exc_info"):
+        fields["exception"] = _traceback(fields.pop("exc_info"))
+    try:
+        return msgspec.json.encode(fields, enc_hook=str)
+    except (TypeError, ValueError):
+        # Such as a file name that is not UTF-8: an odd value must not lose the event.
+        return msgspec.json.encode({key: _harmless(value) for key, value in fields.items()})
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _harmless(value: Any) -> str:
+    return repr(value).encode(errors="backslashreplace").decode()
+
+
+def _traceback(exc_info: Any) -> str:
+    from traceback import format_exception
+
+    if isinstance(exc_info, BaseException):
+        exc_info = (type(exc_info), exc_info, exc_info.__traceback__)
+    elif not isinstance(exc_info, tuple):
+        exc_info = sys.exc_info()
+    return "".join(format_exception(*exc_info))
+
+
+def _console(is_at_terminal: bool) -> Renderer:
+    colors = is_at_terminal and "NO_COLOR" not in os.environ
+    console = structlog.dev.ConsoleRenderer(
+        colors=colors, exception_formatter=structlog.dev.plain_traceback, pad_event_to=18, sort_keys=False
+    )
+
+    def render(logger: Any, level: str, event: EventDict) -> ProcessorReturnValue:
+        return console(logger, level, {"timestamp": datetime.now().strftime("%H:%M:%S"), "level": level, **event})
+
+    return render
+
+
+def _as_line(rendered: Any) -> bytes:
+    return (rendered if isinstance(rendered, bytes) else rendered.encode(errors="backslashreplace")) + b"\n"
+
+
+class _SinkLogger:
+    """What structlog calls with a rendered event."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def msg(self, rendered: bytes | str) -> None:
+        self._sink.write(_as_line(rendered))
+
+    debug = info = warning = error = critical = exception = msg
+
+
+# -- the standard library ----------------------------------------------------------------------------------------------
+
+
+class _Forward(logging.Handler):
+    """Makes a structlog event of a record of the standard library: asyncio's, warnings, any dependency's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = min(max(record.levelno // 10 * 10, logging.DEBUG), logging.ERROR)
+        fields: Mapping[str, Any] = {"exc_info": record.exc_info} if record.exc_info else {}
+        structlog.get_logger().log(level, record.getMessage(), logger=record.name, **fields)
+
+
+def _divert_standard_library() -> None:
+    logging.basicConfig(handlers=[_Forward()], force=True)
+    logging.captureWarnings(capture=True)
+    threading.excepthook = _log_failed_thread
+
+
+def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    structlog.get_logger().error("thread failed", thread=getattr(failed.thread, "name", ""), exc_info=failed.exc_value)

@@ -1,0 +1,36 @@
+"""What the kernel knows and allows of this process."""
+
+import os
+import resource
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files (RLIMIT_NOFILE) to the hard one; return what is then in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 2**31 - 1
+
+
+def allowed_open_files() -> int:
+    """How many files this process could open: the hard limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return hard if hard != resource.RLIM_INFINITY else 2**31 - 1
+
+
+def fill_standard_streams() -> None:
+    """Open /dev/null where descriptors 0, 1 or 2 are closed, or a client's socket would become standard error."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def rss_bytes() -> int:
+    """Resident memory (proc(5), statm)."""
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def open_files() -> int:
+    """Descriptors in use. Linux 6.2 and later tell it as the size of the directory, without listing it."""
+    return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1

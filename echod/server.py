@@ -1,0 +1,270 @@
+"""The listeners and the live connections: open them, apply a configuration, drain them.
+
+Owns both sets and nothing else; every change of them happens here. Signals, files, arguments and the service manager
+are not known: the lifecycle calls the verbs, and what people should hear of goes to the log.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from echod.config import RESERVED_FILES, Config, Timeouts
+from echod.connection import Connection
+from echod.listener import Listener
+from echod.sockets import Key, SockAddr
+from echod.stats import Stats
+
+TURNED_AWAY_AT_ONCE = RESERVED_FILES // 2
+"""Clients that may be in the act of being told there are too many; the next ones wait for that in the backlog."""
+
+SWEEP_SLICE = 256
+"""Connections looked at in a row, about 0.5 ms; others are served in between."""
+
+PROGRESS_S = 0.9
+"""A drain reports its progress this often: at least once a second, however busy the loop is."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """How a drain ended: connections that got what they were owed, and that were cut off."""
+
+    clean: int
+    cut: int
+    unacknowledged: int
+    """Of the clean ones, those whose kernel had not confirmed every byte yet when their second was over."""
+
+
+class Server:
+    """Serves what its listeners bring; made and used inside a running loop."""
+
+    def __init__(self, config: Config, stats: Stats) -> None:
+        self._config = config
+        self._stats = stats
+        self._loop = asyncio.get_running_loop()
+        self._listeners: dict[Key, Listener] = {}
+        self._retiring: dict[Listener, asyncio.Task[None]] = {}
+        self._connections: set[Connection] = set()
+        self._turned_away: set[Connection] = set()
+        self._openings: set[asyncio.Task[object]] = set()
+        self._emptied = asyncio.Event()
+        self._unacknowledged = 0
+        self._is_draining = False
+        self._is_cutting = False
+        self._forget_connection = self._on_closed  # one bound method for all, not one a connection
+        self._forget_turned_away = self._on_turned_away
+        self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
+
+    # -- what others ask -------------------------------------------------------------------------------------------
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses really listened on."""
+        return [listener.address for listener in self._listeners.values()]
+
+    @property
+    def keys(self) -> frozenset[Key]:
+        """The listeners in force."""
+        return frozenset(self._listeners)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The statistics at this moment."""
+        return self._stats.snapshot("draining" if self._is_draining else "serving", self._connections)
+
+    # -- a configuration -------------------------------------------------------------------------------------------
+
+    def apply(self, config: Config, sockets: Mapping[Key, socket.socket | None]) -> None:
+        """Put `config` in force with these listeners: a socket is a new one, None stays as it is, the others retire."""
+        self._config = config
+        for key in self._listeners.keys() - sockets.keys():
+            self._retire(self._listeners.pop(key))
+        listeners = {key: self._listeners.get(key) or self._listen(sock) for key, sock in sockets.items()}
+        self._listeners = listeners
+        for connection in self._connections:
+            connection.limit_lines(config.limits.line_bytes)
+        self._sweeper.cancel()
+        self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
+
+    async def retired(self) -> None:
+        """Return when each listener that went away has served its backlog and is closed."""
+        while self._retiring:
+            await asyncio.wait(self._retiring.values())
+
+    def _listen(self, sock: socket.socket | None) -> Listener:
+        assert sock, "a kept listener exists"
+        return Listener(sock, self._on_accept, self._on_starved)
+
+    def _retire(self, listener: Listener) -> None:
+        def forget(_: object) -> None:
+            del self._retiring[listener]
+
+        self._retiring[listener] = task = self._loop.create_task(listener.close(), name="close listener")
+        task.add_done_callback(forget)
+
+    # -- connections come and go -----------------------------------------------------------------------------------
+
+    def _on_accept(self, sock: socket.socket, peer: SockAddr) -> None:
+        limits = self._config.limits
+        now = self._loop.time()
+        if len(self._connections) < limits.connections:
+            connection = Connection(sock, peer, limits.line_bytes, now, self._forget_connection)
+            self._connections.add(connection)
+            self._stats.accepted += 1
+            if self._is_draining:
+                connection.start_draining(now)
+        else:
+            connection = Connection(sock, peer, limits.line_bytes, now, self._forget_turned_away)
+            self._turn_away(connection, "limit", "too many connections")
+        opening = self._loop.create_task(self._open(connection, sock))
+        self._openings.add(opening)
+        opening.add_done_callback(self._openings.discard)
+
+    async def _open(self, connection: Connection, sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: connection, sock)
+        except OSError as error:  # such as no memory for a socket: the client sees a reset, the log says why
+            sock.close()
+            connection.connection_lost(error)
+            log.warning("connection not opened", peer=connection.peer, error=str(error))
+
+    def _turn_away(self, connection: Connection, reason: str, words: str) -> None:
+        self._stats.rejected[reason] += 1
+        self._turned_away.add(connection)
+        connection.finish(reason, words)
+        log.debug("connection rejected", peer=connection.peer, reason=reason)
+        if len(self._turned_away) == TURNED_AWAY_AT_ONCE:
+            self._each_listener(Listener.pause)
+
+    def _on_turned_away(self, connection: Connection) -> None:
+        if len(self._turned_away) == TURNED_AWAY_AT_ONCE:
+            self._each_listener(Listener.resume)
+        self._turned_away.discard(connection)
+        self._check_emptied()
+
+    def _each_listener(self, act: Callable[[Listener], None]) -> None:
+        for listener in (*self._listeners.values(), *self._retiring):
+            act(listener)
+
+    def _on_closed(self, connection: Connection) -> None:
+        reason = connection.reason
+        assert reason is not None
+        self._connections.discard(connection)
+        self._stats.close(reason, connection)
+        self._unacknowledged += connection.unacknowledged_bytes > 0
+        log.info(
+            "connection closed",
+            peer=connection.peer,
+            reason=reason,
+            lines=connection.lines,
+            bytes_in=connection.bytes_in,
+            bytes_out=connection.bytes_out,
+            duration_s=round(self._loop.time() - connection.opened_at, 6),
+        )
+        self._check_emptied()
+
+    def _check_emptied(self) -> None:
+        if not self._connections and not self._turned_away:
+            self._emptied.set()
+
+    def _on_starved(self, error: OSError) -> None:
+        log.warning("accepting paused", error=error.strerror, advice="raise the limit of open files, or lower limits.connections")
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        """Hold each connection against the timeouts again and again, and see how late the loop is."""
+        interval_s = _sweep_interval(self._config.timeouts)
+        while True:
+            due = self._loop.time() + interval_s
+            await asyncio.sleep(interval_s)
+            # The worst of late, forgotten by and by.
+            self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
+            for part in _slices(self._connections):
+                now = self._loop.time()
+                for connection in part:
+                    connection.tend(now, self._config.timeouts)
+                await asyncio.sleep(0)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    async def drain(self, report: Callable[[int, float], None]) -> Drained:
+        """Stop accepting, let each client have what it is owed, and return when all are gone.
+
+        `report` is called at least once a second with the connections and the seconds that are left.
+        """
+        before = dict(self._stats.closed)
+        started_at = self._loop.time()
+        self._is_draining = True
+        self._sweeper.cancel()
+        for connection in self._connections:
+            connection.start_draining(started_at)
+        for listener in self._listeners.values():
+            self._retire(listener)
+        self._listeners = {}
+        await self._settle(started_at, report)
+        while self._connections or self._turned_away:  # cut off, which takes a turn of the loop or two
+            await asyncio.sleep(0)
+        await asyncio.gather(self._sweeper, *self._openings, *self._retiring.values(), return_exceptions=True)
+        return self._drained(before)
+
+    def cut_off(self) -> None:
+        """End a drain now: close the listeners and cut off whoever is still owed a reply."""
+        self._is_cutting = True
+        for listener, closing in [*self._retiring.items()]:
+            closing.cancel()
+            listener.close_now()
+        for connection in [*self._connections, *self._turned_away]:
+            connection.end_now()
+        self._emptied.set()
+
+    async def _settle(self, started_at: float, report: Callable[[int, float], None]) -> None:
+        """Finish each connection once it is quiet, and what is left at the end of the drain, until none is left."""
+        timeouts = self._config.timeouts
+        deadline = started_at + timeouts.drain
+        tick_s = min(max(timeouts.drain_quiet / 10, 0.01), 0.1)
+        reported_at = started_at
+        is_over = False
+        while (self._retiring or self._connections or self._turned_away) and not self._is_cutting:
+            now = self._loop.time()
+            if now >= deadline and not self._retiring and not is_over:
+                is_over = True
+                for connection in [*self._connections, *self._turned_away]:
+                    connection.end_at_line_boundary()
+            if now - reported_at >= PROGRESS_S:
+                reported_at = now
+                report(len(self._connections), max(0.0, deadline - now))
+            await self._settle_quiet(timeouts)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(tick_s):
+                    await self._emptied.wait()
+            self._emptied.clear()
+
+    async def _settle_quiet(self, timeouts: Timeouts) -> None:
+        for part in _slices(self._connections):
+            now = self._loop.time()
+            for connection in part:
+                connection.tend(now, timeouts)
+                connection.settle(now, timeouts.drain_quiet)
+            await asyncio.sleep(0)
+
+    def _drained(self, before: Mapping[str, int]) -> Drained:
+        ended = {reason: count - before[reason] for reason, count in self._stats.closed.items()}
+        cut = ended["cut"] + ended["write timeout"]
+        return Drained(sum(ended.values()) - cut, cut, self._unacknowledged)
+
+
+def _sweep_interval(timeouts: Timeouts) -> float:
+    """A timeout is at most two sweeps late: an eighth of the shortest one, but a second at most."""
+    limits = [limit for limit in (timeouts.idle, timeouts.line, timeouts.write) if limit]
+    return min(1.0, max(0.02, min(limits, default=16.0) / 16))
+
+
+def _slices(connections: Iterable[Connection]) -> Iterable[list[Connection]]:
+    whole = list(connections)
+    return (whole[start : start + SWEEP_SLICE] for start in range(0, len(whole), SWEEP_SLICE))

@@ -1,0 +1,117 @@
+"""Signals as data: one table from signal to command, one thread that waits for them, one mailbox they end in.
+
+No handler is ever installed. The signals are blocked from the first statement of `__main__` on, so the kernel holds
+them until the thread takes them with sigwaitinfo(2); nothing is lost while Python imports, while no loop runs yet or
+while it is stuck. What a command means is not known here.
+"""
+
+import asyncio
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Command(Enum):
+    """What a signal asks for."""
+
+    STOP = "stop"
+    RELOAD = "reload"
+    DUMP_STATS = "dump stats"
+    UPGRADE = "upgrade"
+
+
+TABLE = {
+    signal.SIGTERM: Command.STOP,
+    signal.SIGINT: Command.STOP,
+    signal.SIGHUP: Command.RELOAD,
+    signal.SIGUSR1: Command.DUMP_STATS,
+    signal.SIGUSR2: Command.UPGRADE,
+}
+
+_WAKE = signal.SIGRTMIN
+"""Private to the waiting thread: ends it without a poll."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A command, the signal that brought it and who sent it (pid 0: the kernel, as for Ctrl-C)."""
+
+    command: Command
+    signal: str
+    sender_pid: int
+
+
+class Mailbox:
+    """Carries orders from the signal thread to the event loop; they wait in it until the loop asks."""
+
+    def __init__(self) -> None:
+        self._orders: deque[Order] = deque()
+        self._wake: Callable[[], object] | None = None
+
+    def put(self, order: Order) -> None:
+        """Add an order; from any thread."""
+        self._orders.append(order)
+        wake = self._wake
+        if wake:
+            with suppress(RuntimeError):  # the loop is closed: nobody reads orders any more
+                wake()
+
+    async def get(self) -> Order:
+        """The next order, in the order of arrival; for one reader at a time."""
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
+        try:
+            while not self._orders:
+                await arrived.wait()
+                arrived.clear()
+        finally:
+            self._wake = None
+        return self._orders.popleft()
+
+
+@contextmanager
+def delivered(deliver: Callable[[Order], float | None], overdue: Callable[[], object]) -> Iterator[None]:
+    """Hand each signal of TABLE to `deliver`, from a thread of its own, as long as the context is open.
+
+    What `deliver` returns is in how many seconds the process must be gone; when they are over, `overdue` is called in
+    that thread, whatever the rest of the process is doing. The earliest such moment counts. The signals stay blocked
+    afterwards: what arrives then is left pending, for whoever runs next in this process.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*TABLE, _WAKE})
+    thread = threading.Thread(target=_wait, args=(deliver, overdue), name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        assert thread.ident is not None
+        if thread.is_alive():
+            signal.pthread_kill(thread.ident, _WAKE)
+            thread.join()
+
+
+def _wait(deliver: Callable[[Order], float | None], overdue: Callable[[], object]) -> None:
+    end = float("inf")
+    while True:
+        received = _next_signal(end)
+        if received is None:
+            overdue()
+            return
+        if received.si_signo == _WAKE:
+            return
+        number = signal.Signals(received.si_signo)
+        grace_s = deliver(Order(TABLE[number], number.name.removeprefix("SIG"), received.si_pid))
+        if grace_s is not None:
+            end = min(end, time.monotonic() + grace_s)
+
+
+def _next_signal(end: float) -> signal.struct_siginfo | None:
+    awaited = {*TABLE, _WAKE}
+    if end == float("inf"):
+        return signal.sigwaitinfo(awaited)
+    return signal.sigtimedwait(awaited, max(0.0, end - time.monotonic()))
