@@ -1,0 +1,174 @@
+"""A real echod process under test: started, watched through its log, and never left behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+DEADLINE_S = 20.0
+"""How long anything may take before a test gives up: generous, for shared machines; no test waits that long for luck."""
+
+CONSOLE_SCRIPT = str(Path(sys.executable).with_name("echod"))
+
+Event = dict[str, Any]
+
+
+class Daemon:
+    """One `echod serve`; its log events can be waited for."""
+
+    def __init__(self, *arguments: str, command: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> None:
+        self.events: list[Event] = []
+        self.other_lines: list[str] = []
+        self._news = threading.Condition()
+        self._is_ended = False
+        self.process = subprocess.Popen(
+            [*(command or (sys.executable, "-m", "echod")), "serve", *arguments],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=clean_environment() | dict(environment or {}),
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr
+        self.process.stderr.close()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def ports(self) -> list[int]:
+        """The TCP ports it said it listens on, in their order."""
+        listen = self.wait_for("ready")["listen"]
+        return [int(address.rpartition(":")[2]) for address in listen if not address.startswith("unix:")]
+
+    @property
+    def port(self) -> int:
+        return self.ports[0]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait_for(self, event: str, *, after: int = 0, **fields: Any) -> Event:
+        """The first event of that name and with these fields, from index `after` on."""
+        return self.wait_until(
+            lambda: next((found for found in self.events[after:] if _matches(found, event, fields)), None),
+            f"no event {event!r} {fields or ''}",
+        )
+
+    def wait_until(self, look: Callable[[], Event | None], complaint: str) -> Event:
+        end = time.monotonic() + DEADLINE_S
+        with self._news:
+            while (found := look()) is None:
+                left_s = end - time.monotonic()
+                if left_s <= 0 or self._is_ended:
+                    raise AssertionError(f"{complaint} in {self.events} {self.other_lines}")
+                self._news.wait(left_s)
+        return found
+
+    def exit_status(self, deadline_s: float = DEADLINE_S) -> int:
+        """Wait for the end; every line of the log must have been an event, and none about a fault of ours."""
+        status = self.process.wait(deadline_s)
+        self._reader.join(DEADLINE_S)
+        assert not self.other_lines, self.other_lines
+        assert not [event for event in self.events if "exception" in event or event.get("logger")], self.events
+        return status
+
+    def stop(self) -> int:
+        self.send(signal.SIGTERM)
+        return self.exit_status()
+
+    def stats(self) -> Event:
+        """Ask for a stats dump and return it."""
+        known = len(self.events)
+        self.send(signal.SIGUSR1)
+        return self.wait_for("stats", after=known)
+
+    def events_named(self, name: str) -> list[Event]:
+        return [event for event in self.events if event["event"] == name]
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            with self._news:
+                try:
+                    self.events.append(json.loads(line))
+                except ValueError:
+                    self.other_lines.append(line.decode(errors="replace"))
+                self._news.notify_all()
+        with self._news:
+            self._is_ended = True
+            self._news.notify_all()
+
+
+def _matches(found: Event, name: str, fields: Mapping[str, Any]) -> bool:
+    return found["event"] == name and all(found.get(key) == value for key, value in fields.items())
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without echod's own variables, and with warnings as errors."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_")}
+    return kept | {"PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": ""}
+
+
+@contextmanager
+def serving(*arguments: str, **options: Any) -> Iterator[Daemon]:
+    """An echod that serves on a free port of 127.0.0.1 unless the arguments name an address."""
+    listen = () if any(argument in ("-l", "-c") for argument in arguments) else ("-l", "127.0.0.1:0")
+    with Daemon(*listen, *arguments, **options) as daemon:
+        daemon.wait_for("ready")
+        yield daemon
+
+
+def settings(**values: object) -> list[str]:
+    """Flags that set keys: `settings(timeouts_drain=1)` is `--set timeouts.drain=1`."""
+    return [part for name, value in values.items() for part in ("--set", f"{name.replace('_', '.', 1)}={value}")]
+
+
+def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
+    """A client connected to 127.0.0.1, with a deadline on everything it does."""
+    client = socket.socket()
+    client.settimeout(DEADLINE_S)
+    if receive_buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.connect(("127.0.0.1", port))
+    return client
+
+
+def read_to_end(client: socket.socket) -> bytes:
+    """Everything up to the end of the stream; a reset raises ConnectionResetError."""
+    received = bytearray()
+    while chunk := client.recv(65536):
+        received += chunk
+    return bytes(received)
+
+
+def read_line(client: socket.socket) -> bytes:
+    """One line, byte by byte, so that nothing behind it is taken."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := client.recv(1)):
+        line += byte
+    return bytes(line)
+
+
+def ask(client: socket.socket, line: bytes) -> bytes:
+    """Send a line and return its reply."""
+    client.sendall(line)
+    return read_line(client)

@@ -1,0 +1,209 @@
+"""No signal, at any moment from echod's first line of code on, ends it by default action or gets lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+
+from echod.signals import TABLE, Command, Mailbox, Order, delivered
+from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, Daemon, ask, connect, serving
+
+FIRST_MS = range(0, 400, 5)
+ARMED_CPU_MS = 40
+
+
+# -- the start of a real process ---------------------------------------------------------------------------------------
+
+
+def _start() -> Daemon:
+    # Measuring coverage of the child would run before echod's first line.
+    return Daemon("-l", "127.0.0.1:0", command=(CONSOLE_SCRIPT,), environment={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""})
+
+
+def _is_armed(pid: int) -> bool:
+    """Whether echod's own code has begun: TERM, INT, HUP, USR1 and USR2 are blocked (proc(5), SigBlk)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    return all(blocked >> (number - 1) & 1 for number in TABLE)
+
+
+def _cpu_ms(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
+
+
+def _moments(request: pytest.FixtureRequest) -> list[int]:
+    """Every 5 ms of the first 400 with --full, else a seventh of them, spread over the whole."""
+    return list(FIRST_MS if request.config.getoption("--full") else FIRST_MS[::7])
+
+
+def _after_ms(moment_ms: int, started_at: float) -> None:
+    """Wait for a moment of the start: the moment is what is tested."""
+    time.sleep(max(0.0, started_at + moment_ms / 1000 - time.monotonic()))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_stop_during_the_start_exits_0(number: signal.Signals, request: pytest.FixtureRequest) -> None:
+    """Starting: TERM and INT stop with exit 0, at every moment from echod's first line on."""
+    tried = 0
+    for moment_ms in _moments(request):
+        started_at = time.monotonic()
+        with _start() as echod:
+            _after_ms(moment_ms, started_at)
+            if _is_armed(echod.pid):
+                tried += 1
+                echod.send(number)
+                assert echod.exit_status() == 0, f"at {moment_ms} ms"
+    assert tried > len(_moments(request)) // 2
+
+
+@pytest.mark.timeout(180)
+def test_reload_and_stats_during_the_start_are_held_until_serving(request: pytest.FixtureRequest) -> None:
+    """Starting: HUP and USR1 are held until serving, and then followed."""
+    tried = 0
+    for moment_ms in _moments(request):
+        started_at = time.monotonic()
+        with _start() as echod:
+            _after_ms(moment_ms, started_at)
+            if _is_armed(echod.pid):
+                tried += 1
+                echod.send(signal.SIGHUP)
+                echod.send(signal.SIGUSR1)
+                echod.wait_for("stats")
+                echod.wait_for("reload applied")
+                assert echod.stop() == 0, f"at {moment_ms} ms"
+    assert tried > len(_moments(request)) // 2
+
+
+def test_the_signals_are_held_within_40_ms_of_cpu() -> None:
+    """Armed within 40 ms of CPU after exec of the console script; the best of some starts, for caches may be cold."""
+    spent_ms = []
+    for _ in range(5):
+        with _start() as echod:
+            while not _is_armed(echod.pid):
+                assert echod.process.poll() is None
+            spent_ms.append(_cpu_ms(echod.pid))
+            assert echod.stop() == 0
+    assert min(spent_ms) < ARMED_CPU_MS, spent_ms
+
+
+def test_the_first_statement_holds_the_signals() -> None:
+    """Nothing but the C module of signals is imported before they are held."""
+    source = Path(sys.modules["echod"].__file__ or "").with_name("__main__.py").read_text()
+    code = [line for line in source.partition('"""\n')[2].splitlines() if line and not line.startswith("#")]
+    assert code[0].startswith("import _signal")
+    assert code[1].startswith("_HELD = ")
+    assert code[2].startswith("_signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)")
+
+
+def test_usr2_is_refused_not_fatal() -> None:
+    """No signal of the table ends echod by its default action: this version refuses USR2."""
+    with serving() as echod, connect(echod.port) as client:
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade refused")
+        assert ask(client, b"serving\n") == b"SERVING\n"
+        client.close()
+        assert echod.stop() == 0
+
+
+def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked() -> None:
+    """An entry point that blocks signals for a daemon as PID 1 doesn't make `check` immortal."""
+    fifo_reader = "import signal, os, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); " \
+        "os.execv(sys.executable, [sys.executable, '-m', 'echod', 'check', '-c', sys.argv[1]])"
+    fifo = f"/tmp/echod-test-{os.getpid()}"
+    os.mkfifo(fifo)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", fifo_reader, fifo])
+        writer = os.open(fifo, os.O_WRONLY)  # opens once `check` reads
+        process.terminate()
+        assert process.wait(DEADLINE_S) == -signal.SIGTERM
+        os.close(writer)
+    finally:
+        os.unlink(fifo)
+
+
+# -- the room itself ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def unblocked_afterwards() -> Iterator[None]:
+    """`delivered` leaves the signals blocked, which the next test must not inherit."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_each_signal_is_delivered_as_its_command() -> None:
+    """One table signal -> Command, delivered as data, with who sent it."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+
+    def deliver(order: Order) -> None:
+        orders.put(order)
+
+    with delivered(deliver, overdue=lambda: None):
+        for number, command in TABLE.items():
+            os.kill(os.getpid(), number)
+            order = orders.get(timeout=DEADLINE_S)
+            assert order == Order(command, number.name.removeprefix("SIG"), os.getpid())
+
+
+def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
+    """What arrives while the signals are blocked and nobody waits is held by the kernel."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+    signal.pthread_sigmask(signal.SIG_BLOCK, TABLE)
+    os.kill(os.getpid(), signal.SIGHUP)
+    with delivered(lambda order: orders.put(order), overdue=lambda: None):
+        assert orders.get(timeout=DEADLINE_S).command is Command.RELOAD
+
+
+def test_overdue_is_called_at_the_earliest_end() -> None:
+    """What `deliver` returns is in how many seconds the process must be gone; the earliest counts."""
+    graces = iter([3600.0, None, 0.05, 3600.0])
+    orders: SimpleQueue[Order] = SimpleQueue()
+    is_overdue = threading.Event()
+
+    def deliver(order: Order) -> float | None:
+        orders.put(order)
+        return next(graces)
+
+    with delivered(deliver, overdue=is_overdue.set):
+        for _ in range(3):
+            assert not is_overdue.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            orders.get(timeout=DEADLINE_S)
+        assert is_overdue.wait(DEADLINE_S)
+
+
+def test_the_thread_ends_with_the_context() -> None:
+    """No thread is left behind."""
+    with delivered(lambda _: None, overdue=lambda: None):
+        assert [thread for thread in threading.enumerate() if thread.name == "signals"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
+
+
+def test_orders_wait_in_the_mailbox_until_they_are_asked_for() -> None:
+    """Orders that come before the loop runs, from another thread, are read in their order."""
+    import asyncio
+
+    mailbox = Mailbox()
+    first, second, third = (Order(command, "X", 1) for command in (Command.RELOAD, Command.DUMP_STATS, Command.STOP))
+    mailbox.put(first)
+    mailbox.put(second)
+
+    async def read() -> list[Order]:
+        read = [await mailbox.get(), await mailbox.get()]
+        sender = threading.Timer(0.05, mailbox.put, [third])
+        sender.start()
+        read.append(await asyncio.wait_for(mailbox.get(), DEADLINE_S))
+        sender.join()
+        return read
+
+    assert asyncio.run(read()) == [first, second, third]
+    mailbox.put(first)  # a closed loop is no trouble
