@@ -8,6 +8,10 @@ so every cut of every input can be tested.
 from enum import Enum
 
 
+_ASCII_WHITESPACE = b"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f "
+"""What str.strip takes from ASCII text; bytes.strip alone would leave the separators 1c to 1f."""
+
+
 class Fault(Enum):
     """What makes a line unanswerable; it is the last line of its connection that gets a reply."""
 
@@ -42,21 +46,28 @@ class Echo:
 
     def receive(self, chunk: bytes) -> bytes:
         """Take what has arrived; return every reply that it completes, ending with an error line if `fault` is set."""
+        if self._unfinished or self.fault or not 0 < len(chunk) <= self.line_bytes:
+            return self._receive_carefully(chunk)
+        if chunk.find(b"\n") == len(chunk) - 1 and chunk.isascii():
+            # One whole line of ASCII, as from a client that waits for each reply: half the time of the general way.
+            self.answered += 1
+            return chunk.strip(_ASCII_WHITESPACE).upper() + b"\n"
+        if chunk.endswith(b"\n"):
+            return self._answer(chunk)
+        return self._receive_carefully(chunk)
+
+    def _receive_carefully(self, chunk: bytes) -> bytes:
         if self.fault:
             return b""
         end = chunk.rfind(b"\n") + 1
         if not end:
             self._begin(chunk)
             return self._within_limit(b"")
-        lines = chunk if end == len(chunk) else chunk[:end]
-        if self._unfinished:
-            lines = bytes(self._unfinished) + lines
-            self._unfinished = b""
+        lines = bytes(self._unfinished) + chunk[:end]
+        self._unfinished = b""
         if end < len(chunk):
             self._begin(chunk[end:])
-        if len(lines) > self.line_bytes or self._unfinished:
-            return self._within_limit(lines)
-        return self._answer(lines)
+        return self._within_limit(lines)
 
     def finish(self) -> bytes:
         """Take the client's end of stream; return the reply to its unterminated last line, if there is one."""

@@ -1,0 +1,115 @@
+"""A listener in a running loop: accepts, pauses, and closes without losing a client."""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from echod import sockets
+from echod.address import TcpAddress, UnixAddress, parse_address
+from echod.listener import CLOSE_S, Listener
+from tests.daemon import DEADLINE_S
+
+
+def _run(scenario: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(scenario, DEADLINE_S))
+
+
+class Door:
+    """A listener and those who came through it."""
+
+    def __init__(self, address: str = "127.0.0.1:0") -> None:
+        (sock,) = sockets.listen_all([parse_address(address)]).values()
+        assert sock
+        self.came: asyncio.Queue[socket.socket] = asyncio.Queue()
+        self.starved: list[OSError] = []
+        self.listener = Listener(sock, lambda sock, _: self.came.put_nowait(sock), self.starved.append)
+        self._address = parse_address(self.listener.address)
+
+    def client(self) -> socket.socket:
+        """A client whose handshake is complete."""
+        match self._address:
+            case UnixAddress(path):
+                client = socket.socket(socket.AF_UNIX)
+                client.connect(path)
+            case TcpAddress(host, port):
+                client = socket.create_connection((host, port))
+        return client
+
+
+def test_who_waits_is_accepted_before_the_close(tmp_path: Path) -> None:
+    """Every client whose handshake was complete is accepted, whatever the kind of address; later ones are refused."""
+
+    async def scenario(address: str) -> None:
+        door = Door(address)
+        door.listener.pause()
+        clients = [door.client() for _ in range(300)]
+        door.listener.resume()
+        await door.listener.close()
+        assert door.came.qsize() == 300
+        with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+            door.client()
+        for sock in (*clients, *(door.came.get_nowait() for _ in clients)):
+            sock.close()
+
+    for address in ("127.0.0.1:0", "[::1]:0", f"unix:{tmp_path}/sock"):
+        _run(scenario(address))
+
+
+def test_a_paused_listener_leaves_clients_in_the_backlog() -> None:
+    """`pause` until `resume`; closing meanwhile is bounded."""
+
+    async def scenario() -> None:
+        door = Door()
+        door.listener.pause()
+        with door.client():
+            await asyncio.sleep(0.05)  # time enough to be accepted, if it were going to be
+            assert door.came.empty()
+            door.listener.resume()
+            (await door.came.get()).close()
+        door.listener.pause()
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
+        await door.listener.close()
+        assert loop.time() - started_at >= CLOSE_S
+
+    _run(scenario())
+
+
+def test_accepted_while_closing_a_socket_is_no_different() -> None:
+    """What `refuse_new_handshakes` sets on the listener is undone on what is accepted from it."""
+
+    async def scenario() -> None:
+        door = Door()
+        door.listener.pause()
+        with door.client():
+            door.listener.resume()
+            await door.listener.close()
+            with await door.came.get() as sock:
+                assert sock.getsockopt(socket.IPPROTO_IP, 21) == 0  # IP_MINTTL
+
+    _run(scenario())
+
+
+def test_starvation_pauses_and_ends() -> None:
+    """When descriptors or memory are missing, accepting pauses for a moment; a lost client is no starvation."""
+
+    async def scenario() -> None:
+        door = Door()
+        assert not door.listener._accept_failed(OSError(errno.EMFILE, "Too many open files"))
+        assert len(door.starved) == 1
+        with door.client():
+            (await door.came.get()).close()
+        assert door.listener._accept_failed(ConnectionAbortedError(errno.ECONNABORTED, "gone"))
+        door.listener._accept_failed(OSError(errno.ENFILE, "Too many open files in system"))
+        door.listener.close_now()
+        door.listener.close_now()
+        door.listener.resume()
+
+    _run(scenario())

@@ -1,0 +1,129 @@
+"""The sink: what is written arrives in order, and nothing that happens behind it stops the writer."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from echod.sink import QUEUED_LINES, Sink
+from tests.daemon import DEADLINE_S
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe: read end, write end."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    for descriptor in (reader, writer):
+        try:
+            os.close(descriptor)
+        except OSError:  # the test closed it
+            pass
+
+
+def _read_to_end(descriptor: int) -> bytes:
+    with open(descriptor, "rb", closefd=False) as stream:
+        return stream.read()
+
+
+def _wait_until(claim: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_lines_arrive_in_order_and_close_writes_what_is_queued(pipe: tuple[int, int]) -> None:
+    """`close` writes what is queued, and tells whether all of it was."""
+    reader, writer = pipe
+    sink = Sink(writer, is_owned=True)
+    lines = [f"line {number}\n".encode() for number in range(2000)]
+    for line in lines:
+        sink.write(line)
+    assert sink.close(DEADLINE_S)
+    assert _read_to_end(reader) == b"".join(lines)
+    assert sink.dropped == 0
+
+
+def test_a_stalled_reader_blocks_nobody_and_the_lost_lines_are_counted(pipe: tuple[int, int]) -> None:
+    """The log's reader can stall: writing never blocks, the queue is bounded, the lost events are counted."""
+    reader, writer = pipe
+    sink = Sink(writer, is_owned=True)
+    line = b"x" * 1023 + b"\n"
+    started_at = time.monotonic()
+    for _ in range(3 * QUEUED_LINES):
+        sink.write(line)
+    assert time.monotonic() - started_at < DEADLINE_S / 4
+    assert QUEUED_LINES < sink.dropped < 2 * QUEUED_LINES
+    assert not sink.close(0.01), "still stalled"
+    received = _read_to_end(reader)  # it goes on: the sink writes what it kept
+    assert received == line * (3 * QUEUED_LINES - sink.dropped)
+
+
+def test_a_reader_that_vanished_is_survived_and_counted(pipe: tuple[int, int]) -> None:
+    """The log's reader can vanish."""
+    reader, writer = pipe
+    os.close(reader)
+    sink = Sink(writer, is_owned=True)
+    sink.write(b"one\n")
+    sink.write(b"two\n")
+    assert sink.close(DEADLINE_S)
+    assert sink.dropped == 2
+
+
+def test_a_full_disk_is_survived_and_counted(tmp_path: Path) -> None:
+    """The log's reader can fill its disk; what is written after a change of file arrives."""
+    sink = Sink(os.open("/dev/full", os.O_WRONLY), is_owned=True)
+    sink.write(b"lost\n")
+    _wait_until(lambda: sink.dropped == 1)
+    file = tmp_path / "log"
+    sink.redirect(os.open(file, os.O_WRONLY | os.O_CREAT), is_owned=True)
+    sink.write(b"kept\n")
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"kept\n"
+
+
+def test_a_line_torn_by_an_error_is_ended_before_the_next(tmp_path: Path) -> None:
+    """One object a line, also after an error in the middle of one."""
+    reader, writer = os.pipe()
+    sink = Sink(writer)
+    os.close(reader)
+    sink.write(b"torn\n")
+    _wait_until(lambda: sink.dropped == 1)
+    file = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, writer)  # the same descriptor takes lines again
+    os.close(file)
+    sink.write(b"whole\n")
+    assert sink.close(DEADLINE_S)
+    os.close(writer)
+    assert (tmp_path / "log").read_bytes() == b"\nwhole\n"
+
+
+def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:
+    """Somebody else's O_NONBLOCK on the shared descriptor costs no line."""
+    reader, writer = pipe
+    os.set_blocking(writer, False)
+    sink = Sink(writer, is_owned=True)
+    received: list[bytes] = []
+    reading = threading.Thread(target=lambda: received.append(_read_to_end(reader)))
+    for _ in range(1000):
+        sink.write(b"y" * 999 + b"\n")
+    reading.start()
+    assert sink.close(DEADLINE_S)
+    reading.join()
+    assert received == [(b"y" * 999 + b"\n") * 1000]
+
+
+def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_path: Path) -> None:
+    """What was written before `redirect` goes to the old target, which is closed if it was the sink's own."""
+    reader, writer = pipe
+    sink = Sink(writer, is_owned=True)
+    sink.write(b"old\n")
+    sink.redirect(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), is_owned=True)
+    sink.write(b"new\n")
+    assert _read_to_end(reader) == b"old\n", "the end of the stream shows that it was closed"
+    assert sink.close(DEADLINE_S)
+    assert (tmp_path / "log").read_bytes() == b"new\n"
