@@ -85,6 +85,7 @@ def _serve(load: partial[config.Loaded]) -> int:
             return COULD_NOT_START
         return _run(first, partial(generation.prepare, load), mailbox, guard)
 
+
 def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard") -> int:
     import asyncio
 

@@ -72,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 valid, 78 not",
         allow_abbrev=False,
     )
-    commands.add_parser(
-        "config", help="print the default configuration, every key with a comment", allow_abbrev=False
-    )
+    commands.add_parser("config", help="print the default configuration, every key with a comment", allow_abbrev=False)
     for command in (serve, check):
         _add_sources(command)
     for command in commands.choices.values():

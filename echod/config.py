@@ -56,9 +56,9 @@ class Timeouts(Struct, frozen=True, kw_only=True):
 class Log(Struct, frozen=True, kw_only=True):
     """What is logged, how and where."""
 
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="debug, info, warning, error")
-    ] = "info"
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="debug, info, warning, error")] = (
+        "info"
+    )
     format: Annotated[
         Literal["auto", "console", "json"], Meta(description="console, json; auto: console on a terminal, else json")
     ] = "auto"
@@ -326,4 +326,3 @@ def _description(kind: Any) -> str:
 
 def _summary(struct: type[Struct]) -> str:
     return (struct.__doc__ or "").rstrip(".").lower()
-

@@ -64,7 +64,8 @@ class Connection(asyncio.BufferedProtocol):
         self._peer = peer
         self._descriptor = sock.fileno()
         self._on_closed = on_closed
-        self._farewell: bytes | None = b""  # what `connection_made` has to send if the end was decided before; None: abort
+        # What `connection_made` has to send if the end was decided before; None: abort.
+        self._farewell: bytes | None = b""
         self._linger: asyncio.TimerHandle | None = None
         self._awaits_acknowledgement = False
         self.opened_at = now

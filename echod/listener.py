@@ -16,7 +16,7 @@ ACCEPT_BATCH = 64
 """Accepts in a row, before established connections get their turn."""
 
 QUIET_S = 0.05
-"""A closing listener that has had no new client for this long has none left: a handshake under way takes one round trip."""
+"""A closing listener that has had no new client for this long has none left: a handshake takes one round trip."""
 
 CLOSE_S = 0.5
 """A closing listener ends here, where the kernel can't hold new handshakes back."""

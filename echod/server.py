@@ -173,7 +173,11 @@ class Server:
             self._emptied.set()
 
     def _on_starved(self, error: OSError) -> None:
-        log.warning("accepting paused", error=error.strerror, advice="raise the limit of open files, or lower limits.connections")
+        log.warning(
+            "accepting paused",
+            error=error.strerror,
+            advice="raise the limit of open files, or lower limits.connections",
+        )
 
     # -- time ------------------------------------------------------------------------------------------------------
 

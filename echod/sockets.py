@@ -237,7 +237,7 @@ def welcome(sock: socket.socket) -> None:
 
 
 def unacknowledged_bytes(descriptor: int) -> int:
-    """Bytes written to a TCP socket that the peer's kernel has not acknowledged; a FIN counts as one (SIOCOUTQ, tcp(7))."""
+    """Bytes written to a TCP socket that the peer's kernel has not acknowledged, a FIN as one (SIOCOUTQ, tcp(7))."""
     return _queued(descriptor, termios.TIOCOUTQ)
 
 

@@ -1,0 +1,129 @@
+# Everything a developer or CI does with echod. Needs Python >= 3.11 and make; each target sets up what it uses.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?=
+UPGRADE ?=
+COVERAGE_MIN ?= 95
+
+BIN := $(VENV)/bin
+# Errors only: a warning about how this machine's pip is configured is nothing about echod.
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+SOURCES := echod tests
+LOCKS := requirements/run.lock requirements/build.lock requirements/dev.lock
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+
+.PHONY: help
+help: ## show this help
+	@echo "usage: make TARGET"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
+	@echo "variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV)"
+
+.PHONY: run
+run: $(VENV)/.echod ## set up and start `echod serve`; options in ARGS="..."; Ctrl-C drains and stops
+	@exec $(BIN)/echod serve $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.echod $(VENV)/.dev ## run the tests; pytest's options in PYTEST_ARGS="..."
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: lint types ## what CI runs: lint, types, and the tests with their coverage
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --fail-under=$(COVERAGE_MIN)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## ruff: format and rules
+	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "format: run \`make format\`" >&2; exit 1; }
+	@$(BIN)/ruff check --quiet $(SOURCES)
+
+.PHONY: types
+types: $(VENV)/.dev ## mypy, strict
+	@$(BIN)/mypy --no-error-summary $(SOURCES)
+
+.PHONY: format
+format: $(VENV)/.dev ## let ruff format, and fix what is safe to fix
+	@$(BIN)/ruff format --quiet $(SOURCES)
+	@$(BIN)/ruff check --quiet --fix $(SOURCES)
+
+.PHONY: clean
+clean: ## remove what make, the tests and the tools have made
+	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- the locks --------------------------------------------------------------------------------------------------------
+# Each is constrained by those before it, so that one environment can hold all three. uv itself comes and goes.
+
+COMPILE = uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
+.PHONY: lock
+lock: $(VENV)/.python ## renew requirements/*.lock from pyproject.toml; UPGRADE=1 takes the newest versions
+	@set -eu; uv=$$(mktemp -d); trap 'rm -rf "$$uv"' EXIT; trap 'exit 1' INT TERM HUP; \
+	echo "Renewing requirements/*.lock ..."; \
+	"$(BIN)/python" -m venv "$$uv"; \
+	"$$uv/bin/python" -m pip -qq --disable-pip-version-check --no-input install uv; \
+	PATH="$$uv/bin:$$PATH"; \
+	$(COMPILE) pyproject.toml -o requirements/run.lock; \
+	$(COMPILE) --group build -c requirements/run.lock -o requirements/build.lock; \
+	$(COMPILE) --group dev -c requirements/run.lock -c requirements/build.lock -o requirements/dev.lock; \
+	if grep -nE '^ *-[^-]|^ *--[^h]|://|file:|$(CURDIR)' $(LOCKS); then echo "make lock: a lock names a place" >&2; exit 1; fi
+
+# -- set-up -----------------------------------------------------------------------------------------------------------
+# A file in $(VENV) for each step that is done: newer than what it was made from, or the step is done again.
+
+# The interpreter, its release and this folder: the venv is made anew when one of them has changed. The venv is made with
+# the interpreter below PYTHON's own venv, if any, because that may be the very one that is removed.
+define ASK_PYTHON
+import os, sys
+if sys.version_info < (3, 11):
+    sys.exit("echod needs Python 3.11 or newer, $(PYTHON) is %d.%d: say which with `make PYTHON=python3.12 ...`" % sys.version_info[:2])
+try:
+    import ensurepip, venv
+except ImportError as error:
+    sys.exit("$(PYTHON) has no module %s, so no venv can be made: on Debian and Ubuntu, `apt-get install python3-venv`" % error.name)
+print(os.path.realpath(sys._base_executable))
+print(sys.version.replace("\n", " "))
+endef
+export ASK_PYTHON
+
+$(VENV)/.python: FORCE
+	@set -eu; \
+	command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer (Debian: apt-get install python3-venv), or say which with \`make PYTHON=...\`" >&2; exit 1; }; \
+	said=$$("$(PYTHON)" -c "$$ASK_PYTHON"); \
+	wanted="$$said in $(CURDIR)"; \
+	if [ "$$(cat $@ 2>/dev/null)" != "$$wanted" ]; then \
+	  echo "Setting up $(VENV) ..."; \
+	  if [ -e "$(VENV)" ] && [ ! -f "$(VENV)/pyvenv.cfg" ] && ! rmdir "$(VENV)" 2>/dev/null; then \
+	    echo "$(VENV) is not a Python environment: move it away, or name another with \`make VENV=...\`" >&2; exit 1; fi; \
+	  rm -rf "$(VENV)"; \
+	  "$$(echo "$$said" | head -n 1)" -m venv "$(VENV)"; \
+	  echo "$$wanted" >$@; \
+	fi
+
+$(VENV)/.run: $(VENV)/.python requirements/run.lock requirements/build.lock
+	@echo "Installing requirements/run.lock and build.lock ..."
+	@$(PIP) install --require-hashes -r requirements/run.lock -r requirements/build.lock
+	@touch $@
+
+# Editable, so the code is never installed twice; but its version and its commands are written down at installation.
+$(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements/dev.lock
+	@echo "Installing requirements/dev.lock ..."
+	@$(PIP) install --require-hashes -r requirements/dev.lock
+	@touch $@
+
+.PHONY: FORCE
+FORCE:
