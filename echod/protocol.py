@@ -7,7 +7,6 @@ so every cut of every input can be tested.
 
 from enum import Enum
 
-
 _ASCII_WHITESPACE = b"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f "
 """What str.strip takes from ASCII text; bytes.strip alone would leave the separators 1c to 1f."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 DEADLINE_S = 20.0
-"""How long anything may take before a test gives up: generous, for shared machines; no test waits that long for luck."""
+"""How long anything may take before a test gives up: generous, for shared machines; nothing waits it out."""
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("echod"))
 
@@ -24,7 +24,9 @@ Event = dict[str, Any]
 class Daemon:
     """One `echod serve`; its log events can be waited for."""
 
-    def __init__(self, *arguments: str, command: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, command: tuple[str, ...] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         self.events: list[Event] = []
         self.other_lines: list[str] = []
         self._news = threading.Condition()
@@ -123,7 +125,7 @@ def _matches(found: Event, name: str, fields: Mapping[str, Any]) -> bool:
 
 
 def clean_environment() -> dict[str, str]:
-    """This environment without echod's own variables, and with warnings as errors."""
+    """The environment without echod's own variables, and with warnings as errors."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_")}
     return kept | {"PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": ""}
 

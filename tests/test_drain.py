@@ -237,7 +237,7 @@ def test_signals_while_draining() -> None:
 
 
 def test_replies_are_acknowledged_before_the_exit() -> None:
-    """`drain finished` says that nothing was left unacknowledged, also for who sent its end of stream while draining."""
+    """`drain finished` says that nothing was left unacknowledged, also for who ended its stream while draining."""
     with serving(*settings(timeouts_drain=8)) as echod, connect(echod.port) as client:
         client.sendall(b"half")
         echod.send(signal.SIGTERM)

@@ -29,8 +29,10 @@ def test_a_stop_may_take_a_drain_and_a_margin() -> None:
 def test_overdue_ends_the_process() -> None:
     """Before anyone was served it ends with 0, afterwards with 3 and its last words."""
     starting = "from echod.guard import Guard; Guard(print).overdue()"
-    serving = "from echod.guard import Guard; g = Guard(print); " \
+    serving = (
+        "from echod.guard import Guard; g = Guard(print); "
         "g.serving(lambda: 1, last_words=lambda: print('last', flush=True)); g.overdue()"
+    )
     done = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
         for code in (starting, serving)

@@ -77,7 +77,7 @@ def test_always_is_written_whatever_the_level(file: Path) -> None:
 
 
 def test_asyncio_and_warnings_are_in_the_same_stream(file: Path) -> None:
-    """asyncio's own and warnings in the same stream, with exceptions in a field."""
+    """Asyncio's own and warnings in the same stream, with exceptions in a field."""
     opened = _open(file)
     logging.getLogger("asyncio").error("task %s failed", 7, exc_info=ValueError("why"))
     with warnings.catch_warnings():
@@ -119,7 +119,7 @@ def test_an_odd_value_doesn_t_lose_the_event(file: Path) -> None:
     """A file name that isn't UTF-8, or an object that JSON doesn't know, is shown somehow."""
     opened = _open(file)
     structlog.get_logger().info("odd", name=os.fsdecode(b"\xff"), path=Path("/x"), number=1)
-    structlog.get_logger().info("odder", **{"thing": {1, 2}, "name": os.fsdecode(b"\xff")})
+    structlog.get_logger().info("odder", thing={1, 2}, name=os.fsdecode(b"\xff"))
     odd, odder = _events(opened, file)
     assert odd["event"].strip("'") == "odd"
     assert "xff" in odd["name"] or "udcff" in odd["name"]
@@ -152,7 +152,7 @@ def test_auto_is_console_on_a_terminal_else_json(monkeypatch: pytest.MonkeyPatch
 
 def test_a_file_that_cannot_be_opened_is_an_error_before_anything_changes(tmp_path: Path) -> None:
     """`open_file` may fail; nothing after it does."""
+    (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
-        (tmp_path / "file").touch()
         logs.open_file(Log(file=str(tmp_path / "file" / "log")))
     assert logs.open_file(Log()) is None

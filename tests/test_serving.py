@@ -1,5 +1,6 @@
 """What a client sees of a serving echod, on every kind of address, at every limit and timeout."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ from tests.daemon import DEADLINE_S, Daemon, ask, connect, read_line, read_to_en
 
 
 def test_the_reply_is_the_stripped_upper_cased_text_and_lf() -> None:
-    """`b" Straße \\r\\n"` becomes `b"STRASSE\\n"`; an unterminated last line is answered before the close."""
+    r"""`b" Straße \r\n"` becomes `b"STRASSE\n"`; an unterminated last line is answered before the close."""
     with serving() as echod, connect(echod.port) as client:
         client.sendall(" Straße \r\n\nlast".encode())
         client.shutdown(socket.SHUT_WR)
@@ -44,10 +45,8 @@ def _exchange(client: socket.socket, data: bytes) -> bytes:
     rest = memoryview(data)
     end = time.monotonic() + DEADLINE_S
     while time.monotonic() < end:
-        try:
+        with contextlib.suppress(BlockingIOError):
             rest = rest[client.send(rest) :] if rest else rest
-        except BlockingIOError:
-            pass
         try:
             if not (chunk := client.recv(65536)):
                 break
@@ -134,7 +133,7 @@ def test_a_socket_file_that_is_another_process_s_by_now_is_not_removed(tmp_path:
     ],
 )
 def test_after_an_error_line_echod_half_closes_and_reads_to_the_end(sent: bytes, error: bytes, reason: str) -> None:
-    """Every message before the bad one is answered first; what comes later is read, not answered, and nobody is reset."""
+    """Every message before the bad one is answered first; what comes later is read, not answered; no reset."""
     with serving(*settings(limits_line_bytes=10)) as echod, connect(echod.port) as client:
         client.sendall(sent)
         assert read_to_end(client) == b"A\n" + error
@@ -148,7 +147,7 @@ def test_after_an_error_line_echod_half_closes_and_reads_to_the_end(sent: bytes,
 
 
 def test_reading_on_after_the_half_close_is_bounded() -> None:
-    """echod half-closes first and reads on to the end of the stream, for at most 1 s."""
+    """Echod half-closes first and reads on to the end of the stream, for at most 1 s."""
     with serving() as echod, connect(echod.port) as client:
         client.sendall(b"\xff\n")
         assert read_to_end(client) == b"ERROR invalid utf-8\n"
@@ -338,7 +337,7 @@ def test_a_bad_configuration_ends_the_start_with_status_78() -> None:
 
 
 def test_the_connection_limit_is_held_against_the_open_files() -> None:
-    """One that was set and doesn't fit is refused with the figure that would fit; the default is lowered with a warning."""
+    """One that was set and doesn't fit is refused with the figure that would; the default is lowered with a warning."""
     limited = ("prlimit", "--nofile=200:300", "--", sys.executable, "-m", "echod")
     with Daemon("-l", "127.0.0.1:0", command=limited) as echod:
         assert "lowered to 235" in echod.wait_for("configuration")["warning"]

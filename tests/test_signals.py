@@ -24,7 +24,12 @@ ARMED_CPU_MS = 40
 
 def _start() -> Daemon:
     # Measuring coverage of the child would run before echod's first line.
-    return Daemon("-l", "127.0.0.1:0", command=(CONSOLE_SCRIPT,), environment={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""})
+    return Daemon(
+        "-l",
+        "127.0.0.1:0",
+        command=(CONSOLE_SCRIPT,),
+        environment={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
+    )
 
 
 def _is_armed(pid: int) -> bool:
@@ -115,8 +120,10 @@ def test_usr2_is_refused_not_fatal() -> None:
 
 def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked() -> None:
     """An entry point that blocks signals for a daemon as PID 1 doesn't make `check` immortal."""
-    fifo_reader = "import signal, os, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); " \
+    fifo_reader = (
+        "import signal, os, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
         "os.execv(sys.executable, [sys.executable, '-m', 'echod', 'check', '-c', sys.argv[1]])"
+    )
     fifo = f"/tmp/echod-test-{os.getpid()}"
     os.mkfifo(fifo)
     try:
@@ -159,7 +166,7 @@ def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
     orders: SimpleQueue[Order] = SimpleQueue()
     signal.pthread_sigmask(signal.SIG_BLOCK, TABLE)
     os.kill(os.getpid(), signal.SIGHUP)
-    with delivered(lambda order: orders.put(order), overdue=lambda: None):
+    with delivered(orders.put, overdue=lambda: None):
         assert orders.get(timeout=DEADLINE_S).command is Command.RELOAD
 
 
