@@ -150,7 +150,11 @@ def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
     client.settimeout(DEADLINE_S)
     if receive_buffer:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    client.connect(("127.0.0.1", port))
+    try:
+        client.connect(("127.0.0.1", port))
+    except OSError:
+        client.close()
+        raise
     return client
 
 

@@ -37,7 +37,11 @@ class Door:
         match self._address:
             case UnixAddress(path):
                 client = socket.socket(socket.AF_UNIX)
-                client.connect(path)
+                try:
+                    client.connect(path)
+                except OSError:
+                    client.close()
+                    raise
             case TcpAddress(host, port):
                 client = socket.create_connection((host, port))
         return client
