@@ -230,7 +230,14 @@ def test_finish_answers_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "fault"), [(b"a\n\xff\nb\n", Fault.INVALID_UTF8), (b"a\n" + b"x" * 13 + b"\nb\n", Fault.LINE_TOO_LONG)]
+    ("data", "fault"),
+    [
+        (b"a\n\xff\nb\n", Fault.INVALID_UTF8),
+        (b"a\n\xff\nb", Fault.INVALID_UTF8),
+        (b"a\n" + b"x" * 13 + b"\nb\n", Fault.LINE_TOO_LONG),
+        (b"a\n" + b"x" * 13 + b"\nb", Fault.LINE_TOO_LONG),
+        (b"a\n" + b"x" * 13, Fault.LINE_TOO_LONG),
+    ],
 )
 def test_nothing_after_a_fault(data: bytes, fault: Fault) -> None:
     """After an error line nothing is answered, nothing counted and nothing kept."""
