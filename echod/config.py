@@ -316,7 +316,7 @@ def _toml(value: str | float) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
-    return f"{value:g}" if value < 1e6 and value == round(value, 5) else repr(value)
+    return repr(int(value) if value == int(value) else value)
 
 
 def _description(kind: Any) -> str:
