@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct
 
-from echod.address import parse_address
+from echod.address import Address, TcpAddress, parse_address
 
 RESERVED_FILES = 64
 """Descriptors kept beside one for each connection and listener: 32 for echod itself (standard streams, event loop, log,
@@ -224,7 +224,7 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
         return
     if not entries:
         faults.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
-    seen: set[str] = set()
+    seen: set[Address] = set()
     for index, entry in enumerate(entries):
         path = f"{setting.source}: listen[{index}]"
         for key in entry.keys() - {"address"}:
@@ -237,16 +237,16 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
             yield Listen(address=address)
 
 
-def _wrong_address(address: Any, seen: set[str]) -> str:
+def _wrong_address(address: Any, seen: set[Address]) -> str:
     if not isinstance(address, str):
         return "expected str"
     try:
-        name = str(parse_address(address))
+        parsed = parse_address(address)
     except ValueError as error:
         return str(error)
-    if name in seen and not name.endswith(":0"):
+    if parsed in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
         return "listed twice"
-    seen.add(name)
+    seen.add(parsed)
     return ""
 
 
