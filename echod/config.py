@@ -206,6 +206,9 @@ def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> Non
     if setting.key not in KEYS:
         faults.append(f"{setting.source}: {setting.key}: unknown key{_nearest_key(setting.key)}{_got(setting.value)}")
         return
+    if wrong := _unfit_text(setting.value):
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        return
     try:
         values[setting.key] = msgspec.convert(setting.value, KEYS[setting.key], strict=not setting.is_text)
     except msgspec.ValidationError as error:
@@ -240,6 +243,8 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
 def _wrong_address(address: Any, seen: set[Address]) -> str:
     if not isinstance(address, str):
         return "expected str"
+    if wrong := _unfit_text(address):
+        return wrong
     try:
         parsed = parse_address(address)
     except ValueError as error:
@@ -248,6 +253,23 @@ def _wrong_address(address: Any, seen: set[Address]) -> str:
         return "listed twice"
     seen.add(parsed)
     return ""
+
+
+def _unfit_text(value: Any) -> str:
+    """What no key can hold: NUL, which ends a path in the kernel, and what isn't UTF-8, which TOML can't show."""
+    if not isinstance(value, str):
+        return ""
+    if "\0" in value:
+        return "holds NUL"
+    return "" if _is_utf8(value) else "expected valid UTF-8"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
