@@ -36,30 +36,31 @@ def test_leading_zeros_are_no_part_of_a_port() -> None:
 @pytest.mark.parametrize("text", ["", "a", "8888", "localhost"])
 def test_no_port(text: str) -> None:
     """Without a colon there is no port, and all three forms are named."""
-    with pytest.raises(ValueError, match="^expected host:port, \\[v6\\]:port or unix:/path$"):
+    with pytest.raises(ValueError, match=r"^expected host:port, \[v6\]:port or unix:/path$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize(
-    "text", ["a:", "a:x", "a:65536", "a:99999", "a:-1", "a:+1", "a:1 ", "a:1\n", "a:１", "[::1]:x", "a:1e3", "a:000080"]
+    "text",
+    ["a:", "a:x", "a:65536", "a:99999", "a:-1", "a:+1", "a:1 ", "a:1\n", "a:\uff11", "[::1]:x", "a:1e3", "a:000080"],
 )
 def test_bad_port(text: str) -> None:
     """A port is a decimal number from 0 to 65535, in ASCII digits alone."""
-    with pytest.raises(ValueError, match="^expected a port from 0 to 65535$"):
+    with pytest.raises(ValueError, match=r"^expected a port from 0 to 65535$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", ["::1:80", "::1", "[::1]", "[::1:80", "::1]:80", "2001:db8::1:80"])
 def test_ipv6_without_brackets(text: str) -> None:
     """An IPv6 address needs its brackets, or nobody could tell its last group from a port."""
-    with pytest.raises(ValueError, match="^expected host:port with an IPv6 address in brackets, \\[v6\\]:port$"):
+    with pytest.raises(ValueError, match=r"^expected host:port with an IPv6 address in brackets, \[v6\]:port$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", [":80", "[]:80"])
 def test_no_host(text: str) -> None:
     """An address without a host listens nowhere."""
-    with pytest.raises(ValueError, match="^no host$"):
+    with pytest.raises(ValueError, match=r"^no host$"):
         parse_address(text)
 
 
@@ -68,14 +69,14 @@ def test_no_host(text: str) -> None:
 )
 def test_bad_host(text: str) -> None:
     """A host is a name or a number without brackets, blanks or anything else around it."""
-    with pytest.raises(ValueError, match="^(no|expected) "):
+    with pytest.raises(ValueError, match=r"^(no|expected) "):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", ["unix:", "unix:a", "unix:./a", "unix:@abstract", "unix: /a"])
 def test_relative_path(text: str) -> None:
     """The path of a Unix socket is absolute, for nobody knows where a daemon stands."""
-    with pytest.raises(ValueError, match="^expected an absolute path, unix:/path$"):
+    with pytest.raises(ValueError, match=r"^expected an absolute path, unix:/path$"):
         parse_address(text)
 
 
@@ -86,13 +87,13 @@ def test_longest_path(letter: str) -> None:
     fitting += letter * ((UNIX_PATH_BYTES - len(fitting)) // len(letter.encode()))
     assert len(fitting.encode()) == UNIX_PATH_BYTES == 107
     assert parse_address(f"unix:{fitting}") == UnixAddress(fitting)
-    with pytest.raises(ValueError, match="^path longer than 107 bytes$"):
+    with pytest.raises(ValueError, match=r"^path longer than 107 bytes$"):
         parse_address(f"unix:{fitting}x")
 
 
 def test_nul_in_path() -> None:
     """A path holds no NUL, which the kernel would take for its end."""
-    with pytest.raises(ValueError, match="^a path holds no NUL$"):
+    with pytest.raises(ValueError, match=r"^a path holds no NUL$"):
         parse_address("unix:/a\0b")
 
 
@@ -100,10 +101,9 @@ def test_nul_in_path() -> None:
 @example("unix:/\udcff")
 @example("[:::]:1")
 def test_anything_is_an_address_or_a_value_error(text: str) -> None:
-    """Whatever the text, it is refused with words or read; what was read is written so that it reads the same."""
+    """Whatever the text, it is refused or read; what was read is written so that it reads the same."""
     try:
         address = parse_address(text)
-    except ValueError as error:
-        assert str(error)
-    else:
-        assert parse_address(str(address)) == address
+    except ValueError:
+        return
+    assert parse_address(str(address)) == address
