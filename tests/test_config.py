@@ -243,7 +243,7 @@ def test_unknown_key_of_a_flag(key: str, words: str) -> None:
 
 
 def test_all_faults_at_once(file: Path) -> None:
-    """Every fault of every source is reported at once, in the order of the sources."""
+    """Every fault of every source is reported at once."""
     file.write_text(
         "[limits]\nconnections = 0\nconection = 1\n[log]\nlevel = 1\n[[listen]]\n[[listen]]\naddress = 'x'\n"
     )
