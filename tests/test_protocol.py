@@ -73,7 +73,7 @@ def bytewise(data: bytes) -> list[bytes]:
 # -- equal to the reference, however it is cut -------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(streams, st.data(), st.booleans())
 def test_any_bytes_in_any_chunks(data: bytes, draw: st.DataObject, is_ended: bool) -> None:
     """Any bytes, cut anywhere, are answered line by line, in order, up to the first bad one."""
