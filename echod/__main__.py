@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _loader(sources: cli.Sources, open_files: int) -> partial[config.Loaded]:
-    file = sources.file or os.environ.get("ECHOD_CONFIG") or None
+    file = (os.environ.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
     return partial(config.load, file, os.environ, sources.flags, open_files)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct
 
-from echod.address import parse_address
+from echod.address import Address, TcpAddress, parse_address
 
 RESERVED_FILES = 64
 """Descriptors kept beside one for each connection and listener: 32 for echod itself (standard streams, event loop, log,
@@ -206,6 +206,9 @@ def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> Non
     if setting.key not in KEYS:
         faults.append(f"{setting.source}: {setting.key}: unknown key{_nearest_key(setting.key)}{_got(setting.value)}")
         return
+    if wrong := _unfit_text(setting.value):
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        return
     try:
         values[setting.key] = msgspec.convert(setting.value, KEYS[setting.key], strict=not setting.is_text)
     except msgspec.ValidationError as error:
@@ -224,7 +227,7 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
         return
     if not entries:
         faults.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
-    seen: set[str] = set()
+    seen: set[Address] = set()
     for index, entry in enumerate(entries):
         path = f"{setting.source}: listen[{index}]"
         for key in entry.keys() - {"address"}:
@@ -237,17 +240,36 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
             yield Listen(address=address)
 
 
-def _wrong_address(address: Any, seen: set[str]) -> str:
+def _wrong_address(address: Any, seen: set[Address]) -> str:
     if not isinstance(address, str):
         return "expected str"
+    if wrong := _unfit_text(address):
+        return wrong
     try:
-        name = str(parse_address(address))
+        parsed = parse_address(address)
     except ValueError as error:
         return str(error)
-    if name in seen and not name.endswith(":0"):
+    if parsed in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
         return "listed twice"
-    seen.add(name)
+    seen.add(parsed)
     return ""
+
+
+def _unfit_text(value: Any) -> str:
+    """What no key can hold: NUL, which ends a path in the kernel, and what isn't UTF-8, which TOML can't show."""
+    if not isinstance(value, str):
+        return ""
+    if "\0" in value:
+        return "holds NUL"
+    return "" if _is_utf8(value) else "expected valid UTF-8"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
@@ -316,7 +338,7 @@ def _toml(value: str | float) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
-    return f"{value:g}" if value < 1e6 and value == round(value, 5) else repr(value)
+    return repr(int(value) if value == int(value) else value)
 
 
 def _description(kind: Any) -> str:

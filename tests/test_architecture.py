@@ -1,0 +1,277 @@
+"""The rooms of echod and the arrows between them, as data, held against the code."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import echod
+
+ROOT = Path(echod.__file__).parent
+LONGEST_MODULE = 300
+
+LOOP = frozenset({"asyncio", "uvloop"})
+NETWORK = frozenset({"socket", "ssl", "select", "selectors"})
+LOGGING = frozenset({"logging", "structlog"})
+SIGNALS = frozenset({"signal", "_signal"})
+ARGUMENTS = frozenset({"argparse", "sys"})
+FILES = frozenset({"tomllib", "pathlib", "io"})
+PROCESSES = frozenset({"subprocess", "multiprocessing", "daemon"})
+SYSTEM = frozenset({"os", "fcntl", "resource", "threading", "time"})
+EVERYTHING = LOOP | NETWORK | LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The modules of echod that a module may import, and the foreign ones that it must not."""
+
+    imports: frozenset[str]
+    unknown: frozenset[str]
+
+
+def room(*imports: str, unknown: frozenset[str]) -> Room:
+    return Room(frozenset(imports), unknown)
+
+
+ROOMS = {
+    "__init__": room(unknown=EVERYTHING),
+    "address": room(unknown=EVERYTHING),
+    "protocol": room(unknown=EVERYTHING | {"msgspec"}),
+    "greeting": room(unknown=EVERYTHING),
+    "config": room("address", unknown=EVERYTHING - {"tomllib"}),
+    "process": room(unknown=EVERYTHING - SYSTEM),
+    "stats": room("__init__", "process", unknown=EVERYTHING - {"os", "time"}),
+    "signals": room(unknown=EVERYTHING - {"asyncio", "signal", "threading", "time"}),
+    "guard": room("signals", unknown=EVERYTHING - {"os", "structlog"}),
+    "sockets": room("address", unknown=EVERYTHING - NETWORK - SYSTEM),
+    "sink": room(unknown=EVERYTHING - {"os", "select", "threading", "time"}),
+    "logs": room("config", "sink", unknown=LOOP | NETWORK | SIGNALS | FILES | PROCESSES | {"argparse"}),
+    "connection": room(
+        "config", "protocol", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM
+    ),
+    "listener": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
+    "server": room(
+        "config",
+        "connection",
+        "listener",
+        "sockets",
+        "stats",
+        unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM,
+    ),
+    "generation": room(
+        "address", "config", "logs", "sockets", unknown=LOOP | LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES
+    ),
+    "reload": room(
+        "config",
+        "generation",
+        "logs",
+        "server",
+        "sockets",
+        "stats",
+        unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"os", "time"},
+    ),
+    "lifecycle": room(
+        "generation",
+        "logs",
+        "reload",
+        "server",
+        "signals",
+        "stats",
+        unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading", "time"},
+    ),
+    "cli": room("__init__", "config", unknown=EVERYTHING - {"argparse"}),
+    "__main__": room(
+        "cli",
+        "config",
+        "generation",
+        "greeting",
+        "guard",
+        "lifecycle",
+        "logs",
+        "process",
+        "signals",
+        "stats",
+        unknown=NETWORK | FILES | PROCESSES | {"argparse"},
+    ),
+}
+
+# For the annotations of the composition root, which hands all of them around.
+NAMED_IN_TYPES = {"__main__": {"generation", "guard", "reload", "server", "signals"}}
+
+# Who may do what ends, replaces or doubles the process, or reads how it was called.
+RESERVED = {
+    "sys.exit": {"__main__"},
+    "sys.argv": {"__main__"},
+    "os._exit": {"guard"},
+    "os.abort": set[str](),
+    "os.environ": {"__main__", "logs"},  # logs: NO_COLOR
+    "os.fork": set[str](),
+    "os.kill": set[str](),
+    "signal.signal": set[str](),
+    "time.sleep": {"sink"},  # in its own thread
+}
+
+TOO_LONG = {"config": "render and what it needs would be a room of its own"}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse((ROOT / f"{module}.py").read_text(), module)
+
+
+def modules() -> list[str]:
+    return sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _statements(node: ast.AST, *, for_types: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import statement, those inside functions too: for annotations alone, or the others."""
+    for child in ast.iter_child_nodes(node):
+        if _is_type_checking(child):
+            if for_types:
+                yield from (each for each in ast.walk(child) if isinstance(each, ast.Import | ast.ImportFrom))
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            if not for_types:
+                yield child
+        else:
+            yield from _statements(child, for_types=for_types)
+
+
+def _names(statement: ast.Import | ast.ImportFrom) -> list[str]:
+    """The dotted names of what is imported, modules and their contents alike."""
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    assert statement.level == 0, "relative imports hide where an arrow goes"
+    return [f"{statement.module}.{alias.name}" for alias in statement.names]
+
+
+def imported(module: str, *, for_types: bool = False) -> set[str]:
+    return {name for statement in _statements(tree(module), for_types=for_types) for name in _names(statement)}
+
+
+def _room_of(name: str) -> str:
+    first, second = [*name.split("."), ""][:2]
+    assert first == "echod"
+    return second if (ROOT / f"{second}.py").exists() else "__init__"
+
+
+def arrows(module: str, *, for_types: bool = False) -> set[str]:
+    """The modules of echod that this one imports."""
+    return {_room_of(name) for name in imported(module, for_types=for_types) if name.split(".")[0] == "echod"}
+
+
+def foreign(module: str) -> set[str]:
+    return {name.split(".")[0] for name in imported(module)} - {"echod"}
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_room() -> None:
+    """Each module is in the table, and each room of the table exists."""
+    assert modules() == sorted(ROOMS)
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_arrows(module: str) -> None:
+    """A module imports exactly the modules that its room names: no arrow more, and no permission that nobody uses."""
+    assert arrows(module) == ROOMS[module].imports
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_arrows_of_annotations(module: str) -> None:
+    """Only the composition root names types of modules that it doesn't import at once."""
+    assert arrows(module, for_types=True) == NAMED_IN_TYPES.get(module, set())
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_what_a_room_must_not_know(module: str) -> None:
+    """A module imports nothing that its room must not know, in no function either."""
+    assert foreign(module) & ROOMS[module].unknown == set()
+
+
+def test_no_cycle() -> None:
+    """Imports go one way."""
+    TopologicalSorter({module: arrows(module) for module in ROOMS}).prepare()
+
+
+@pytest.mark.parametrize("back", [("connection", "server"), ("connection", "signals"), ("server", "lifecycle")])
+def test_no_way_back(back: tuple[str, str]) -> None:
+    """What is below doesn't reach what is above it, through no third module either."""
+    start, end = back
+    reached: set[str] = set()
+    ahead = {start}
+    while ahead:
+        reached |= ahead
+        ahead = set().union(*map(arrows, ahead)) - reached
+    assert end not in reached
+
+
+# -- who ends the process ----------------------------------------------------------------------------------------------
+
+
+def _dotted(module: str) -> set[str]:
+    """Every `name.attribute` that the module uses, and every bare name."""
+    nodes = list(ast.walk(tree(module)))
+    attributes = {
+        f"{node.value.id}.{node.attr}"
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    return attributes | {node.id for node in nodes if isinstance(node, ast.Name)} | imported(module)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_reserved(name: str) -> None:
+    """What ends, replaces or doubles the process, or reads its arguments, is done in the rooms named for it."""
+    assert {module for module in ROOMS if name in _dotted(module)} == RESERVED[name]
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_nobody_leaves_by_another_door(module: str) -> None:
+    """No module ends the process by a builtin or an exception of its own, or runs another program in its place."""
+    used = _dotted(module)
+    assert not used & {"exit", "quit", "SystemExit", "eval", "exec"}
+    assert not [name for name in used if name.startswith(("os.exec", "os.spawn", "os.posix_spawn", "os.system"))]
+
+
+# -- size and words ----------------------------------------------------------------------------------------------------
+
+
+def _length(module: str) -> object:
+    marks = [pytest.mark.xfail(strict=True, reason=TOO_LONG[module])] if module in TOO_LONG else []
+    return pytest.param(module, marks=marks)
+
+
+@pytest.mark.parametrize("module", [_length(module) for module in ROOMS])
+def test_length(module: str) -> None:
+    """A module that feels like a hall is two rooms: at most 300 lines."""
+    assert len((ROOT / f"{module}.py").read_text().splitlines()) <= LONGEST_MODULE
+
+
+def _public(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name[0] != "_":
+            yield child
+            if isinstance(child, ast.ClassDef):
+                yield from _public(child)
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_docstrings(module: str) -> None:
+    """Each module and each public class, function and method says in a sentence what its caller gets."""
+    assert ast.get_docstring(tree(module))
+    assert [node.name for node in _public(tree(module)) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_names(module: str) -> None:
+    """A module is named for what it owns."""
+    assert not {"utils", "util", "helpers", "manager", "base", "common", "misc"} & set(module.split("_"))

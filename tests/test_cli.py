@@ -1,0 +1,280 @@
+"""The command line: what the arguments ask for, and real processes that do it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from echod import __version__, cli
+from echod.config import Config, Setting
+
+PYTHON_M_ECHOD = (sys.executable, "-m", "echod")
+
+WITH_SOURCES = [("serve", cli.Serve), ("check", cli.Check)]
+COMMANDS = ["serve", "check", "config"]
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This one's, without what would configure echod, or take the buffer away that a broken pipe leaves behind."""
+    strange = ("ECHOD_", "PYTHONUNBUFFERED", "RUNTIME_DIRECTORY")
+    return {name: value for name, value in os.environ.items() if not name.startswith(strange)} | dict(more or {})
+
+
+def echod(*arguments: str, more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return run([*PYTHON_M_ECHOD, *arguments], more)
+
+
+def run(command: list[str], more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=environment(more),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=20,
+        check=False,
+    )
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "kind"), WITH_SOURCES)
+def test_no_options(command: str, kind: type[cli.Serve | cli.Check]) -> None:
+    """`serve` and `check` need no option."""
+    assert cli.parse([command]) == kind(cli.Sources(None, ()))
+
+
+@pytest.mark.parametrize(("command", "kind"), WITH_SOURCES)
+@pytest.mark.parametrize(
+    ("arguments", "sources"),
+    [
+        (["-c", "FILE"], cli.Sources("FILE", ())),
+        (["--config", "FILE"], cli.Sources("FILE", ())),
+        (["--config=FILE"], cli.Sources("FILE", ())),
+        (["-l", "a:1"], cli.Sources(None, (Setting("--listen", "listen", ["a:1"]),))),
+        (["--listen", "a:1", "-l", "a:2"], cli.Sources(None, (Setting("--listen", "listen", ["a:1", "a:2"]),))),
+        (["--log-level", "debug"], cli.Sources(None, (Setting("--log-level", "log.level", "debug"),))),
+        (["--log-format", "json"], cli.Sources(None, (Setting("--log-format", "log.format", "json"),))),
+        (["--set", "a.b=c"], cli.Sources(None, (Setting("--set", "a.b", "c"),))),
+        (["--set", "a=b=c"], cli.Sources(None, (Setting("--set", "a", "b=c"),))),
+        (["--set", "log.file="], cli.Sources(None, (Setting("--set", "log.file", ""),))),
+        (["--set", "a=1", "--set", "a=2"], cli.Sources(None, (Setting("--set", "a", "1"), Setting("--set", "a", "2")))),
+        (["--log-level", ""], cli.Sources(None, (Setting("--log-level", "log.level", ""),))),
+        (["-c", ""], cli.Sources("", ())),
+    ],
+)
+def test_options(command: str, kind: type[cli.Serve | cli.Check], arguments: list[str], sources: cli.Sources) -> None:
+    """Each option of `serve` and `check` becomes one setting that names its flag; --listen repeats."""
+    assert cli.parse([command, *arguments]) == kind(sources)
+
+
+def test_config_has_no_options() -> None:
+    """`config` prints the defaults, so nothing can be told to it."""
+    assert cli.parse(["config"]) == cli.ShowDefaults()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["bogus"],
+        ["serv"],
+        ["--bogus"],
+        ["serve", "extra"],
+        ["serve", "--bogus"],
+        ["serve", "--conf", "FILE"],
+        ["serve", "--log", "debug"],
+        ["serve", "-c"],
+        ["serve", "--listen"],
+        ["check", "--set", "a.b"],
+        ["check", "--set"],
+        ["config", "extra"],
+        ["config", "-c", "FILE"],
+    ],
+)
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong usage exits 2, with the usage on standard error; no option can be abbreviated."""
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(arguments)
+    shown = capsys.readouterr()
+    assert ended.value.code == 2
+    assert shown.out == ""
+    assert shown.err.startswith("usage: echod")
+    assert "error: " in shown.err
+
+
+def test_set_says_what_it_expects(capsys: pytest.CaptureFixture[str]) -> None:
+    """A --set without its = is told how it should look."""
+    with pytest.raises(SystemExit):
+        cli.parse(["check", "--set", "verbose"])
+    assert "--set: expected KEY=VALUE, such as limits.connections=100 (got 'verbose')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--version"], *[[command, "--version"] for command in COMMANDS]])
+def test_version_everywhere(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """--version works everywhere and exits 0."""
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(arguments)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"echod {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *[[command, "--help"] for command in COMMANDS]])
+def test_help_everywhere(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """--help works everywhere and exits 0."""
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(arguments)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: echod")
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+
+def test_version_of_the_process() -> None:
+    """`echod --version` prints it and exits 0."""
+    done = echod("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"echod {__version__}\n", "")
+
+
+def test_usage_error_of_the_process() -> None:
+    """Wrong usage of a real process exits 2 and prints nothing on standard output."""
+    done = echod("serve", "--bogus")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--bogus" in done.stderr
+
+
+def test_config() -> None:
+    """`echod config` prints the default config as TOML, and exits 0, whatever the environment says."""
+    done = echod("config", more={"ECHOD_TIMEOUTS_IDLE": "bad", "ECHOD_CONFIG": "/nonexistent"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert msgspec.convert(tomllib.loads(done.stdout), Config) == Config()
+
+
+def test_check_prints_the_config_in_force(tmp_path: Path) -> None:
+    """`echod check` prints the config in force as TOML and exits 0: file, then environment, then command line."""
+    file = tmp_path / "echod.toml"
+    file.write_text("[timeouts]\nidle = 1\nline = 1\nwrite = 1\n")
+    more = {"ECHOD_CONFIG": str(file), "ECHOD_TIMEOUTS_LINE": "2", "ECHOD_TIMEOUTS_WRITE": "2"}
+    done = echod("check", "--set", "timeouts.write=3", "--set", "limits.connections=5", "-l", "b:0", more=more)
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = tomllib.loads(done.stdout)
+    assert [printed["timeouts"][name] for name in ("idle", "line", "write", "drain")] == [1, 2, 3, 8]
+    assert printed["listen"] == [{"address": "b:0"}]
+    assert printed["limits"]["connections"] == 5
+
+
+def test_check_reads_back_what_it_printed(tmp_path: Path) -> None:
+    """What `check` prints is a config file that means the same."""
+    file = tmp_path / "echod.toml"
+    first = echod(
+        "check", "--set", "timeouts.idle=12345.67", "--set", "log.file=/ß\x7f", "--set", "limits.connections=5"
+    )
+    file.write_text(first.stdout)
+    second = echod("check", "-c", str(file))
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert second.stdout == first.stdout
+
+
+def test_config_option_wins_over_the_variable(tmp_path: Path) -> None:
+    """-c FILE is read, and ECHOD_CONFIG then is not; an empty ECHOD_CONFIG names no file."""
+    file = tmp_path / "echod.toml"
+    file.write_text("[limits]\nconnections = 5\n")
+    assert echod("check", "-c", str(file), more={"ECHOD_CONFIG": "/nonexistent"}).returncode == 0
+    assert echod("check", "--set", "limits.connections=5", more={"ECHOD_CONFIG": ""}).returncode == 0
+
+
+def test_an_empty_file_name_is_no_default() -> None:
+    """-c with an empty name, as of a variable that isn't set, is refused, not replaced by the defaults."""
+    done = echod("check", "-c", "")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert "cannot be read" in done.stderr
+
+
+def test_check_lowers_the_default_with_a_warning() -> None:
+    """Where fewer files are allowed than the default needs, it is lowered, with a warning on standard error."""
+    done = run(["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *PYTHON_M_ECHOD, "check"])
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: limits.connections: 256 open files are allowed")
+    assert tomllib.loads(done.stdout)["limits"]["connections"] == 191
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_bad_config(command: str, tmp_path: Path) -> None:
+    """A bad config exits 78, with each of its faults on a line of standard error, and nothing else."""
+    file = tmp_path / "echod.toml"
+    file.write_text("[limits]\nconnections = 0\nconection = 1\n")
+    done = echod(command, "-c", str(file), "--set", "log.level=x", more={"ECHOD_TIMEOUTS_IDLE": "x"})
+    assert (done.returncode, done.stdout) == (78, "")
+    assert sorted(done.stderr.splitlines()) == sorted(
+        [
+            f"{file}: limits.connections: expected int >= 1 (got 0)",
+            f"{file}: limits.conection: unknown key, did you mean limits.connections? (got 1)",
+            "ECHOD_TIMEOUTS_IDLE: timeouts.idle: expected number (got 'x')",
+            "--set: log.level: expected one of debug, info, warning, error (got 'x')",
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["ECHOD_LOG_LEVEL", "ECHOD_LOG_FILE", "ECHOD_LISTEN", "ECHOD_CONFIG"])
+def test_a_variable_that_is_not_utf8(name: str) -> None:
+    """A variable of any bytes is a fault with words and exit 78, never a traceback."""
+    done = echod("check", more={name: "unix:/\udcff"})
+    assert (done.returncode, done.stdout) == (78, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_log_file_with_nul(tmp_path: Path) -> None:
+    """A log file that no kernel could open is a fault of the config: `serve` exits 78."""
+    file = tmp_path / "echod.toml"
+    file.write_text('[log]\nfile = "a\\u0000b"\n')
+    done = echod("serve", "-c", str(file), "-l", "127.0.0.1:0")
+    assert (done.returncode, done.stderr) == (78, f"{file}: log.file: holds NUL (got 'a\\x00b')\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "config",
+        "check",
+        pytest.param("--help", marks=pytest.mark.xfail(strict=True, reason="argparse leaves the flush to the exit")),
+    ],
+)
+def test_broken_pipe(command: str) -> None:
+    """A reader that has enough, as of `echod config | head -1`, gets no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [*PYTHON_M_ECHOD, command],
+            env=environment({"ECHOD_LIMITS_CONNECTIONS": "5"}),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            timeout=20,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode in (0, 1)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_check_ends_by_a_signal(number: signal.Signals, tmp_path: Path) -> None:
+    """`check` is no daemon: a signal ends it as any command, however long its file takes."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    check = subprocess.Popen([*PYTHON_M_ECHOD, "check", "-c", str(fifo)], env=environment())
+    with check, fifo.open("wb"):  # which opens when `check` has opened it too, and is reading
+        check.send_signal(number)
+        assert check.wait() == -number
