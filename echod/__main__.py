@@ -10,10 +10,12 @@ _signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
 import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
-from echod import cli, config, process  # noqa: E402
+from echod import cli, process, settings, toml  # noqa: E402
+from echod.config import Config  # noqa: E402
 
 if TYPE_CHECKING:
     from echod.generation import Generation
@@ -34,46 +36,66 @@ LOG_FLUSH_S = 1.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     process.fill_standard_streams()
-    invocation = cli.parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            invocation = cli.parse(sys.argv[1:] if arguments is None else arguments)
+            status = OK if isinstance(invocation, cli.Serve) else _answer(invocation)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        return _output_failed(error)
     if isinstance(invocation, cli.Serve):
         return _serve(_loader(invocation.sources, process.raise_open_files()))
+    return status
+
+
+def _output_failed(error: OSError) -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail once more
+    if not isinstance(error, BrokenPipeError):  # a reader that has enough, as of `echod config | head -1`
+        _complain([f"echod: standard output: {error.strerror}"])
+    return COULD_NOT_START
+
+
+def _answer(invocation: "cli.Check | cli.ShowDefaults") -> int:
     # Held only for a daemon; whoever started this with them blocked, as an entry point in a container may, means so.
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _HELD)
-    try:
-        return _check(invocation.sources) if isinstance(invocation, cli.Check) else _show_defaults()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
-        return COULD_NOT_START
+    match invocation:
+        case cli.Check(sources):
+            return _check(sources)
+        case cli.ShowDefaults():
+            _print(toml.render(Config(), with_comments=True))
+            return OK
 
 
-def _loader(sources: cli.Sources, open_files: int) -> partial[config.Loaded]:
+def _loader(sources: cli.Sources, open_files: int) -> "partial[settings.Loaded]":
     file = (os.environ.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
-    return partial(config.load, file, os.environ, sources.flags, open_files)
+    return partial(settings.load, file, os.environ, sources.flags, open_files)
 
 
 def _check(sources: cli.Sources) -> int:
     try:
         loaded = _loader(sources, process.allowed_open_files())()
-    except config.ConfigError as error:
+    except settings.ConfigError as error:
         _complain(error.faults)
         return BAD_CONFIG
     _complain([f"warning: {warning}" for warning in loaded.warnings])
-    print(config.render(loaded.config), end="", flush=True)
+    _print(toml.render(loaded.config))
     return OK
 
 
-def _show_defaults() -> int:
-    print(config.render(config.Config(), with_comments=True), end="", flush=True)
-    return OK
+def _print(text: str) -> None:
+    """UTF-8 whatever the locale: that is what TOML is."""
+    sys.stdout.buffer.write(text.encode())
 
 
-def _serve(load: partial[config.Loaded]) -> int:
+def _serve(load: "partial[settings.Loaded]") -> int:
     # Imported here, for the other commands don't need them.
     from echod import generation, signals
     from echod.guard import Guard
 
     mailbox = signals.Mailbox()
-    guard = Guard(mailbox.put)
+    guard = Guard(mailbox.put, unserved=OK, cut_off=CUT_OFF)
     with signals.delivered(guard.deliver, guard.overdue):
         try:
             first = generation.prepare(load)
@@ -98,7 +120,13 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
     from echod.stats import Stats
 
     logs = Logs(first.config.log, first.log_descriptor)
-    stats = Stats(log_dropped=lambda: logs.sink.dropped)
+    stats = Stats(
+        {
+            "log_dropped": lambda: logs.sink.dropped,
+            "rss_bytes": process.rss_bytes,
+            "open_files": process.open_files,
+        }
+    )
 
     def on_serving(server: "Server", reloads: "Reloads") -> None:
         guard.serving(lambda: reloads.config.timeouts.drain, last_words=lambda: logs.sink.close(LOG_FLUSH_S))
@@ -119,8 +147,9 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
 
 
 def _complain(faults: Sequence[str]) -> None:
-    for fault in faults:
-        print(fault, file=sys.stderr)
+    text = "".join(f"{fault}\n" for fault in faults)
+    with suppress(OSError):  # nobody reads standard error: the exit status says it all the same
+        os.write(sys.stderr.fileno(), text.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

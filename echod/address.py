@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 
 UNIX_PATH_BYTES = 107
 """Longest path of a Unix socket: sun_path holds 108 bytes with its NUL (unix(7))."""
 
-_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(%[\w.-]+)?")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,31 @@ def parse_address(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     if not colon:
         raise ValueError("expected host:port, [v6]:port or unix:/path")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if bracketed:
-        host = host[1:-1]
-    if not _HOST.fullmatch(host) or bracketed != (":" in host):
-        raise ValueError("expected host:port with an IPv6 address in brackets, [v6]:port" if ":" in host else "no host")
+    if ":" in host and "/" not in host and not _is_bracketed(host):
+        raise ValueError("expected an IPv6 address in brackets, [v6]:port")
     if not (re.fullmatch("[0-9]{1,5}", port) and int(port) <= 65535):
         raise ValueError("expected a port from 0 to 65535")
-    return TcpAddress(host, int(port))
+    return TcpAddress(_host(host), int(port))
+
+
+def _is_bracketed(host: str) -> bool:
+    return host.startswith("[") and host.endswith("]")
+
+
+def _host(host: str) -> str:
+    if _is_bracketed(host):
+        return _number(IPv6Address, host[1:-1])
+    if not _NAME.fullmatch(host):
+        raise ValueError("expected a host name or an IP address before the port" if host else "no host")
+    return _number(IPv4Address, host) if re.fullmatch("[0-9.]+", host) else host
+
+
+def _number(kind: type[IPv4Address] | type[IPv6Address], host: str) -> str:
+    try:
+        kind(host)
+    except ValueError:
+        raise ValueError(f"not an IPv{kind(0).version} address") from None
+    return host
 
 
 def _unix(path: str) -> UnixAddress:

@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from echod import __version__
-from echod.config import Setting
+from echod.settings import Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,19 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         action="append",
         help="host:port, [v6]:port or unix:/path; repeatable, replaces the file's",
     )
-    command.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error")
-    command.add_argument("--log-format", metavar="FORMAT", help="auto, console, json")
+    for flag, key, choices in (
+        ("--log-level", "log.level", "debug, info, warning, error"),
+        ("--log-format", "log.format", "auto, console, json"),
+    ):
+        command.add_argument(
+            flag,
+            metavar=key.partition(".")[2].upper(),
+            dest="set",
+            action="append",
+            default=[],
+            type=partial(Setting, flag, key),
+            help=choices,
+        )
     command.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -110,10 +122,6 @@ def _assignment(text: str) -> Setting:
 
 def _sources(options: argparse.Namespace) -> Sources:
     flags = [*options.set]
-    if options.log_level is not None:
-        flags.append(Setting("--log-level", "log.level", options.log_level))
-    if options.log_format is not None:
-        flags.append(Setting("--log-format", "log.format", options.log_format))
     if options.listen:
         flags.append(Setting("--listen", "listen", options.listen))
     return Sources(options.config, tuple(flags))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from echod import logs, sockets
 from echod.address import parse_address
-from echod.config import Config, ConfigError, Loaded
+from echod.config import Config
+from echod.settings import ConfigError, Loaded
 
 
 class PrepareError(Exception):

@@ -19,15 +19,15 @@ MARGIN_S = 4.0
 INSISTED_S = 2.0
 """How long a stop may take from the second signal on."""
 
-CUT_OFF = 3
-"""Exit status: some client may not have got what it was owed."""
-
 
 class Guard:
     """Tells how long a stop may take, and ends the process when it takes longer."""
 
-    def __init__(self, put: Callable[[Order], None]) -> None:
+    def __init__(self, put: Callable[[Order], None], *, unserved: int, cut_off: int) -> None:
+        """`unserved` and `cut_off` are the exit statuses before and after clients are served."""
         self._put = put
+        self._unserved = unserved
+        self._cut_off = cut_off
         self._stops = 0
         self._drain_s: Callable[[], float] | None = None
         self._last_words: Callable[[], object] = lambda: None
@@ -50,7 +50,7 @@ class Guard:
     def overdue(self) -> None:
         """End the process without asking anyone."""
         if self._drain_s is None:
-            os._exit(0)
+            os._exit(self._unserved)
         structlog.get_logger().error("stop overdue", advice="the event loop is stuck; ending without it")
         self._last_words()
-        os._exit(CUT_OFF)
+        os._exit(self._cut_off)

@@ -6,11 +6,11 @@ to the sum of the closed ones. Who counts and who prints is not known here.
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from echod import __version__, process
+from echod import __version__
 
 State = Literal["serving", "draining"]
 
@@ -43,7 +43,9 @@ class Traffic(Protocol):
 class Stats:
     """The counters of one process; only a snapshot of them goes anywhere."""
 
-    log_dropped: Callable[[], int]
+    gauges: Mapping[str, Callable[[], int]]
+    """What is asked at the moment of a snapshot, under its name: log_dropped, rss_bytes, open_files."""
+
     started_at: float = field(default_factory=time.monotonic)
     config_generation: int = 1
     accepted: int = 0
@@ -93,8 +95,6 @@ class Stats:
                 "refused": self.reloads_refused,
                 "last_error": self.reload_error,
             },
-            "log_dropped": self.log_dropped(),
             "loop_lag_ms": round(self.loop_lag_s * 1000, 3),
-            "rss_bytes": process.rss_bytes(),
-            "open_files": process.open_files(),
+            **{name: ask() for name, ask in self.gauges.items()},
         }

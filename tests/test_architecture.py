@@ -42,9 +42,11 @@ ROOMS = {
     "address": room(unknown=EVERYTHING),
     "protocol": room(unknown=EVERYTHING | {"msgspec"}),
     "greeting": room(unknown=EVERYTHING),
-    "config": room("address", unknown=EVERYTHING - {"tomllib"}),
+    "config": room(unknown=EVERYTHING),
+    "settings": room("address", "config", unknown=EVERYTHING - {"tomllib"}),
+    "toml": room("config", unknown=EVERYTHING),
     "process": room(unknown=EVERYTHING - SYSTEM),
-    "stats": room("__init__", "process", unknown=EVERYTHING - {"os", "time"}),
+    "stats": room("__init__", unknown=EVERYTHING - {"os", "time"}),
     "signals": room(unknown=EVERYTHING - {"asyncio", "signal", "threading", "time"}),
     "guard": room("signals", unknown=EVERYTHING - {"os", "structlog"}),
     "sockets": room("address", unknown=EVERYTHING - NETWORK - SYSTEM),
@@ -63,7 +65,12 @@ ROOMS = {
         unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM,
     ),
     "generation": room(
-        "address", "config", "logs", "sockets", unknown=LOOP | LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES
+        "address",
+        "config",
+        "logs",
+        "settings",
+        "sockets",
+        unknown=LOOP | LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES,
     ),
     "reload": room(
         "config",
@@ -83,7 +90,7 @@ ROOMS = {
         "stats",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading", "time"},
     ),
-    "cli": room("__init__", "config", unknown=EVERYTHING - {"argparse"}),
+    "cli": room("__init__", "settings", unknown=EVERYTHING - {"argparse"}),
     "__main__": room(
         "cli",
         "config",
@@ -93,8 +100,10 @@ ROOMS = {
         "lifecycle",
         "logs",
         "process",
+        "settings",
         "signals",
         "stats",
+        "toml",
         unknown=NETWORK | FILES | PROCESSES | {"argparse"},
     ),
 }
@@ -115,7 +124,7 @@ RESERVED = {
     "time.sleep": {"sink"},  # in its own thread
 }
 
-TOO_LONG = {"config": "render and what it needs would be a room of its own"}
+TOO_LONG: dict[str, str] = {}
 
 
 @cache

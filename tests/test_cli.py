@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from echod import __version__, cli
-from echod.config import Config, Setting
+from echod.config import Config
+from echod.settings import Setting
 
 PYTHON_M_ECHOD = (sys.executable, "-m", "echod")
 
@@ -21,7 +22,7 @@ COMMANDS = ["serve", "check", "config"]
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This one's, without what would configure echod, or take the buffer away that a broken pipe leaves behind."""
+    """The environment here, without what would configure echod, or take away the buffer that a broken pipe leaves."""
     strange = ("ECHOD_", "PYTHONUNBUFFERED", "RUNTIME_DIRECTORY")
     return {name: value for name, value in os.environ.items() if not name.startswith(strange)} | dict(more or {})
 
@@ -246,7 +247,8 @@ def test_a_log_file_with_nul(tmp_path: Path) -> None:
     [
         "config",
         "check",
-        pytest.param("--help", marks=pytest.mark.xfail(strict=True, reason="argparse leaves the flush to the exit")),
+        "--help",
+        "--version",
     ],
 )
 def test_broken_pipe(command: str) -> None:
@@ -268,8 +270,46 @@ def test_broken_pipe(command: str) -> None:
     assert done.returncode in (0, 1)
 
 
+@pytest.mark.parametrize("command", ["config", "check", "--help", "--version"])
+def test_full_disk(command: str) -> None:
+    """Output that can't be written is said in a line, and exits 1."""
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*PYTHON_M_ECHOD, command], env=environment(), stdout=full, stderr=subprocess.PIPE, timeout=20, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"echod: standard output: No space left on device\n")
+
+
+def test_nobody_reads_the_faults() -> None:
+    """The exit status of a bad configuration is 78, even if standard error is broken."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        for command in ("check", "serve"):
+            done = subprocess.run(
+                [*PYTHON_M_ECHOD, command, "--set", "limits.connections=x"],
+                env=environment(),
+                stderr=writing,
+                timeout=20,
+            )
+            assert done.returncode == 78
+    finally:
+        os.close(writing)
+
+
+def test_the_last_of_several_flags_wins() -> None:
+    """Among flags the order on the command line decides, whichever way a key is set."""
+    parsed = cli.parse(["check", "--log-level", "debug", "--set", "log.level=error", "--log-level", "warning"])
+    assert isinstance(parsed, cli.Check)
+    assert [(setting.source, setting.value) for setting in parsed.sources.flags] == [
+        ("--log-level", "debug"),
+        ("--set", "error"),
+        ("--log-level", "warning"),
+    ]
+
+
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_check_ends_by_a_signal(number: signal.Signals, tmp_path: Path) -> None:
     """`check` is no daemon: a signal ends it as any command, however long its file takes."""
     fifo = tmp_path / "fifo"

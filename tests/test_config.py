@@ -9,21 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from echod.config import (
-    KEYS,
-    RESERVED_FILES,
-    Config,
-    ConfigError,
-    Limits,
-    Listen,
-    Loaded,
-    Log,
-    Setting,
-    Timeouts,
-    changed_keys,
-    load,
-    render,
-)
+from echod.config import KEYS, RESERVED_FILES, Config, Limits, Listen, Log, Timeouts, changed_keys
+from echod.settings import ConfigError, Loaded, Setting, load
+from echod.toml import render
 
 PLENTY = 2**31 - 1
 """Open files enough for any limit of connections."""
@@ -384,8 +372,10 @@ def test_default_connections_are_lowered() -> None:
     loaded = load(None, {}, (), 100)
     assert loaded.config == Config(limits=Limits(connections=35))
     assert loaded.warnings == (
-        "limits.connections: 100 open files are allowed (ulimit -n, LimitNOFILE=), "
-        "so the default of 10000 is lowered to 35",
+        (
+            "limits.connections: 100 open files are allowed (ulimit -n, LimitNOFILE=), "
+            "so the default of 10000 is lowered to 35"
+        ),
     )
     assert load(None, {}, (), 10_000 + SPARE) == Loaded(Config(), ())
     assert load(None, {}, (), 10_000 + SPARE - 1).config.limits.connections == 9_999

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echod import __version__
+from echod import __version__, process
 from echod.stats import CLOSE_REASONS, REJECT_REASONS, Stats
 
 NAMES = {
@@ -57,7 +57,7 @@ closings = st.lists(st.tuples(st.sampled_from(CLOSE_REASONS), carried), max_size
 
 
 def new_stats() -> Stats:
-    return Stats(log_dropped=lambda: 0)
+    return Stats(dict.fromkeys(("log_dropped", "rss_bytes", "open_files"), lambda: 0))
 
 
 def snapshot(stats: Stats, *live: Carried) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_sums(closed: list[tuple[str, Carried]], live: list[Carried]) -> None:
 
 @given(closings, st.lists(carried, max_size=20), st.integers(0, 9))
 def test_accepted_is_open_and_closed(closed: list[tuple[str, Carried]], live: list[Carried], rejected: int) -> None:
-    """accepted = open + closed; a rejected client is in neither."""
+    """Accepted = open + closed; a rejected client is in neither."""
     stats = new_stats()
     stats.accepted = len(closed) + len(live)
     stats.rejected["limit"] += rejected
@@ -147,7 +147,7 @@ def test_an_unknown_reason_is_no_silent_count() -> None:
 def test_what_others_count_is_passed_on() -> None:
     """Lost log lines, reloads, the generation and the loop's lag show as they are when the snapshot is taken."""
     dropped = iter([7, 8])
-    stats = Stats(log_dropped=lambda: next(dropped))
+    stats = Stats({"log_dropped": lambda: next(dropped)})
     stats.reloads_applied, stats.reloads_refused, stats.reload_error = 2, 1, "no"
     stats.config_generation, stats.loop_lag_s = 3, 0.0123456
     shown = stats.snapshot("draining", [])
@@ -157,9 +157,13 @@ def test_what_others_count_is_passed_on() -> None:
     assert snapshot(stats)["log_dropped"] == 8
 
 
+def real_stats() -> Stats:
+    return Stats({"rss_bytes": process.rss_bytes, "open_files": process.open_files})
+
+
 def test_the_process() -> None:
     """The process tells its pid, version, age, memory and open files as they are."""
-    stats = new_stats()
+    stats = real_stats()
     shown = snapshot(stats)
     assert (shown["pid"], shown["version"], shown["state"]) == (os.getpid(), __version__, "serving")
     assert 0 <= shown["uptime_s"] <= snapshot(stats)["uptime_s"]

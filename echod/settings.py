@@ -1,0 +1,237 @@
+"""From what echod is told to one frozen `Config`, or every fault at once.
+
+Defaults, file, environment and command line, a later one winning. No bad value is ever replaced by a default.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+
+from echod.address import Address, TcpAddress, parse_address
+from echod.config import KEYS, RESERVED_FILES, SECTIONS, Config, Limits, Listen, Log, Timeouts
+
+
+class ConfigError(Exception):
+    """Every fault of a configuration, each as `SOURCE: key.path: what is wrong (got VALUE)`."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = tuple(faults)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A valid configuration, and what the operator should know about it."""
+
+    config: Config
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One value that a source gives to one key; the value is still text unless it comes from a file."""
+
+    source: str
+    key: str
+    value: Any
+    is_text: bool = True
+
+
+def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setting], open_files: int) -> Loaded:
+    """Read every source, a later one winning: default, `file`, `environment`, `flags`.
+
+    `open_files` is how many descriptors this process may have. Raises ConfigError with every fault of every source.
+    """
+    faults: list[str] = []
+    settings = [*_from_file(file, faults), *_from_environment(environment, faults), *flags]
+    values: dict[str, Any] = {}
+    last: dict[str, Setting] = {}
+    for setting in settings:
+        last[setting.key] = setting
+        _convert(setting, values, faults)
+    if faults:
+        raise ConfigError(faults)
+    config = Config(
+        listen=values.get("listen", Config().listen),
+        limits=Limits(**_section(values, "limits")),
+        timeouts=Timeouts(**_section(values, "timeouts")),
+        log=Log(**_section(values, "log")),
+    )
+    return _fit(config, last.get("limits.connections"), open_files)
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
+    if file is None:
+        return
+    try:
+        with open(file, "rb") as stream:
+            document = tomllib.load(stream)
+    except OSError as error:
+        faults.append(f"{file}: cannot be read: {error.strerror}")
+        return
+    except UnicodeDecodeError as error:
+        faults.append(f"{file}: not valid TOML: not UTF-8 (at byte {error.start})")
+        return
+    except (ValueError, RecursionError) as error:
+        faults.append(f"{file}: not valid TOML: {error}")
+        return
+    for name, value in document.items():
+        if name == "listen":
+            yield Setting(file, name, value, is_text=False)
+        elif name not in SECTIONS:
+            faults.append(f"{file}: {name}: unknown key{_nearest(name, [*SECTIONS, 'listen'])}{_got(value)}")
+        elif not isinstance(value, dict):
+            faults.append(f"{file}: {name}: expected a table{_got(value)}")
+        else:
+            yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
+
+
+# What Kubernetes puts into every container for a Service that happens to be called echod, echod-log, ...
+_KUBERNETES = re.compile(r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+
+
+def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
+    known = {f"ECHOD_{key.replace('.', '_').upper()}": key for key in [*KEYS, "listen"]}
+    for name, value in environment.items():
+        if name in known:
+            yield Setting(name, known[name], value)
+        elif name.startswith("ECHOD_") and name != "ECHOD_CONFIG" and not _KUBERNETES.fullmatch(name):
+            # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
+            nearest = _nearest(name, [*known, "ECHOD_CONFIG"], cutoff=0.8)
+            if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in SECTIONS:
+                faults.append(f"{name}: unknown key{nearest}{_got(value)}")
+
+
+# -- one setting -------------------------------------------------------------------------------------------------------
+
+
+def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> None:
+    """Add the setting's value to `values`, or what is wrong with it to `faults`."""
+    if setting.key == "listen":
+        values["listen"] = tuple(_listens(setting, faults))
+        return
+    if setting.key not in KEYS:
+        faults.append(f"{setting.source}: {setting.key}: unknown key{_nearest_key(setting.key)}{_got(setting.value)}")
+        return
+    if wrong := _unfit_text(setting.value):
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        return
+    try:
+        values[setting.key] = msgspec.convert(setting.value, KEYS[setting.key], strict=not setting.is_text)
+    except msgspec.ValidationError as error:
+        wrong = _explain(KEYS[setting.key], setting.value, error)
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+
+
+def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
+    if setting.is_text:
+        texts = setting.value if isinstance(setting.value, list) else setting.value.split(",")
+        entries: Any = [{"address": text.strip()} for text in texts]
+    else:
+        entries = setting.value
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        faults.append(f"{setting.source}: listen: expected tables, each headed [[listen]]{_got(entries)}")
+        return
+    if not entries:
+        faults.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
+    seen: set[Address] = set()
+    for index, entry in enumerate(entries):
+        path = f"{setting.source}: listen[{index}]"
+        for key in (key for key in entry if key != "address"):
+            faults.append(f"{path}.{key}: unknown key{_nearest(key, ['address'])}{_got(entry[key])}")
+        address = entry.get("address")
+        wrong = _wrong_address(address, seen) if "address" in entry else "missing"
+        if wrong:
+            faults.append(f"{path}.address: {wrong}{_got(address) if 'address' in entry else ''}")
+        else:
+            yield Listen(address=address)
+
+
+def _wrong_address(address: Any, seen: set[Address]) -> str:
+    if not isinstance(address, str):
+        return "expected str"
+    if wrong := _unfit_text(address):
+        return wrong
+    try:
+        parsed = parse_address(address)
+    except ValueError as error:
+        return str(error)
+    if parsed in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
+        return "listed twice"
+    seen.add(parsed)
+    return ""
+
+
+def _unfit_text(value: Any) -> str:
+    """What no key can hold: NUL, which ends a path in the kernel, and what isn't UTF-8, which TOML can't show."""
+    if not isinstance(value, str):
+        return ""
+    if "\0" in value:
+        return "holds NUL"
+    return "" if _is_utf8(value) else "expected valid UTF-8"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
+    base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(base) is Literal:
+        choices = get_args(base)
+        return f"expected one of {', '.join(choices)}{_nearest(str(value), choices)}"
+    words = str(error).partition(", got")[0].replace("`", "").replace("Expected float", "Expected number")
+    return re.sub(r"(?<=[0-9])\.0$", "", words[:1].lower() + words[1:])
+
+
+def _nearest_key(key: str) -> str:
+    """The known key that the writer may have meant: of the same section, if that one exists."""
+    section = key.partition(".")[0]
+    prefix = f"{section}." if section in SECTIONS else ""
+    names = [name.removeprefix(prefix) for name in [*KEYS, "listen"] if name.startswith(prefix)]
+    return _nearest(key.removeprefix(prefix), names, prefix=prefix)
+
+
+def _nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6, prefix: str = "") -> str:
+    from difflib import get_close_matches  # 3 ms that only a fault needs
+
+    matches = get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f", did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def _got(value: Any) -> str:
+    shown = repr(value)
+    return f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def _fit(config: Config, setting: Setting | None, open_files: int) -> Loaded:
+    """Hold the connection limit against what the process may open: refuse one that was set, lower the default."""
+    fits = open_files - RESERVED_FILES - len(config.listen)
+    wanted = config.limits.connections
+    if wanted <= fits:
+        return Loaded(config, ())
+    reason = f"{open_files} open files are allowed (ulimit -n, LimitNOFILE=)"
+    if setting or fits < 1:
+        source = setting.source if setting else "default"
+        fit = f"at most {fits} fit" if fits > 0 else f"at least {RESERVED_FILES + len(config.listen) + 1} are needed"
+        raise ConfigError([f"{source}: limits.connections: {reason}, {fit}{_got(wanted)}"])
+    lowered = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, connections=fits))
+    return Loaded(lowered, (f"limits.connections: {reason}, so the default of {wanted} is lowered to {fits}",))
+
+
+def _section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")}
