@@ -36,6 +36,7 @@ LOG_FLUSH_S = 1.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     process.fill_standard_streams()
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (None if the descriptor was closed)
     try:
         try:
             invocation = cli.parse(sys.argv[1:] if arguments is None else arguments)
@@ -149,7 +150,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
 def _complain(faults: Sequence[str]) -> None:
     text = "".join(f"{fault}\n" for fault in faults)
     with suppress(OSError):  # nobody reads standard error: the exit status says it all the same
-        os.write(sys.stderr.fileno(), text.encode(errors="backslashreplace"))
+        os.write(2, text.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":
