@@ -95,9 +95,11 @@ def _serve(load: "partial[settings.Loaded]") -> int:
     from echod import generation, signals
     from echod.guard import Guard
 
+    if signals.stop_is_pending():
+        return OK
     mailbox = signals.Mailbox()
     guard = Guard(mailbox.put, unserved=OK, cut_off=CUT_OFF)
-    with signals.delivered(guard.deliver, guard.overdue):
+    with signals.delivered(guard.deliver, guard.seconds_left):
         try:
             first = generation.prepare(load)
         except generation.PrepareError as error:
@@ -120,6 +122,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
     from echod.logs import Logs
     from echod.stats import Stats
 
+    process.rss_bytes()  # opens what it needs as long as there are descriptors
     logs = Logs(first.config.log, first.log_descriptor)
     stats = Stats(
         {
@@ -134,7 +137,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
         if logs.is_at_terminal:
             logs.sink.write(greeting(server.addresses, os.getpid()).encode())
 
-    around = lifecycle.Surroundings(mailbox.get, prepare, logs, stats, on_serving)
+    around = lifecycle.Surroundings(mailbox.get, prepare, logs, stats, process.allowed_open_files(), on_serving)
     status = COULD_NOT_START
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

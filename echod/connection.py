@@ -32,6 +32,7 @@ class Connection(asyncio.BufferedProtocol):
         "_echo",
         "_family",
         "_farewell",
+        "_is_aborted",
         "_line_since",
         "_linger",
         "_on_closed",
@@ -68,6 +69,7 @@ class Connection(asyncio.BufferedProtocol):
         self._farewell: bytes | None = b""
         self._linger: asyncio.TimerHandle | None = None
         self._awaits_acknowledgement = False
+        self._is_aborted = False
         self.opened_at = now
         self.bytes_in = 0
         self.bytes_out = 0
@@ -171,13 +173,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def cut_off(self, reason: str) -> None:
         """End now; what the kernel has not taken is lost to the client."""
-        self.bytes_out -= self.unsent_bytes
-        self.reason = reason
-        self._abort()
+        if not self._is_aborted:
+            self.bytes_out -= self.unsent_bytes
+            self.reason = reason
+            self._abort()
 
     def end_now(self) -> None:
-        """End now, cutting the client off if it is still owed a reply."""
-        if self.unsent_bytes:
+        """End now, cutting the client off if it is owed a reply still, be it to a line that has not been read yet."""
+        if self.unsent_bytes or (self.reason is None and self._unread_bytes()):
             self.cut_off("cut")
         else:
             self.reason = self.reason or "drained"
@@ -211,6 +214,7 @@ class Connection(asyncio.BufferedProtocol):
         self._abort()
 
     def _abort(self) -> None:
+        self._is_aborted = True
         if self._transport:
             self._transport.abort()
         else:
@@ -226,9 +230,15 @@ class Connection(asyncio.BufferedProtocol):
         elif self.reason is not None:
             return
         elif timeouts.line and self._line_since is not None and now - self._line_since >= timeouts.line:
-            self.finish("line timeout", f"line not finished within {timeouts.line:g} s")
+            self._time_out("line timeout", f"line not finished within {timeouts.line:.15g} s")
         elif timeouts.idle and now - self._quiet_since >= timeouts.idle:
-            self.finish("idle", f"idle for {timeouts.idle:g} s")
+            self._time_out("idle", f"idle for {timeouts.idle:.15g} s")
+
+    def _time_out(self, reason: str, error: str) -> None:
+        # What has arrived and waits for us, as after a pause of the whole process, is not the client's delay: it is
+        # read before the next look.
+        if not self._unread_bytes():
+            self.finish(reason, error)
 
     def start_draining(self, now: float) -> None:
         """Count the quiet of `settle` from now on, and see each reply acknowledged before closing."""
@@ -239,7 +249,7 @@ class Connection(asyncio.BufferedProtocol):
         """Finish the connection if it has been quiet for so long; to be called after each `tend` while draining."""
         if self.reason == "client" and self._transport and self._owed_bytes() == 0:
             self._transport.close()
-        elif self.reason is None and now - self._quiet_since >= quiet_s and not self._unread_bytes():
+        elif self.reason is None and now - self._quiet_since >= quiet_s and self._is_settled():
             self.finish("drained")
 
     def end_at_line_boundary(self) -> None:
@@ -249,24 +259,32 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.finish("drained")
 
+    def _is_settled(self) -> bool:
+        return not (self._echo.unfinished_bytes or self._owed or self._unread_bytes())
+
     def _look(self, now: float) -> None:
         is_heard = self.bytes_in != self._seen_in
-        if is_heard or self._owed:
-            owed = self._owed_bytes()
-            taken = self.bytes_out - owed
-            if taken != self._taken or not self._owed:
-                self._taken = taken
-                self._taken_since = now
-            self._owed = owed
+        if is_heard or self._owed or self.reason is not None:
+            self._measure(now)
         is_in_line = self._echo.unfinished_bytes > 0
         if not is_in_line:
             self._line_since = None
-        elif self._line_since is None or self._echo.answered != self._seen_lines:
-            self._line_since = now
+        elif self._line_since is None or self._echo.answered != self._seen_lines or self.unsent_bytes:
+            self._line_since = now  # with replies unsent the rest of the line isn't even read
         if is_heard or is_in_line or self._owed:
             self._quiet_since = now
         self._seen_in = self.bytes_in
         self._seen_lines = self._echo.answered
+
+    def _measure(self, now: float) -> None:
+        """See whether the client has taken anything since the last look."""
+        queued = sockets.unacknowledged_bytes(self._descriptor) if self._transport else 0
+        owed = self.unsent_bytes if self._family == socket.AF_UNIX else self.unsent_bytes + queued
+        taken = self.bytes_out - self.unsent_bytes - queued
+        if taken != self._taken or not self._owed:
+            self._taken = taken
+            self._taken_since = now
+        self._owed = owed
 
     def _owed_bytes(self) -> int:
         """Bytes that the client's kernel has not acknowledged (TCP) or ours not taken (Unix)."""

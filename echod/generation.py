@@ -5,8 +5,8 @@ is open, the listeners are bound. Until it is put in force nothing else has chan
 """
 
 import os
-import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from echod import logs, sockets
@@ -30,7 +30,7 @@ class Generation:
 
     config: Config
     warnings: tuple[str, ...]
-    listeners: Mapping[sockets.Key, socket.socket | None]
+    listeners: Mapping[sockets.Key, sockets.Bound | None]
     """The listeners of the configuration, in its order; None is one that exists already."""
     log_descriptor: int | None
 
@@ -55,10 +55,12 @@ def prepare(load: Callable[[], Loaded], kept: Collection[sockets.Key] = ()) -> G
         descriptor = logs.open_file(log)
     except OSError as error:
         raise PrepareError([f"log.file: {log.file}: {(error.strerror or str(error)).lower()}"]) from error
-    try:
-        listeners = sockets.listen_all([parse_address(entry.address) for entry in loaded.config.listen], kept)
-    except sockets.BindErrors as error:
+    with ExitStack() as undo:
         if descriptor is not None:
-            os.close(descriptor)
-        raise PrepareError([f"listen: {fault}" for fault in error.faults]) from error
+            undo.callback(os.close, descriptor)
+        try:
+            listeners = sockets.listen_all([parse_address(entry.address) for entry in loaded.config.listen], kept)
+        except sockets.BindErrors as error:
+            raise PrepareError([f"listen: {fault}" for fault in error.faults]) from error
+        undo.pop_all()
     return Generation(loaded.config, loaded.warnings, listeners, descriptor)

@@ -4,7 +4,9 @@ Runs in the signal thread, so it works while the loop is stuck, a name server is
 """
 
 import os
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import structlog
 
@@ -21,35 +23,48 @@ INSISTED_S = 2.0
 
 
 class Guard:
-    """Tells how long a stop may take, and ends the process when it takes longer."""
+    """Knows when a stop is overdue, and ends the process then. Everything but `serving` runs in the signal thread."""
 
     def __init__(self, put: Callable[[Order], None], *, unserved: int, cut_off: int) -> None:
-        """`unserved` and `cut_off` are the exit statuses before and after clients are served."""
+        """`put` takes the orders; `unserved` and `cut_off` are exit statuses: before and since clients are served."""
         self._put = put
         self._unserved = unserved
         self._cut_off = cut_off
-        self._stops = 0
-        self._drain_s: Callable[[], float] | None = None
+        self._stops: list[float] = []
+        self._serving_since: float | None = None
+        self._drain_s: Callable[[], float] = lambda: 0.0
         self._last_words: Callable[[], object] = lambda: None
 
     def serving(self, drain_s: Callable[[], float], last_words: Callable[[], object]) -> None:
         """From now on clients are served: a stop may take as long as a drain, and `last_words` are said at the end."""
         self._drain_s = drain_s
         self._last_words = last_words
+        self._serving_since = time.monotonic()
 
-    def deliver(self, order: Order) -> float | None:
-        """Pass the order on; return in how many seconds the process must be gone, None for no limit."""
+    def deliver(self, order: Order) -> None:
+        """Pass the order on, and remember when a stop was asked for."""
+        if order.command is Command.STOP:
+            self._stops.append(time.monotonic())
         self._put(order)
-        if order.command is not Command.STOP:
-            return None
-        self._stops += 1
-        if self._stops > 1:
-            return INSISTED_S
-        return STARTING_S if self._drain_s is None else self._drain_s() + MARGIN_S
 
-    def overdue(self) -> None:
-        """End the process without asking anyone."""
-        if self._drain_s is None:
+    def seconds_left(self) -> float | None:
+        """How long the stop under way may still take, None if there is none; ends the process when it is over."""
+        if not self._stops:
+            return None
+        left_s = self._end() - time.monotonic()
+        if left_s <= 0:
+            self._end_process()
+        return left_s
+
+    def _end(self) -> float:
+        first, *others = self._stops
+        if self._serving_since is None:
+            return first + STARTING_S
+        end = max(first, self._serving_since) + self._drain_s() + MARGIN_S
+        return min(end, max(others[0], self._serving_since) + INSISTED_S) if others else end
+
+    def _end_process(self) -> NoReturn:
+        if self._serving_since is None:
             os._exit(self._unserved)
         structlog.get_logger().error("stop overdue", advice="the event loop is stuck; ending without it")
         self._last_words()

@@ -37,12 +37,13 @@ class Surroundings:
     prepare: Prepare
     logs: Logs
     stats: Stats
+    open_files: int
     on_serving: Callable[[Server, Reloads], None]
 
 
 async def run(first: Generation, around: Surroundings) -> Outcome:
     """Serve the first generation until an order to stop, then drain."""
-    server = Server(first.config, around.stats)
+    server = Server(first.config, around.stats, around.open_files)
     server.apply(first.config, first.listeners)
     reloads = Reloads(first, around.prepare, server, around.logs, around.stats)
     for warning in first.warnings:
@@ -76,9 +77,12 @@ async def _serve(server: Server, reloads: Reloads, around: Surroundings) -> Orde
 
 async def _drain(stop: Order, drain_s: float, server: Server, around: Surroundings) -> Drained:
     """Drain, following the orders that still make sense."""
-    open_now = server.snapshot()["connections"]["open"]
     log.info(
-        "drain started", signal=stop.signal, sender_pid=stop.sender_pid, connections=open_now, seconds_left=drain_s
+        "drain started",
+        signal=stop.signal,
+        sender_pid=stop.sender_pid,
+        connections=server.open_connections,
+        seconds_left=drain_s,
     )
     draining = asyncio.ensure_future(server.drain(_report_progress))
     following = asyncio.ensure_future(_follow_while_draining(server, around))

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 
 from echod import sockets
-from echod.sockets import SockAddr
+from echod.sockets import Bound, SockAddr
 
 ACCEPT_BATCH = 64
 """Accepts in a row, before established connections get their turn."""
@@ -32,66 +32,76 @@ class Listener:
 
     def __init__(
         self,
-        sock: socket.socket,
+        bound: Bound,
         on_accept: Callable[[socket.socket, SockAddr], None],
         on_starved: Callable[[OSError], None],
     ) -> None:
-        self._socket = sock
-        self._identity = sockets.file_identity(sock)
+        self._bound = bound
+        self._socket = bound.socket
         self._on_accept = on_accept
         self._on_starved = on_starved
         self._loop = asyncio.get_running_loop()
-        self._is_paused = False
+        self._pauses: set[str] = set()
         self._is_closing = False
         self._retry: asyncio.TimerHandle | None = None
         self._last_client_at = 0.0
-        self._loop.add_reader(sock, self._accept_some)
+        self._loop.add_reader(self._socket, self._accept_some)
 
     @property
     def address(self) -> str:
         """The address really bound: with the port that the kernel chose for port 0."""
         return sockets.peer_name(self._socket.family, self._socket.getsockname())
 
-    def pause(self) -> None:
-        """Leave new clients in the backlog until `resume`."""
-        self._is_paused = True
-        self._loop.remove_reader(self._socket)
+    def pause(self, reason: str) -> None:
+        """Leave new clients in the backlog, until `resume` for this reason and every other one."""
+        self._pauses.add(reason)
+        if self._is_open:
+            self._loop.remove_reader(self._socket)
 
-    def resume(self) -> None:
-        """Accept again after `pause`, or after descriptors ran out."""
-        self._is_paused = False
-        self._retry = None
-        if self._socket.fileno() >= 0:
+    def resume(self, reason: str) -> None:
+        """Accept again, unless there is another reason not to."""
+        self._pauses.discard(reason)
+        if self._is_open and not self._pauses:
             self._loop.add_reader(self._socket, self._accept_some)
 
     async def close(self) -> None:
-        """Accept every client whose handshake was complete or under way, then close; later ones are refused."""
+        """Accept every client whose handshake was complete or under way, then close; later ones are refused.
+
+        Takes CLOSE_S at most, not counting the time in which it is paused: what waits meanwhile would be reset.
+        """
         self._is_closing = True
         sockets.refuse_new_handshakes(self._socket)
-        now = self._last_client_at = self._loop.time()
-        end = now + CLOSE_S
-        while self._socket.fileno() >= 0 and (wait_s := self._quiet_at(end) - self._loop.time()) > 0:
-            await asyncio.sleep(wait_s)
-        while self._socket.fileno() >= 0 and self._accept_some():
+        self._last_client_at = self._loop.time()
+        left_s = CLOSE_S
+        while self._is_open and left_s > 0:
+            wait_s = QUIET_S if self._pauses else self._last_client_at + QUIET_S - self._loop.time()
+            if wait_s <= 0:
+                break
+            await asyncio.sleep(min(wait_s, left_s))
+            if self._pauses:
+                self._last_client_at = self._loop.time()
+            else:
+                left_s -= wait_s
+        while self._is_open and self._accept_some():
             pass
         self.close_now()
 
     def close_now(self) -> None:
         """Close; who is still in the backlog is reset."""
-        if self._socket.fileno() >= 0:
+        if self._is_open:
             if self._retry:
                 self._retry.cancel()
             self._loop.remove_reader(self._socket)
-            sockets.remove_file(self._socket, self._identity)
-            self._socket.close()
+            self._bound.close()
 
-    def _quiet_at(self, end: float) -> float:
-        return end if self._is_paused else min(end, self._last_client_at + QUIET_S)
+    @property
+    def _is_open(self) -> bool:
+        return self._socket.fileno() >= 0
 
     def _accept_some(self) -> bool:
         """Accept at most a batch; return whether more may be waiting."""
         for _ in range(ACCEPT_BATCH):
-            if self._is_paused:
+            if self._pauses:
                 return False
             try:
                 sock, peer = self._socket.accept()
@@ -107,8 +117,8 @@ class Listener:
 
     def _accept_failed(self, error: OSError) -> bool:
         if error.errno in _STARVED:
-            self.pause()
-            self._retry = self._loop.call_later(STARVED_S, self.resume)
+            self.pause("starved")
+            self._retry = self._loop.call_later(STARVED_S, self.resume, "starved")
             self._on_starved(error)
             return False
         if error.errno == errno.EINVAL:

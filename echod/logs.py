@@ -69,7 +69,11 @@ def open_file(config: Log) -> int | None:
     """A descriptor of the log file, or None if the log goes to standard error; raises OSError."""
     if not config.file:
         return None
-    return os.open(config.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
+    # Not to wait for the reader of a FIFO; afterwards the descriptor, which nobody shares, blocks as any.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    descriptor = os.open(config.file, flags, 0o640)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _sink(descriptor: int | None) -> Sink:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from functools import cache
 
 
 def raise_open_files() -> int:
@@ -26,9 +27,13 @@ def fill_standard_streams() -> None:
 
 
 def rss_bytes() -> int:
-    """Resident memory (proc(5), statm)."""
-    with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+    """Resident memory (proc(5), statm); from the second call on it needs no descriptor, for there may be none left."""
+    return int(os.pread(_statm(), 128, 0).split()[1]) * resource.getpagesize()
+
+
+@cache
+def _statm() -> int:
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def open_files() -> int:

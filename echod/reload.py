@@ -6,6 +6,7 @@ Requests that come while one is under way become one more, never a queue.
 import asyncio
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 import structlog
 
@@ -31,6 +32,7 @@ class Reloads:
         self._logs = logs
         self._stats = stats
         self._wanted = asyncio.Event()
+        self._is_closing = False
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="reloads")
 
     def request(self) -> None:
@@ -39,22 +41,24 @@ class Reloads:
 
     async def close(self) -> None:
         """Reload no more; one that is only being prepared is given up."""
+        self._is_closing = True
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
 
     async def _work(self) -> None:
-        while True:
+        while not self._is_closing:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                generation = await _aside(lambda: self._prepare(self._server.keys))
+                await self._put_in_force(await _aside(lambda: self._prepare(self._server.keys)))
             except PrepareError as error:
                 self._refuse(error.faults)
+            except asyncio.CancelledError:
+                self._refuse(["stopping"])
+                raise
             except Exception as error:  # whatever it is, the old configuration serves on
                 log.exception("reload failed")
                 self._refuse([repr(error)])
-            else:
-                await self._put_in_force(generation)
 
     def _refuse(self, faults: Collection[str]) -> None:
         self._stats.reloads_refused += 1
@@ -62,19 +66,22 @@ class Reloads:
         log.error("reload refused", errors=[*faults])
 
     async def _put_in_force(self, generation: Generation) -> None:
+        try:
+            self._server.apply(generation.config, generation.listeners)
+        except BaseException:
+            generation.discard()
+            raise
         changed = changed_keys(self.config, generation.config)
         self.config = generation.config
         self._logs.apply(generation.config.log, generation.log_descriptor)
-        self._server.apply(generation.config, generation.listeners)
         self._stats.config_generation += 1
         self._stats.reloads_applied += 1
         self._stats.reload_error = ""
         for warning in generation.warnings:
             log.warning("configuration", warning=warning)
-        try:
+        with suppress(asyncio.CancelledError):  # a stop, which waits for those listeners itself
             await self._server.retired()
-        finally:
-            log.info("reload applied", changed=changed, listen=self._server.addresses)
+        log.info("reload applied", changed=changed, listen=self._server.addresses)
 
 
 async def _aside(prepare: Callable[[], Generation]) -> Generation:
@@ -85,25 +92,40 @@ async def _aside(prepare: Callable[[], Generation]) -> Generation:
     loop = asyncio.get_running_loop()
     prepared: asyncio.Future[Generation] = loop.create_future()
 
-    def deliver(generation: Generation | None, error: Exception | None) -> None:
-        if prepared.cancelled():
-            if generation:
-                generation.discard()
-        elif generation:
-            prepared.set_result(generation)
-        elif error:
-            prepared.set_exception(error)
-
     def work() -> None:
         try:
-            generation, failed = prepare(), None
+            generation = prepare()
         except Exception as error:
-            generation, failed = None, error
-        try:
-            loop.call_soon_threadsafe(deliver, generation, failed)
-        except RuntimeError:  # the loop is closed
-            if generation:
+            _deliver(loop, _fail, prepared, error)
+        else:
+            if not _deliver(loop, _fulfil, prepared, generation):
                 generation.discard()
 
     threading.Thread(target=work, name="reload", daemon=True).start()
-    return await prepared
+    try:
+        return await prepared
+    except asyncio.CancelledError:
+        if prepared.done() and not prepared.cancelled() and not prepared.exception():
+            prepared.result().discard()  # it arrived in the very turn of the loop that brought the stop
+        raise
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, settle: Callable[..., None], *arguments: object) -> bool:
+    """Hand a result to the loop from another thread; False if the loop is closed."""
+    try:
+        loop.call_soon_threadsafe(settle, *arguments)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _fulfil(prepared: "asyncio.Future[Generation]", generation: Generation) -> None:
+    if prepared.cancelled():
+        generation.discard()
+    else:
+        prepared.set_result(generation)
+
+
+def _fail(prepared: "asyncio.Future[Generation]", error: Exception) -> None:
+    if not prepared.cancelled():
+        prepared.set_exception(error)

@@ -1,6 +1,6 @@
-"""The listeners and the live connections: open them, apply a configuration, drain them.
+"""The live connections: open them, apply a configuration to them, drain them.
 
-Owns both sets and nothing else; every change of them happens here. Signals, files, arguments and the service manager
+Owns their set and the listeners; every change of them happens here. Signals, files, arguments and the service manager
 are not known: the lifecycle calls the verbs, and what people should hear of goes to the log.
 """
 
@@ -15,12 +15,13 @@ import structlog
 
 from echod.config import RESERVED_FILES, Config, Timeouts
 from echod.connection import Connection
-from echod.listener import Listener
-from echod.sockets import Key, SockAddr
+from echod.listeners import Listeners
+from echod.sockets import Bound, Key, SockAddr
 from echod.stats import Stats
 
-TURNED_AWAY_AT_ONCE = RESERVED_FILES // 2
-"""Clients that may be in the act of being told there are too many; the next ones wait for that in the backlog."""
+TURNED_AWAY_AT_ONCE = range(RESERVED_FILES // 2, 1024)
+"""Clients that may be in the act of being told there are too many; the next ones wait for that in the backlog. As many
+as the descriptors allow that are left beside the open connections."""
 
 SWEEP_SLICE = 256
 """Connections looked at in a row, about 0.5 ms; others are served in between."""
@@ -44,12 +45,13 @@ class Drained:
 class Server:
     """Serves what its listeners bring; made and used inside a running loop."""
 
-    def __init__(self, config: Config, stats: Stats) -> None:
+    def __init__(self, config: Config, stats: Stats, open_files: int) -> None:
+        """`open_files` is how many descriptors the process may have."""
         self._config = config
+        self._open_files = open_files
         self._stats = stats
         self._loop = asyncio.get_running_loop()
-        self._listeners: dict[Key, Listener] = {}
-        self._retiring: dict[Listener, asyncio.Task[None]] = {}
+        self._listeners = Listeners(self._on_accept, self._on_starved)
         self._connections: set[Connection] = set()
         self._turned_away: set[Connection] = set()
         self._openings: set[asyncio.Task[object]] = set()
@@ -66,12 +68,17 @@ class Server:
     @property
     def addresses(self) -> list[str]:
         """The addresses really listened on."""
-        return [listener.address for listener in self._listeners.values()]
+        return self._listeners.addresses
 
     @property
     def keys(self) -> frozenset[Key]:
         """The listeners in force."""
-        return frozenset(self._listeners)
+        return self._listeners.keys
+
+    @property
+    def open_connections(self) -> int:
+        """How many clients are connected, those that are turned away not counted."""
+        return len(self._connections)
 
     def snapshot(self) -> dict[str, Any]:
         """The statistics at this moment."""
@@ -79,33 +86,17 @@ class Server:
 
     # -- a configuration -------------------------------------------------------------------------------------------
 
-    def apply(self, config: Config, sockets: Mapping[Key, socket.socket | None]) -> None:
+    def apply(self, config: Config, sockets: Mapping[Key, Bound | None]) -> None:
         """Put `config` in force with these listeners: a socket is a new one, None stays as it is, the others retire."""
+        self._listeners.apply(sockets, config.timeouts.drain)
         self._config = config
-        for key in self._listeners.keys() - sockets.keys():
-            self._retire(self._listeners.pop(key))
-        listeners = {key: self._listeners.get(key) or self._listen(sock) for key, sock in sockets.items()}
-        self._listeners = listeners
         for connection in self._connections:
             connection.limit_lines(config.limits.line_bytes)
-        self._sweeper.cancel()
-        self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
+        self._pause_if_full()
 
     async def retired(self) -> None:
         """Return when each listener that went away has served its backlog and is closed."""
-        while self._retiring:
-            await asyncio.wait(self._retiring.values())
-
-    def _listen(self, sock: socket.socket | None) -> Listener:
-        assert sock, "a kept listener exists"
-        return Listener(sock, self._on_accept, self._on_starved)
-
-    def _retire(self, listener: Listener) -> None:
-        def forget(_: object) -> None:
-            del self._retiring[listener]
-
-        self._retiring[listener] = task = self._loop.create_task(listener.close(), name="close listener")
-        task.add_done_callback(forget)
+        await self._listeners.retired()
 
     # -- connections come and go -----------------------------------------------------------------------------------
 
@@ -138,18 +129,23 @@ class Server:
         self._turned_away.add(connection)
         connection.finish(reason, words)
         log.debug("connection rejected", peer=connection.peer, reason=reason)
-        if len(self._turned_away) == TURNED_AWAY_AT_ONCE:
-            self._each_listener(Listener.pause)
+        self._pause_if_full()
 
     def _on_turned_away(self, connection: Connection) -> None:
-        if len(self._turned_away) == TURNED_AWAY_AT_ONCE:
-            self._each_listener(Listener.resume)
+        was_full = self._is_full
         self._turned_away.discard(connection)
+        if was_full and not self._is_full:
+            self._listeners.resume("turning away")
         self._check_emptied()
 
-    def _each_listener(self, act: Callable[[Listener], None]) -> None:
-        for listener in (*self._listeners.values(), *self._retiring):
-            act(listener)
+    def _pause_if_full(self) -> None:
+        if self._is_full:
+            self._listeners.pause("turning away")
+
+    @property
+    def _is_full(self) -> bool:
+        left = self._open_files - RESERVED_FILES // 2 - len(self.keys) - self._config.limits.connections
+        return len(self._turned_away) >= min(max(left, TURNED_AWAY_AT_ONCE.start), TURNED_AWAY_AT_ONCE.stop)
 
     def _on_closed(self, connection: Connection) -> None:
         reason = connection.reason
@@ -183,8 +179,8 @@ class Server:
 
     async def _sweep(self) -> None:
         """Hold each connection against the timeouts again and again, and see how late the loop is."""
-        interval_s = _sweep_interval(self._config.timeouts)
         while True:
+            interval_s = _sweep_interval(self._config.timeouts)
             due = self._loop.time() + interval_s
             await asyncio.sleep(interval_s)
             # The worst of late, forgotten by and by.
@@ -208,21 +204,18 @@ class Server:
         self._sweeper.cancel()
         for connection in self._connections:
             connection.start_draining(started_at)
-        for listener in self._listeners.values():
-            self._retire(listener)
-        self._listeners = {}
+        self._listeners.apply({}, self._config.timeouts.drain)
         await self._settle(started_at, report)
         while self._connections or self._turned_away:  # cut off, which takes a turn of the loop or two
             await asyncio.sleep(0)
-        await asyncio.gather(self._sweeper, *self._openings, *self._retiring.values(), return_exceptions=True)
+        await self._listeners.retired()
+        await asyncio.gather(self._sweeper, *self._openings, return_exceptions=True)
         return self._drained(before)
 
     def cut_off(self) -> None:
         """End a drain now: close the listeners and cut off whoever is still owed a reply."""
         self._is_cutting = True
-        for listener, closing in [*self._retiring.items()]:
-            closing.cancel()
-            listener.close_now()
+        self._listeners.close_now()
         for connection in [*self._connections, *self._turned_away]:
             connection.end_now()
         self._emptied.set()
@@ -234,9 +227,9 @@ class Server:
         tick_s = min(max(timeouts.drain_quiet / 10, 0.01), 0.1)
         reported_at = started_at
         is_over = False
-        while (self._retiring or self._connections or self._turned_away) and not self._is_cutting:
+        while (self._listeners.are_retiring or self._connections or self._turned_away) and not self._is_cutting:
             now = self._loop.time()
-            if now >= deadline and not self._retiring and not is_over:
+            if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
                 for connection in [*self._connections, *self._turned_away]:
                     connection.end_at_line_boundary()

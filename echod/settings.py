@@ -3,7 +3,10 @@
 Defaults, file, environment and command line, a later one winning. No bad value is ever replaced by a default.
 """
 
+import codecs
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,8 +74,10 @@ def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
     if file is None:
         return
     try:
-        with open(file, "rb") as stream:
-            document = tomllib.load(stream)
+        document = tomllib.loads(_text(file))
+    except _UnfitFileError as error:
+        faults.append(f"{file}: {error}")
+        return
     except OSError as error:
         faults.append(f"{file}: cannot be read: {error.strerror}")
         return
@@ -91,6 +96,21 @@ def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
             faults.append(f"{file}: {name}: expected a table{_got(value)}")
         else:
             yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
+
+
+class _UnfitFileError(Exception):
+    """Why a file that can be read is none to take a configuration from."""
+
+
+def _text(file: str) -> str:
+    with open(file, "rb") as stream:
+        data = stream.read()
+        if not data and not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            # Such as a pipe at a reload: its text went to the first who read it, and nothing would mean the defaults.
+            raise _UnfitFileError("empty, and no regular file: it can be read only once")
+    if data.startswith(codecs.BOM_UTF8):
+        raise _UnfitFileError("begins with a byte order mark: save it as UTF-8 without one")
+    return data.decode()
 
 
 # What Kubernetes puts into every container for a Service that happens to be called echod, echod-log, ...

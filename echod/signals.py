@@ -8,7 +8,6 @@ while it is stuck. What a command means is not known here.
 import asyncio
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -76,42 +75,46 @@ class Mailbox:
 
 
 @contextmanager
-def delivered(deliver: Callable[[Order], float | None], overdue: Callable[[], object]) -> Iterator[None]:
+def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], float | None]) -> Iterator[None]:
     """Hand each signal of TABLE to `deliver`, from a thread of its own, as long as the context is open.
 
-    What `deliver` returns is in how many seconds the process must be gone; when they are over, `overdue` is called in
-    that thread, whatever the rest of the process is doing. The earliest such moment counts. The signals stay blocked
-    afterwards: what arrives then is left pending, for whoever runs next in this process.
+    `seconds_left` is asked after each signal, and again when the seconds that it told are over; None is no limit. So
+    it is called in that thread even when the rest of the process is stuck, and may end the process. The signals stay
+    blocked afterwards: what arrives then is left pending, for whoever runs next in this process.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {*TABLE, _WAKE})
-    thread = threading.Thread(target=_wait, args=(deliver, overdue), name="signals", daemon=True)
+    closing = threading.Event()
+    thread = threading.Thread(target=_wait, args=(deliver, seconds_left, closing), name="signals", daemon=True)
     thread.start()
     try:
         yield
     finally:
         assert thread.ident is not None
+        closing.set()
         if thread.is_alive():
             signal.pthread_kill(thread.ident, _WAKE)
             thread.join()
 
 
-def _wait(deliver: Callable[[Order], float | None], overdue: Callable[[], object]) -> None:
-    end = float("inf")
+def stop_is_pending() -> bool:
+    """Whether a signal to stop has arrived that the kernel still holds."""
+    return any(TABLE.get(number) is Command.STOP for number in signal.sigpending())
+
+
+def _wait(
+    deliver: Callable[[Order], object], seconds_left: Callable[[], float | None], closing: threading.Event
+) -> None:
     while True:
-        received = _next_signal(end)
+        received = _next_signal(seconds_left())
         if received is None:
-            overdue()
+            continue
+        if received.si_signo != _WAKE:
+            number = signal.Signals(received.si_signo)
+            deliver(Order(TABLE[number], number.name.removeprefix("SIG"), received.si_pid))
+        elif closing.is_set():  # else it is a stranger's signal, which must not make us deaf
             return
-        if received.si_signo == _WAKE:
-            return
-        number = signal.Signals(received.si_signo)
-        grace_s = deliver(Order(TABLE[number], number.name.removeprefix("SIG"), received.si_pid))
-        if grace_s is not None:
-            end = min(end, time.monotonic() + grace_s)
 
 
-def _next_signal(end: float) -> signal.struct_siginfo | None:
+def _next_signal(timeout_s: float | None) -> signal.struct_siginfo | None:
     awaited = {*TABLE, _WAKE}
-    if end == float("inf"):
-        return signal.sigwaitinfo(awaited)
-    return signal.sigtimedwait(awaited, max(0.0, end - time.monotonic()))
+    return signal.sigwaitinfo(awaited) if timeout_s is None else signal.sigtimedwait(awaited, max(0.0, timeout_s))

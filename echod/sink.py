@@ -8,6 +8,7 @@ import os
 import select
 import threading
 import time
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 QUEUED_LINES = 8192
@@ -19,65 +20,88 @@ _GATHER_S = 0.01
 
 
 class Sink:
-    """An open descriptor, the queue of lines for it and the thread between them."""
+    """The place that lines go to; it can be changed while lines are being written."""
 
     def __init__(self, descriptor: int, *, is_owned: bool = False) -> None:
-        self._queue: SimpleQueue[bytes | _Target | None] = SimpleQueue()
-        self._target = _Target(descriptor, is_owned)
-        self._refused = 0  # written by the callers of `write`
-        self._failed = 0  # written by the thread
+        self._writers = [_Writer(descriptor, is_owned)]  # the last one takes the lines, those before are ending
+        self._dropped_by_ended = 0
+
+    @property
+    def dropped(self) -> int:
+        """Lines lost so far: no room in the queue, or the descriptor took none."""
+        return self._dropped_by_ended + sum(writer.dropped for writer in self._writers)
+
+    def write(self, line: bytes) -> None:
+        """Queue a line; never blocks."""
+        self._writers[-1].put(line)
+
+    def redirect(self, descriptor: int, *, is_owned: bool) -> None:
+        """Send the lines written from now on to `descriptor`; the one before gets its lines, and is closed if owned.
+
+        A thread that is stuck in its write is left behind with what it has: a new place must not wait for an old one.
+        """
+        self._writers[-1].finish()
+        ended = [writer for writer in self._writers if writer.wait(0)]
+        self._dropped_by_ended += sum(writer.dropped for writer in ended)
+        self._writers = [writer for writer in self._writers if writer not in ended]
+        self._writers.append(_Writer(descriptor, is_owned))
+
+    def close(self, timeout_s: float) -> bool:
+        """Write what is queued, for at most `timeout_s`; return whether all of it was."""
+        end = time.monotonic() + timeout_s
+        self._writers[-1].finish()
+        waited = [writer.wait(end - time.monotonic()) for writer in self._writers]
+        return all(waited)
+
+
+class _Writer:
+    """One descriptor, the queue of lines for it and the thread between them."""
+
+    def __init__(self, descriptor: int, is_owned: bool) -> None:
+        self._refused = 0  # counted by the callers of `put`
+        self._failed = 0  # counted by the thread
+        self._descriptor = descriptor
+        self._is_owned = is_owned
         self._is_torn = False
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     @property
     def dropped(self) -> int:
-        """Lines lost so far: no room in the queue, or the descriptor took none."""
         return self._refused + self._failed
 
-    def write(self, line: bytes) -> None:
-        """Queue a line; never blocks."""
+    def put(self, line: bytes) -> None:
         if self._queue.qsize() < QUEUED_LINES:
             self._queue.put(line)
         else:
             self._refused += 1
 
-    def redirect(self, descriptor: int, *, is_owned: bool) -> None:
-        """Send the lines written from now on to `descriptor`, and close the one before if it was owned."""
-        self._queue.put(_Target(descriptor, is_owned))
-
-    def close(self, timeout_s: float) -> bool:
-        """Write what is queued, for at most `timeout_s`; return whether all of it was."""
+    def finish(self) -> None:
         self._queue.put(None)
-        self._thread.join(timeout_s)
+
+    def wait(self, timeout_s: float) -> bool:
+        self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
-            batch, then = self._gather()
+        is_over = False
+        while not is_over:
+            batch, is_over = self._gather()
             if batch:
-                self._write(batch)
-            match then:
-                case _Target():
-                    self._target.close()
-                    self._target = then
-                    self._is_torn = False
-                case True:
-                    self._target.close()
-                    return
-                case False:
-                    time.sleep(_GATHER_S)
+                self._write(b"".join(batch))
+            if not is_over:
+                time.sleep(_GATHER_S)
+        if self._is_owned:
+            with suppress(OSError):  # a full disk behind NFS may say so only now
+                os.close(self._descriptor)
 
-    def _gather(self) -> "tuple[list[bytes], _Target | bool]":
-        """Wait for a line and take those behind it; then what comes after them: a new target, the end, or more."""
+    def _gather(self) -> tuple[list[bytes], bool]:
+        """Wait for a line and take those behind it; then whether the end has come."""
         batch: list[bytes] = []
         size = 0
         item = self._queue.get()
-        while True:
-            if item is None:
-                return batch, True
-            if isinstance(item, _Target):
-                return batch, item
+        while item is not None:
             batch.append(item)
             size += len(item)
             if size >= _BATCH_BYTES:
@@ -86,29 +110,19 @@ class Sink:
                 item = self._queue.get_nowait()
             except Empty:
                 return batch, False
+        return batch, True
 
-    def _write(self, batch: list[bytes]) -> None:
-        data = memoryview(b"\n" * self._is_torn + b"".join(batch))
-        while data:
+    def _write(self, lines: bytes) -> None:
+        data = b"\n" + lines if self._is_torn else lines
+        done = 0
+        while done < len(data):
             try:
-                data = data[os.write(self._target.descriptor, data) :]
+                done += os.write(self._descriptor, memoryview(data)[done:])
             except BlockingIOError:
                 # Somebody else made the shared descriptor non-blocking.
-                select.select([], [self._target.descriptor], [])
+                select.select([], [self._descriptor], [])
             except OSError:
-                self._failed += max(1, bytes(data).count(b"\n"))
-                self._is_torn = True
-                return
-        self._is_torn = False
-
-
-class _Target:
-    """A descriptor, and whether it is ours to close."""
-
-    def __init__(self, descriptor: int, is_owned: bool) -> None:
-        self.descriptor = descriptor
-        self.is_owned = is_owned
-
-    def close(self) -> None:
-        if self.is_owned:
-            os.close(self.descriptor)
+                self._failed += data.count(b"\n", done)
+                break
+        if done:
+            self._is_torn = data[done - 1 : done] != b"\n"

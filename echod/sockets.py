@@ -77,16 +77,33 @@ def resolve(address: Address) -> list[Endpoint]:
             return list(dict.fromkeys(Endpoint(family, sockaddr) for family, *_, sockaddr in found))
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A socket that listens, and for a Unix one device and inode of its file: a later file isn't ours to remove."""
+
+    socket: socket.socket
+    file: tuple[int, int] | None
+
+    def close(self) -> None:
+        """Close the socket and remove its file, if it is still the same."""
+        if self.file is not None:
+            with suppress(OSError):
+                path = self.socket.getsockname()
+                if _identity(path) == self.file:
+                    os.unlink(path)
+        self.socket.close()
+
+
 Key = tuple[Endpoint, int]
 """Names a listener across reloads: its endpoint, and a number that tells several of `host:0` apart."""
 
 
-def listen_all(addresses: Iterable[Address], kept: Collection[Key] = ()) -> dict[Key, socket.socket | None]:
+def listen_all(addresses: Iterable[Address], kept: Collection[Key] = ()) -> dict[Key, Bound | None]:
     """A listening socket for every endpoint of the addresses, in order, but None for those that are `kept`.
 
     All or nothing: raises BindErrors with every fault, and nothing stays bound then.
     """
-    sockets: dict[Key, socket.socket | None] = {}
+    sockets: dict[Key, Bound | None] = {}
     faults: list[str] = []
     for address in addresses:
         try:
@@ -101,36 +118,39 @@ def listen_all(addresses: Iterable[Address], kept: Collection[Key] = ()) -> dict
     return sockets
 
 
-def discard(sockets: Mapping[Key, socket.socket | None]) -> None:
+def discard(sockets: Mapping[Key, Bound | None]) -> None:
     """Close listeners that will not be used after all, and remove their socket files."""
-    for sock in sockets.values():
-        if sock:
-            remove_file(sock, file_identity(sock))
-            sock.close()
+    for bound in sockets.values():
+        if bound:
+            bound.close()
 
 
-def listen(endpoint: Endpoint) -> socket.socket:
+def listen(endpoint: Endpoint) -> Bound:
     """A socket that listens on the endpoint; raises BindError."""
-    sock = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
     try:
         if isinstance(endpoint.sockaddr, str):
             with _stale_file_removed(endpoint.sockaddr):
                 sock.bind(endpoint.sockaddr)
+                file = _identity(endpoint.sockaddr)
                 sock.listen(BACKLOG)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if endpoint.family == socket.AF_INET6:
-                # [::] then means IPv6 alone, and 0.0.0.0 can be listed beside it.
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(endpoint.sockaddr)
-            sock.listen(BACKLOG)
+                return Bound(sock, file)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.family == socket.AF_INET6:
+            # [::] then means IPv6 alone, and 0.0.0.0 can be listed beside it.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(endpoint.sockaddr)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
     except BindError:
         sock.close()
         raise
-    return sock
+    return Bound(sock, None)
 
 
 def _advice(endpoint: Endpoint, error: OSError) -> str:
@@ -139,6 +159,8 @@ def _advice(endpoint: Endpoint, error: OSError) -> str:
             return "address already in use; `ss -ltnp` (`ss -lxp` for a Unix socket) shows by whom"
         case errno.EADDRNOTAVAIL:
             return "not an address of this machine; `ip address` lists them"
+        case errno.EMFILE | errno.ENFILE:
+            return "no descriptor left; raise the limit of open files (ulimit -n, LimitNOFILE=)"
         case errno.EACCES | errno.EPERM if endpoint.family != socket.AF_UNIX:
             return "permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE"
         case _:
@@ -186,20 +208,9 @@ def _is_answered(path: str) -> bool:
     return True
 
 
-def file_identity(sock: socket.socket) -> tuple[int, int] | None:
-    """Device and inode of a listener's socket file, None for TCP: a later file of that name isn't ours to remove."""
-    if sock.family != socket.AF_UNIX:
-        return None
-    status = os.lstat(sock.getsockname())
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
     return status.st_dev, status.st_ino
-
-
-def remove_file(sock: socket.socket, identity: tuple[int, int] | None) -> None:
-    """Remove the socket file of a Unix listener, if it is still the one with this `file_identity`."""
-    if identity is not None:
-        with suppress(OSError):
-            if file_identity(sock) == identity:
-                os.unlink(sock.getsockname())
 
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
@@ -237,7 +248,10 @@ def welcome(sock: socket.socket) -> None:
 
 
 def unacknowledged_bytes(descriptor: int) -> int:
-    """Bytes written to a TCP socket that the peer's kernel has not acknowledged, a FIN as one (SIOCOUTQ, tcp(7))."""
+    """Bytes written that the peer's kernel has not acknowledged (SIOCOUTQ, tcp(7)); a FIN counts as one.
+
+    For a Unix socket: memory that holds what the peer has not read; it tells progress, but no number of bytes.
+    """
     return _queued(descriptor, termios.TIOCOUTQ)
 
 

@@ -96,5 +96,13 @@ class Stats:
                 "last_error": self.reload_error,
             },
             "loop_lag_ms": round(self.loop_lag_s * 1000, 3),
-            **{name: ask() for name, ask in self.gauges.items()},
+            **{name: _value(ask) for name, ask in self.gauges.items()},
         }
+
+
+def _value(ask: Callable[[], int]) -> int | None:
+    """A gauge that can't be read is unknown; a question must never end what it asks about."""
+    try:
+        return ask()
+    except OSError:
+        return None

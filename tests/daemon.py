@@ -131,12 +131,14 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def serving(*arguments: str, **options: Any) -> Iterator[Daemon]:
-    """An echod that serves on a free port of 127.0.0.1 unless the arguments name an address."""
-    listen = () if any(argument in ("-l", "-c") for argument in arguments) else ("-l", "127.0.0.1:0")
-    with Daemon(*listen, *arguments, **options) as daemon:
+def serving(*arguments: str, listen: bool = True, **options: Any) -> Iterator[Daemon]:
+    """An echod that serves, on a free port unless the arguments tell it where, and ends in good order."""
+    is_told = not listen or any(argument in ("-l", "-c") for argument in arguments)
+    with Daemon(*(() if is_told else ("-l", "127.0.0.1:0")), *arguments, **options) as daemon:
         daemon.wait_for("ready")
         yield daemon
+        if daemon.process.poll() is None:
+            assert daemon.stop() in (0, 3)
 
 
 def settings(**values: object) -> list[str]:

@@ -243,7 +243,7 @@ def _send_until_stuck(client: socket.socket) -> int:
     try:
         while True:
             sent += client.send(b"no reply is read\n" * 4096)
-    except TimeoutError:
+    except (TimeoutError, ConnectionResetError):  # stuck, or cut off for it already
         return sent
 
 

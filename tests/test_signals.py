@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from echod.signals import TABLE, Command, Mailbox, Order, delivered
+from echod.signals import TABLE, Command, Mailbox, Order, delivered, stop_is_pending
 from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, Daemon, ask, connect, serving
 
 FIRST_MS = range(0, 400, 5)
@@ -147,14 +147,14 @@ def unblocked_afterwards() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _no_limit() -> None:
+    return None
+
+
 def test_each_signal_is_delivered_as_its_command() -> None:
     """One table signal -> Command, delivered as data, with who sent it."""
     orders: SimpleQueue[Order] = SimpleQueue()
-
-    def deliver(order: Order) -> None:
-        orders.put(order)
-
-    with delivered(deliver, overdue=lambda: None):
+    with delivered(orders.put, _no_limit):
         for number, command in TABLE.items():
             os.kill(os.getpid(), number)
             order = orders.get(timeout=DEADLINE_S)
@@ -165,32 +165,46 @@ def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
     """What arrives while the signals are blocked and nobody waits is held by the kernel."""
     orders: SimpleQueue[Order] = SimpleQueue()
     signal.pthread_sigmask(signal.SIG_BLOCK, TABLE)
+    assert not stop_is_pending()
     os.kill(os.getpid(), signal.SIGHUP)
-    with delivered(orders.put, overdue=lambda: None):
-        assert orders.get(timeout=DEADLINE_S).command is Command.RELOAD
+    assert not stop_is_pending()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop_is_pending()
+    with delivered(orders.put, _no_limit):
+        assert {orders.get(timeout=DEADLINE_S).command for _ in range(2)} == {Command.RELOAD, Command.STOP}
 
 
-def test_overdue_is_called_at_the_earliest_end() -> None:
-    """What `deliver` returns is in how many seconds the process must be gone; the earliest counts."""
-    graces = iter([3600.0, None, 0.05, 3600.0])
+def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> None:
+    """The thread that waits for signals also watches the time, whatever the rest of the process is doing."""
+    answers = iter([None, 3600.0, 0.01, 0.01])
+    asked: SimpleQueue[float | None] = SimpleQueue()
     orders: SimpleQueue[Order] = SimpleQueue()
-    is_overdue = threading.Event()
 
-    def deliver(order: Order) -> float | None:
-        orders.put(order)
-        return next(graces)
+    def seconds_left() -> float | None:
+        answer = next(answers, None)
+        asked.put(answer)
+        return answer
 
-    with delivered(deliver, overdue=is_overdue.set):
-        for _ in range(3):
-            assert not is_overdue.is_set()
-            os.kill(os.getpid(), signal.SIGTERM)
-            orders.get(timeout=DEADLINE_S)
-        assert is_overdue.wait(DEADLINE_S)
+    with delivered(orders.put, seconds_left):
+        assert asked.get(timeout=DEADLINE_S) is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.get(timeout=DEADLINE_S) == 3600.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [asked.get(timeout=DEADLINE_S) for _ in range(3)] == [0.01, 0.01, None]
+
+
+def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
+    """The private signal of the thread, sent by somebody else, is ignored."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+    with delivered(orders.put, _no_limit):
+        os.kill(os.getpid(), signal.SIGRTMIN)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert orders.get(timeout=DEADLINE_S).command is Command.STOP
 
 
 def test_the_thread_ends_with_the_context() -> None:
     """No thread is left behind."""
-    with delivered(lambda _: None, overdue=lambda: None):
+    with delivered(lambda _: None, _no_limit):
         assert [thread for thread in threading.enumerate() if thread.name == "signals"]
     assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
 

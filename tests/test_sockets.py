@@ -16,28 +16,30 @@ from echod import sockets
 from echod.address import TcpAddress, UnixAddress
 from tests.daemon import DEADLINE_S
 
+Sockets = dict[sockets.Key, sockets.Bound | None]
+
 ANY = TcpAddress("127.0.0.1", 0)
 
 
 @pytest.fixture
-def opened() -> Iterator[dict[sockets.Key, socket.socket | None]]:
+def opened() -> Iterator[Sockets]:
     """A dict whose sockets are closed at the end."""
-    found: dict[sockets.Key, socket.socket | None] = {}
+    found: Sockets = {}
     yield found
     sockets.discard(found)
 
 
-def _names(found: dict[sockets.Key, socket.socket | None]) -> list[str]:
-    return [sockets.peer_name(sock.family, sock.getsockname()) for sock in found.values() if sock]
+def _names(found: Sockets) -> list[str]:
+    return [sockets.peer_name(bound.socket.family, bound.socket.getsockname()) for bound in found.values() if bound]
 
 
-def test_several_free_ports_can_be_asked_for(opened: dict[sockets.Key, socket.socket | None]) -> None:
+def test_several_free_ports_can_be_asked_for(opened: Sockets) -> None:
     """Port 0 twice means two listeners; a kept one is not bound again."""
     opened |= sockets.listen_all([ANY, ANY])
     assert len(set(_names(opened))) == 2
     again = sockets.listen_all([ANY, ANY, ANY], kept=opened)
     try:
-        assert [sock is None for sock in again.values()] == [True, True, False]
+        assert [bound is None for bound in again.values()] == [True, True, False]
     finally:
         sockets.discard(again)
 
@@ -67,7 +69,7 @@ def test_a_host_name_stands_for_each_of_its_addresses() -> None:
         sockets.resolve(TcpAddress("x" * 64 + ".invalid", 7))
 
 
-def test_both_wildcards_can_be_listed(opened: dict[sockets.Key, socket.socket | None]) -> None:
+def test_both_wildcards_can_be_listed(opened: Sockets) -> None:
     """[::] means IPv6 alone, so 0.0.0.0 can be listed beside it."""
     opened |= sockets.listen_all([TcpAddress("0.0.0.0", 0)])
     port = int(_names(opened)[0].rpartition(":")[2])

@@ -1,0 +1,92 @@
+"""The listeners in force and those that are retiring: changed as a whole, paused and closed together."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+
+from echod.listener import CLOSE_S, Listener
+from echod.sockets import Bound, Key, SockAddr
+
+
+class Listeners:
+    """Hands each socket that any of them accepts, and its peer's address, to `on_accept`, which must not raise."""
+
+    def __init__(
+        self, on_accept: Callable[[socket.socket, SockAddr], None], on_starved: Callable[[OSError], None]
+    ) -> None:
+        self._on_accept = on_accept
+        self._on_starved = on_starved
+        self._in_force: dict[Key, Listener] = {}
+        self._retiring: dict[Listener, asyncio.Task[None]] = {}
+
+    def __iter__(self) -> Iterator[Listener]:
+        """All of them, the retiring ones too."""
+        return iter((*self._in_force.values(), *self._retiring))
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses really listened on."""
+        return [listener.address for listener in self._in_force.values()]
+
+    @property
+    def keys(self) -> frozenset[Key]:
+        """The listeners in force."""
+        return frozenset(self._in_force)
+
+    @property
+    def are_retiring(self) -> bool:
+        """Whether any is still on its way to being closed."""
+        return bool(self._retiring)
+
+    def apply(self, sockets: Mapping[Key, Bound | None], bound_s: float) -> None:
+        """Change over to these: a socket is a new one, None stays as it is, the others retire within `bound_s`."""
+        listeners = self._with_new(sockets)  # all that can fail
+        for key in self._in_force.keys() - sockets.keys():
+            self._retire(self._in_force[key], bound_s)
+        self._in_force = listeners
+
+    def pause(self, reason: str) -> None:
+        """Leave new clients in the backlogs until `resume`."""
+        for listener in self:
+            listener.pause(reason)
+
+    def resume(self, reason: str) -> None:
+        """Accept again what waits."""
+        for listener in self:
+            listener.resume(reason)
+
+    async def retired(self) -> None:
+        """Return when each listener that went away has served its backlog and is closed."""
+        while self._retiring:
+            await asyncio.wait(self._retiring.values())
+
+    def close_now(self) -> None:
+        """Close all; who is still in a backlog is reset."""
+        for listener, closing in [*self._retiring.items()]:
+            closing.cancel()
+            listener.close_now()
+
+    def _with_new(self, sockets: Mapping[Key, Bound | None]) -> dict[Key, Listener]:
+        listeners: dict[Key, Listener] = {}
+        with ExitStack() as undo:
+            for key, bound in sockets.items():
+                if bound:
+                    listeners[key] = Listener(bound, self._on_accept, self._on_starved)
+                    undo.callback(listeners[key].close_now)
+                else:
+                    listeners[key] = self._in_force[key]
+            undo.pop_all()
+        return listeners
+
+    def _retire(self, listener: Listener, bound_s: float) -> None:
+        async def close() -> None:
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(bound_s + CLOSE_S):
+                        await listener.close()
+            finally:
+                listener.close_now()
+                del self._retiring[listener]
+
+        self._retiring[listener] = asyncio.get_running_loop().create_task(close(), name="close listener")

@@ -1,0 +1,257 @@
+"""Rare moments that once went wrong, or would: each must not wrong a client, nor the operator."""
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tests.daemon import DEADLINE_S, Daemon, Event, ask, connect, read_line, read_to_end, serving, settings
+
+NOTHING_LEFT = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+
+
+def _reload(echod: Daemon, verdict: str) -> Event:
+    known = len(echod.events)
+    echod.send(signal.SIGHUP)
+    return echod.wait_for(verdict, after=known)
+
+
+def _leave_descriptors(pid: int, count: int) -> None:
+    hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+    used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + count, hard))
+
+
+def _send_until_stuck(client: socket.socket, line: bytes = b"no reply is read\n") -> int:
+    """Pipeline without reading until nothing more is taken; return how many bytes were."""
+    client.settimeout(0.3)
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sent += client.send((line * 4096)[sent % len(line) :])
+    client.settimeout(DEADLINE_S)
+    return sent
+
+
+def test_without_a_descriptor_left_stats_and_stop_work() -> None:
+    """Descriptors exhausted: USR1 still tells, TERM still drains, nobody is reset."""
+    with serving(*settings(timeouts_drain_quiet=0.1)) as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        _leave_descriptors(echod.pid, 0)
+        assert echod.stats()["rss_bytes"] > 1_000_000
+        assert ask(client, b"still\n") == b"STILL\n"
+        echod.send(signal.SIGTERM)
+        assert read_to_end(client) == b""
+        client.close()
+        assert echod.exit_status() == 0
+
+
+def test_a_refused_reload_leaks_no_descriptor(tmp_path: Path) -> None:
+    """Whatever fails, the old config stays in force in every respect: no descriptor, no socket file is left."""
+    file, log = tmp_path / "echod.toml", tmp_path / "log"
+    file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken, serving("-c", str(file)) as echod:
+        before = echod.stats()["open_files"]
+        file.write_text(
+            f"[[listen]]\naddress = 'unix:{tmp_path}/sock'\n[[listen]]\n"
+            f"address = '127.0.0.1:{taken.getsockname()[1]}'\n[log]\nfile = '{log}'\n"
+        )
+        for _ in range(20):
+            assert "address already in use" in _reload(echod, "reload refused")["errors"][0]
+        assert echod.stats()["open_files"] == before
+        assert not (tmp_path / "sock").exists()
+
+
+def test_a_log_file_that_is_a_fifo_nobody_reads_is_refused(tmp_path: Path) -> None:
+    """A log that can't be opened at once is a fault, and later reloads work."""
+    file, fifo = tmp_path / "echod.toml", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
+    with serving("-c", str(file)) as echod:
+        good = file.read_text()
+        file.write_text(f"{good}[log]\nfile = '{fifo}'\n")
+        assert _reload(echod, "reload refused")["errors"] == [f"log.file: {fifo}: no such device or address"]
+        file.write_text(good)
+        _reload(echod, "reload applied")
+
+
+def test_a_configuration_from_a_pipe_is_not_reread_as_nothing() -> None:
+    """`-c <(…)`: a reload that can't read the text again is refused, not taken for the defaults."""
+    here = 'printf \'[[listen]]\naddress = "127.0.0.1:0"\n\' | { exec 7<&0; exec "$@" -c /dev/fd/7 </dev/null; }'
+    command = ("bash", "-c", f'exec 8< <({here.partition(" |")[0]}); exec "$@" -c /dev/fd/8', "bash")
+    with serving(command=(*command, sys.executable, "-m", "echod"), listen=False) as echod:
+        assert "it can be read only once" in _reload(echod, "reload refused")["errors"][0]
+
+
+def test_a_line_that_waits_for_us_is_not_late() -> None:
+    """`line`: a line begun must end; while its client's replies are unsent it isn't even read."""
+    lines = b"a line that is long enough not to end where a chunk does\n" * 60_000
+    with serving(*settings(timeouts_line=0.4)) as echod, connect(echod.port, receive_buffer=4096) as client:
+        sending = threading.Thread(target=client.sendall, args=(lines,))
+        sending.start()
+        received = bytearray()
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            received += client.recv(8192)
+            time.sleep(0.02)  # the slowness under test
+        while len(received) < len(lines):
+            received += client.recv(65536)
+        sending.join()
+        assert received == lines.upper()
+
+
+def test_after_a_pause_of_the_process_nobody_is_late() -> None:
+    """A stopped and continued process reads what has arrived before it calls anyone idle or slow."""
+    with serving(*settings(timeouts_idle=0.6, timeouts_line=0.6)) as echod:
+        with connect(echod.port) as idle, connect(echod.port) as in_line:
+            assert ask(idle, b"hello\n") == b"HELLO\n"
+            in_line.sendall(b"half")
+            while echod.stats()["bytes_in"] != 10:
+                pass
+            echod.send(signal.SIGSTOP)
+            idle.sendall(b"in time\n")
+            in_line.sendall(b" done\n")
+            time.sleep(1)  # the pause under test
+            echod.send(signal.SIGCONT)
+            assert read_line(idle) == b"IN TIME\n"
+            assert read_line(in_line) == b"HALF DONE\n"
+
+
+def test_the_backlog_at_the_connection_limit_is_told_before_the_end() -> None:
+    """At the limit, with clients that don't leave, a drain still tells everyone in the backlog; nobody is reset."""
+    with serving(*settings(limits_connections=1)) as echod, connect(echod.port) as first:
+        assert ask(first, b"1\n") == b"1\n"
+        echod.send(signal.SIGSTOP)
+        waiting = [connect(echod.port) for _ in range(150)]
+        echod.send(signal.SIGTERM)
+        echod.send(signal.SIGCONT)
+        assert {read_to_end(client) for client in waiting} == {b"ERROR too many connections\n"}
+        for client in waiting:
+            client.close()
+        assert read_to_end(first) == b""
+        first.close()
+        assert echod.exit_status() == 0
+
+
+def test_a_line_that_was_not_read_yet_counts_at_the_second_signal() -> None:
+    """The second signal: exit 3 if anyone was owed a reply, be it to a line in the kernel's hands."""
+    with serving() as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\nhalf") == b"HELLO\n"
+        echod.send(signal.SIGTERM)
+        echod.wait_for("drain started")
+        echod.send(signal.SIGSTOP)
+        client.sendall(b" a line\n")
+        echod.send(signal.SIGTERM)
+        echod.send(signal.SIGCONT)
+        with contextlib.suppress(ConnectionResetError):
+            answered = read_to_end(client)
+            assert answered in (b"", b"HALF A LINE\n")
+        status = echod.exit_status()
+        assert (status, echod.wait_for("drain finished")["cut"]) in ((3, 1), (0, 0))
+        if echod.wait_for("connection closed")["lines"] == 1:
+            assert status == 3
+
+
+def test_a_stop_during_the_start_still_drains_who_came_in_time() -> None:
+    """TERM while starting, with a client that connects at once: it is served as in any drain, exit 0."""
+    with Daemon("-l", "127.0.0.1:18970", *settings(timeouts_drain=7)) as echod:
+        client = _as_soon_as_open(18970)
+        echod.send(signal.SIGTERM)
+        client.sendall(b"half")
+        echod.wait_for("drain started")
+        time.sleep(5.5)  # longer than a stop may take before anyone is served
+        assert ask(client, b" a line\n") == b"HALF A LINE\n"
+        assert read_to_end(client) == b""
+        client.close()
+        assert echod.exit_status() == 0
+
+
+def _as_soon_as_open(port: int) -> socket.socket:
+    end = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return connect(port)
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+
+
+def test_a_unix_client_whose_queue_is_full_is_ended(tmp_path: Path) -> None:
+    """A farewell that can't be written doesn't keep a connection for ever."""
+    path = tmp_path / "sock"
+    options = settings(timeouts_idle=0.5, timeouts_line=0.5, timeouts_write=0.5)
+    with serving("-l", f"unix:{path}", *options) as echod, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            while True:  # a little at a time, so that the last reply may fit exactly
+                client.sendall(b"x" * 700 + b"\n")
+                time.sleep(0.0005)
+        assert echod.wait_for("connection closed")["reason"] in ("write timeout", "idle", "line timeout")
+
+
+def test_a_steady_slow_reader_of_a_unix_socket_is_not_cut_off(tmp_path: Path) -> None:
+    """`write`: takes none of its replies; who takes some, if less than the kernel wants to go on, gets all."""
+    path = tmp_path / "sock"
+    with serving("-l", f"unix:{path}", *settings(timeouts_write=2)) as echod, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        _send_until_stuck(client)
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            assert client.recv(2560)
+            time.sleep(0.05)  # the slowness under test
+        assert echod.stats()["connections"]["open"] == 1
+
+
+def test_drain_quiet_0_waits_for_a_line_begun() -> None:
+    """A line begun is waited for, however short `drain_quiet` is."""
+    with serving(*settings(timeouts_drain_quiet=0)) as echod, connect(echod.port) as client:
+        assert ask(client, b"whole\nhalf") == b"WHOLE\n"
+        echod.send(signal.SIGTERM)
+        echod.wait_for("drain started")
+        assert ask(client, b" line\n") == b"HALF LINE\n"
+        assert read_to_end(client) == b""
+
+
+def test_hups_in_a_row_don_t_stop_the_clock(tmp_path: Path) -> None:
+    """Timeouts go on while one reload follows the other."""
+    file = tmp_path / "echod.toml"
+    file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n[timeouts]\nidle = 2\n")
+    with serving("-c", str(file)) as echod, connect(echod.port) as client:
+        client.settimeout(0.05)
+        end = time.monotonic() + DEADLINE_S
+        received = b""
+        while not received:
+            assert time.monotonic() < end
+            echod.send(signal.SIGHUP)
+            with contextlib.suppress(TimeoutError):
+                received = client.recv(100)
+        assert received == b"ERROR idle for 2 s\n"
+
+
+def test_a_client_that_ends_its_stream_and_resets_is_counted_as_reset() -> None:
+    """Who half-closes and then goes without its replies is `reset`, not `client`."""
+    with serving() as echod, connect(echod.port, receive_buffer=4096) as client:
+        _send_until_stuck(client)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING_LEFT)
+        client.close()
+        assert echod.wait_for("connection closed")["reason"] == "reset"
+
+
+def test_a_bad_line_behind_unsent_replies_ends_within_bounds() -> None:
+    """The error line comes after everything owed; the second for the client's end of stream begins then."""
+    lines = b"a line before the bad one\n" * 150_000
+    with serving() as echod, connect(echod.port, receive_buffer=4096) as client:
+        sending = threading.Thread(target=client.sendall, args=(lines + b"\xff\n",))
+        sending.start()
+        time.sleep(0.5)  # replies pile up unsent: nobody reads them
+        assert read_to_end(client) == lines.upper() + b"ERROR invalid utf-8\n"
+        sending.join()
+        ended_at = time.monotonic()
+        assert echod.wait_for("connection closed")["reason"] == "invalid utf-8"
+        assert time.monotonic() - ended_at < 3, "though this side is still open"
