@@ -283,12 +283,12 @@ def test_the_stats_dump_is_written_whatever_the_log_level() -> None:
             other.close()
             while (stats := echod.stats())["connections"]["open"] != 1:
                 pass
+            assert stats["open_files"] == len(os.listdir(f"/proc/{echod.pid}/fd"))
         assert (stats["pid"], stats["state"], stats["lines"]) == (echod.pid, "serving", 3)
         assert (stats["bytes_in"], stats["bytes_out"]) == (14, 14)
         assert stats["connections"]["accepted"] == 2
         assert stats["connections"]["closed"]["client"] == 1
         assert stats["rss_bytes"] > 10_000_000
-        assert stats["open_files"] == len(os.listdir(f"/proc/{echod.pid}/fd"))
         assert echod.stop() == 0
         assert {event["event"] for event in echod.events} == {"stats"}
 

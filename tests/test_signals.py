@@ -198,6 +198,8 @@ def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
     orders: SimpleQueue[Order] = SimpleQueue()
     with delivered(orders.put, _no_limit):
         os.kill(os.getpid(), signal.SIGRTMIN)
+        while signal.SIGRTMIN in signal.sigpending():
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
         assert orders.get(timeout=DEADLINE_S).command is Command.STOP
 

@@ -83,8 +83,8 @@ def test_a_log_file_that_is_a_fifo_nobody_reads_is_refused(tmp_path: Path) -> No
 
 def test_a_configuration_from_a_pipe_is_not_reread_as_nothing() -> None:
     """`-c <(…)`: a reload that can't read the text again is refused, not taken for the defaults."""
-    here = 'printf \'[[listen]]\naddress = "127.0.0.1:0"\n\' | { exec 7<&0; exec "$@" -c /dev/fd/7 </dev/null; }'
-    command = ("bash", "-c", f'exec 8< <({here.partition(" |")[0]}); exec "$@" -c /dev/fd/8', "bash")
+    text = """[[listen]]\\naddress = '127.0.0.1:0'\\n"""
+    command = ("bash", "-c", f'exec 8< <(printf "{text}"); exec "$@" -c /dev/fd/8', "bash")
     with serving(command=(*command, sys.executable, "-m", "echod"), listen=False) as echod:
         assert "it can be read only once" in _reload(echod, "reload refused")["errors"][0]
 
