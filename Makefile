@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 3
 UPGRADE ?=
 COVERAGE_MIN ?= 95
 
@@ -31,12 +32,12 @@ run: $(VENV)/.echod ## set up and start `echod serve`; options in ARGS="..."; Ct
 
 .PHONY: test
 test: $(VENV)/.echod $(VENV)/.dev ## run the tests; pytest's options in PYTEST_ARGS="..."
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: check
 check: lint types ## what CI runs: lint, types, and the tests with their coverage
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	@$(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=$(COVERAGE_MIN)
 

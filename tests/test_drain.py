@@ -173,16 +173,23 @@ def test_an_unfinished_line_at_the_deadline_is_owed_nothing() -> None:
 
 def test_a_second_signal_ends_it_within_100_ms() -> None:
     """The second one cuts the rest off now, exit 3 if anyone was owed a reply."""
+    # The best of some tries: how long the machine takes to let anyone run isn't what is tested.
+    assert any(_seconds_from_second_signal_to_end() < 0.1 for _ in range(5))
+
+
+def _seconds_from_second_signal_to_end() -> float:
     with serving() as echod, connect(echod.port, receive_buffer=4096) as client, connect(echod.port) as idle:
         ask(idle, b"hello\n")
         _send_until_stuck(client)
         echod.send(signal.SIGTERM)
         echod.wait_for("drain started")
-        echod.send(signal.SIGINT)
         insisted_at = time.monotonic()
-        echod.wait_for("stopped", exit_status=3)
-        assert time.monotonic() - insisted_at < 0.1 * _slowness()
+        echod.send(signal.SIGINT)
+        assert echod.process.wait(DEADLINE_S) == 3
+        ended_at = time.monotonic()
         assert echod.exit_status() == 3
+        assert echod.wait_for("drain finished")["cut"] == 1
+        return ended_at - insisted_at
 
 
 def test_a_second_signal_is_no_failure_when_nobody_is_owed_anything() -> None:
@@ -194,15 +201,6 @@ def test_a_second_signal_is_no_failure_when_nobody_is_owed_anything() -> None:
         echod.send(signal.SIGTERM)
         assert echod.exit_status() == 0
         assert echod.wait_for("drain finished")["clean"] == 1
-
-
-def _slowness() -> float:
-    """How much slower this machine is at this moment than one on which a spin of 10 ms takes 10 ms."""
-    started_at = time.monotonic()
-    spent = time.thread_time()
-    while time.thread_time() - spent < 0.01:
-        pass
-    return max(1.0, (time.monotonic() - started_at) / 0.01)
 
 
 def test_progress_is_logged_at_least_once_a_second() -> None:

@@ -1,12 +1,15 @@
 """No signal, at any moment from echod's first line of code on, ends it by default action or gets lost."""
 
+import asyncio
+import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -136,21 +139,34 @@ def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked() 
         os.unlink(fifo)
 
 
-# -- the room itself ---------------------------------------------------------------------------------------------------
+# -- the room itself, in processes of their own: pytest has other threads, which don't block what is sent --------------
+
+_CLAIMS: dict[str, Callable[[], None]] = {}
 
 
-@pytest.fixture(autouse=True)
-def unblocked_afterwards() -> Iterator[None]:
-    """`delivered` leaves the signals blocked, which the next test must not inherit."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def alone(claim: Callable[[], None]) -> Callable[[], None]:
+    """Run a test in a fresh process."""
+    _CLAIMS[claim.__name__] = claim
+
+    @functools.wraps(claim)
+    def test() -> None:
+        process = multiprocessing.get_context("spawn").Process(target=_hold, args=(claim.__name__,))
+        process.start()
+        process.join(DEADLINE_S)
+        assert process.exitcode == 0
+
+    return test
+
+
+def _hold(name: str) -> None:
+    _CLAIMS[name]()
 
 
 def _no_limit() -> None:
     return None
 
 
+@alone
 def test_each_signal_is_delivered_as_its_command() -> None:
     """One table signal -> Command, delivered as data, with who sent it."""
     orders: SimpleQueue[Order] = SimpleQueue()
@@ -161,6 +177,7 @@ def test_each_signal_is_delivered_as_its_command() -> None:
             assert order == Order(command, number.name.removeprefix("SIG"), os.getpid())
 
 
+@alone
 def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
     """What arrives while the signals are blocked and nobody waits is held by the kernel."""
     orders: SimpleQueue[Order] = SimpleQueue()
@@ -174,6 +191,7 @@ def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
         assert {orders.get(timeout=DEADLINE_S).command for _ in range(2)} == {Command.RELOAD, Command.STOP}
 
 
+@alone
 def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> None:
     """The thread that waits for signals also watches the time, whatever the rest of the process is doing."""
     answers = iter([None, 3600.0, 0.01, 0.01])
@@ -193,6 +211,7 @@ def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> No
         assert [asked.get(timeout=DEADLINE_S) for _ in range(3)] == [0.01, 0.01, None]
 
 
+@alone
 def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
     """The private signal of the thread, sent by somebody else, is ignored."""
     orders: SimpleQueue[Order] = SimpleQueue()
@@ -204,6 +223,7 @@ def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
         assert orders.get(timeout=DEADLINE_S).command is Command.STOP
 
 
+@alone
 def test_the_thread_ends_with_the_context() -> None:
     """No thread is left behind."""
     with delivered(lambda _: None, _no_limit):
@@ -213,8 +233,6 @@ def test_the_thread_ends_with_the_context() -> None:
 
 def test_orders_wait_in_the_mailbox_until_they_are_asked_for() -> None:
     """Orders that come before the loop runs, from another thread, are read in their order."""
-    import asyncio
-
     mailbox = Mailbox()
     first, second, third = (Order(command, "X", 1) for command in (Command.RELOAD, Command.DUMP_STATS, Command.STOP))
     mailbox.put(first)
