@@ -81,12 +81,13 @@ class Listeners:
 
     def _retire(self, listener: Listener, bound_s: float) -> None:
         async def close() -> None:
-            try:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(bound_s + CLOSE_S):
-                        await listener.close()
-            finally:
-                listener.close_now()
-                del self._retiring[listener]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(bound_s + CLOSE_S):
+                    await listener.close()
 
-        self._retiring[listener] = asyncio.get_running_loop().create_task(close(), name="close listener")
+        def forget(_: object) -> None:  # a callback, for a task that is cancelled before its first step runs no finally
+            listener.close_now()
+            del self._retiring[listener]
+
+        self._retiring[listener] = task = asyncio.get_running_loop().create_task(close(), name="close listener")
+        task.add_done_callback(forget)

@@ -13,6 +13,7 @@ import uvloop
 from echod import sockets
 from echod.address import TcpAddress, UnixAddress, parse_address
 from echod.listener import CLOSE_S, Listener
+from echod.listeners import Listeners
 from tests.daemon import DEADLINE_S
 
 
@@ -100,6 +101,44 @@ def test_accepted_while_closing_a_socket_is_no_different() -> None:
             await door.listener.close()
             with await door.came.get() as sock:
                 assert sock.getsockopt(socket.IPPROTO_IP, 21) == 0  # IP_MINTTL
+
+    _run(scenario())
+
+
+def test_listeners_that_are_closed_at_once_are_gone() -> None:
+    """A second signal may come in the very turn of the loop in which the first began to close the listeners."""
+
+    async def scenario() -> None:
+        listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
+        listeners.apply(sockets.listen_all([TcpAddress("127.0.0.1", 0)]), bound_s=8)
+        (port,) = (int(address.rpartition(":")[2]) for address in listeners.addresses)
+        listeners.apply({}, bound_s=8)
+        listeners.close_now()
+        await listeners.retired()
+        assert not listeners.are_retiring
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+
+    _run(scenario())
+
+
+def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
+    """All or nothing: one of the new listeners can't be watched, and none of them is left."""
+
+    async def scenario() -> None:
+        listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
+        listeners.apply(sockets.listen_all([TcpAddress("127.0.0.1", 0)]), bound_s=8)
+        before = listeners.addresses
+        new = sockets.listen_all([TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)])
+        *_, last = new.values()
+        assert last
+        last.socket.close()
+        with pytest.raises((OSError, ValueError)):
+            listeners.apply(new, bound_s=8)
+        assert listeners.addresses == before
+        assert [bound.socket.fileno() for bound in new.values() if bound] == [-1, -1]
+        listeners.apply({}, bound_s=0)
+        await listeners.retired()
 
     _run(scenario())
 
