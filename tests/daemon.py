@@ -18,6 +18,9 @@ DEADLINE_S = 20.0
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("echod"))
 
+UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
+"""Environment of a process whose time is tested: measuring its coverage would come before its first line, and last."""
+
 Event = dict[str, Any]
 
 

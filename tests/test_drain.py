@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients import Tally, come_and_go, pipeline
-from tests.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving, settings
+from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, read_to_end, serving, settings
 
 SHORT = settings(timeouts_drain=0.5, timeouts_drain_quiet=0.1)
 
@@ -178,7 +178,11 @@ def test_a_second_signal_ends_it_within_100_ms() -> None:
 
 
 def _seconds_from_second_signal_to_end() -> float:
-    with serving() as echod, connect(echod.port, receive_buffer=4096) as client, connect(echod.port) as idle:
+    with (
+        serving(environment=UNMEASURED) as echod,
+        connect(echod.port, receive_buffer=4096) as client,
+        connect(echod.port) as idle,
+    ):
         ask(idle, b"hello\n")
         _send_until_stuck(client)
         echod.send(signal.SIGTERM)

@@ -188,14 +188,11 @@ def test_200_hups_in_a_second_end_in_one_right_config(tmp_path: Path) -> None:
     file.write_text(GOOD.format(port=0))
     with serving("-c", str(file)) as echod, connect(echod.port) as client:
         for number in range(200):
-            # As an editor does: a reload never sees half a file.
-            fresh = file.with_suffix(".new")
-            fresh.write_text(GOOD.format(port=0).replace("50", str(1000 + number)))
-            fresh.rename(file)
+            _replace(file, GOOD.format(port=0).replace("50", str(1000 + number)))
             echod.send(signal.SIGHUP)
             assert ask(client, b"served\n") == b"SERVED\n"
             time.sleep(0.004)  # the rate of the signals
-        file.write_text(GOOD.format(port=0).replace("50", "1"))
+        _replace(file, GOOD.format(port=0).replace("50", "1"))
         echod.send(signal.SIGHUP)
         end = time.monotonic() + DEADLINE_S
         while _first_answer(echod.port) != b"ERROR too many connections\n":
@@ -206,6 +203,13 @@ def test_200_hups_in_a_second_end_in_one_right_config(tmp_path: Path) -> None:
         assert stats["config_generation"] == stats["reloads"]["applied"] + 1
         assert ask(client, b"the same connection\n") == b"THE SAME CONNECTION\n"
         assert echod.stop() == 0
+
+
+def _replace(file: Path, text: str) -> None:
+    """As an editor does: a reload never sees half a file, or an empty one, which would mean the defaults."""
+    fresh = file.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.rename(file)
 
 
 def _first_answer(port: int) -> bytes:

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import pytest
 
 from echod.signals import TABLE, Command, Mailbox, Order, delivered, stop_is_pending
-from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, Daemon, ask, connect, serving
+from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, UNMEASURED, Daemon, ask, connect, serving
 
 FIRST_MS = range(0, 400, 5)
 ARMED_CPU_MS = 40
@@ -26,13 +26,7 @@ ARMED_CPU_MS = 40
 
 
 def _start() -> Daemon:
-    # Measuring coverage of the child would run before echod's first line.
-    return Daemon(
-        "-l",
-        "127.0.0.1:0",
-        command=(CONSOLE_SCRIPT,),
-        environment={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
-    )
+    return Daemon("-l", "127.0.0.1:0", command=(CONSOLE_SCRIPT,), environment=UNMEASURED)
 
 
 def _is_armed(pid: int) -> bool:
