@@ -1,5 +1,6 @@
 """A real echod process under test: started, watched through its log, and never left behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,7 +133,7 @@ def clean_environment() -> dict[str, str]:
     return kept | {"PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": ""}
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(*arguments: str, listen: bool = True, **options: Any) -> Iterator[Daemon]:
     """An echod that serves, on a free port unless the arguments tell it where, and ends in good order."""
     is_told = not listen or any(argument in ("-l", "-c") for argument in arguments)
@@ -161,6 +161,25 @@ def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
         client.close()
         raise
     return client
+
+
+def connect_once_open(port: int) -> socket.socket:
+    """A client of a daemon that is only just starting, or logs nothing: connected as soon as its port is open."""
+    end = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return connect(port)
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+
+
+def send_until_stuck(client: socket.socket) -> None:
+    """Pipeline without reading until nothing more is taken, or until the client is cut off for it."""
+    client.settimeout(0.3)
+    with contextlib.suppress(TimeoutError, ConnectionResetError):
+        while True:
+            client.send(b"no reply is read\n" * 4096)
+    client.settimeout(DEADLINE_S)
 
 
 def read_to_end(client: socket.socket) -> bytes:

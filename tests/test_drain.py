@@ -1,7 +1,6 @@
 """A stop: every client gets what it is owed, nobody is reset, and the exit status tells the truth."""
 
 import asyncio
-import contextlib
 import random
 import signal
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients import Tally, come_and_go, pipeline
-from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, read_to_end, serving, settings
+from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, read_to_end, send_until_stuck, serving, settings
 
 SHORT = settings(timeouts_drain=0.5, timeouts_drain_quiet=0.1)
 
@@ -143,7 +142,7 @@ def test_later_clients_are_refused() -> None:
 def test_a_client_that_never_reads_is_cut_at_the_deadline() -> None:
     """Who is still owed bytes at `drain` seconds is cut off, counted and logged; exit 3."""
     with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port, receive_buffer=4096) as client:
-        _send_until_stuck(client)
+        send_until_stuck(client)
         echod.send(signal.SIGTERM)
         sent_at = time.monotonic()
         assert echod.exit_status() == 3
@@ -152,13 +151,6 @@ def test_a_client_that_never_reads_is_cut_at_the_deadline() -> None:
         finished = echod.wait_for("drain finished")
         assert (finished["clean"], finished["cut"]) == (0, 1)
         assert echod.wait_for("stopped")["exit_status"] == 3
-
-
-def _send_until_stuck(client: socket.socket) -> None:
-    client.settimeout(0.3)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            client.send(b"no reply is read\n" * 4096)
 
 
 def test_an_unfinished_line_at_the_deadline_is_owed_nothing() -> None:
@@ -184,7 +176,7 @@ def _seconds_from_second_signal_to_end() -> float:
         connect(echod.port) as idle,
     ):
         ask(idle, b"hello\n")
-        _send_until_stuck(client)
+        send_until_stuck(client)
         echod.send(signal.SIGTERM)
         echod.wait_for("drain started")
         insisted_at = time.monotonic()

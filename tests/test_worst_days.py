@@ -11,7 +11,19 @@ import threading
 import time
 from pathlib import Path
 
-from tests.daemon import DEADLINE_S, Daemon, Event, ask, connect, read_line, read_to_end, serving, settings
+from tests.daemon import (
+    DEADLINE_S,
+    Daemon,
+    Event,
+    ask,
+    connect,
+    connect_once_open,
+    read_line,
+    read_to_end,
+    send_until_stuck,
+    serving,
+    settings,
+)
 
 NOTHING_LEFT = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
@@ -26,17 +38,6 @@ def _leave_descriptors(pid: int, count: int) -> None:
     hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
     used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + count, hard))
-
-
-def _send_until_stuck(client: socket.socket, line: bytes = b"no reply is read\n") -> int:
-    """Pipeline without reading until nothing more is taken; return how many bytes were."""
-    client.settimeout(0.3)
-    sent = 0
-    with contextlib.suppress(TimeoutError):
-        while True:
-            sent += client.send((line * 4096)[sent % len(line) :])
-    client.settimeout(DEADLINE_S)
-    return sent
 
 
 def test_without_a_descriptor_left_stats_and_stop_work() -> None:
@@ -161,7 +162,7 @@ def test_a_line_that_was_not_read_yet_counts_at_the_second_signal() -> None:
 def test_a_stop_during_the_start_still_drains_who_came_in_time() -> None:
     """TERM while starting, with a client that connects at once: it is served as in any drain, exit 0."""
     with Daemon("-l", "127.0.0.1:18970", *settings(timeouts_drain=7)) as echod:
-        client = _as_soon_as_open(18970)
+        client = connect_once_open(18970)
         echod.send(signal.SIGTERM)
         client.sendall(b"half")
         echod.wait_for("drain started")
@@ -170,15 +171,6 @@ def test_a_stop_during_the_start_still_drains_who_came_in_time() -> None:
         assert read_to_end(client) == b""
         client.close()
         assert echod.exit_status() == 0
-
-
-def _as_soon_as_open(port: int) -> socket.socket:
-    end = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            return connect(port)
-        except ConnectionRefusedError:
-            assert time.monotonic() < end
 
 
 def test_a_unix_client_whose_queue_is_full_is_ended(tmp_path: Path) -> None:
@@ -200,7 +192,7 @@ def test_a_steady_slow_reader_of_a_unix_socket_is_not_cut_off(tmp_path: Path) ->
     path = tmp_path / "sock"
     with serving("-l", f"unix:{path}", *settings(timeouts_write=2)) as echod, socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
-        _send_until_stuck(client)
+        send_until_stuck(client)
         end = time.monotonic() + 4
         while time.monotonic() < end:
             assert client.recv(2560)
@@ -237,7 +229,7 @@ def test_hups_in_a_row_don_t_stop_the_clock(tmp_path: Path) -> None:
 def test_a_client_that_ends_its_stream_and_resets_is_counted_as_reset() -> None:
     """Who half-closes and then goes without its replies is `reset`, not `client`."""
     with serving() as echod, connect(echod.port, receive_buffer=4096) as client:
-        _send_until_stuck(client)
+        send_until_stuck(client)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING_LEFT)
         client.close()
         assert echod.wait_for("connection closed")["reason"] == "reset"
