@@ -14,6 +14,9 @@ from queue import Empty, SimpleQueue
 QUEUED_LINES = 8192
 """At a few hundred bytes a line some megabytes; what a reader may be behind before lines are dropped."""
 
+PREDECESSOR_S = 1.0
+"""How long a new place waits for the last lines to the old one."""
+
 _BATCH_BYTES = 65_536
 _GATHER_S = 0.01
 """How long the writer rests after a write: lines of a busy moment then share one write and one wake-up (9 µs each)."""
@@ -38,13 +41,15 @@ class Sink:
     def redirect(self, descriptor: int, *, is_owned: bool) -> None:
         """Send the lines written from now on to `descriptor`; the one before gets its lines, and is closed if owned.
 
-        A thread that is stuck in its write is left behind with what it has: a new place must not wait for an old one.
+        Lines keep their order, for the new place may be the old one reopened. But a thread that is stuck in its write is
+        left behind with what it has after PREDECESSOR_S: a new place must not wait for an old one.
         """
-        self._writers[-1].finish()
+        last = self._writers[-1]
+        last.finish()
         ended = [writer for writer in self._writers if writer.wait(0)]
         self._dropped_by_ended += sum(writer.dropped for writer in ended)
         self._writers = [writer for writer in self._writers if writer not in ended]
-        self._writers.append(_Writer(descriptor, is_owned))
+        self._writers.append(_Writer(descriptor, is_owned, last))
 
     def close(self, timeout_s: float) -> bool:
         """Write what is queued, for at most `timeout_s`; return whether all of it was."""
@@ -57,14 +62,14 @@ class Sink:
 class _Writer:
     """One descriptor, the queue of lines for it and the thread between them."""
 
-    def __init__(self, descriptor: int, is_owned: bool) -> None:
+    def __init__(self, descriptor: int, is_owned: bool, predecessor: "_Writer | None" = None) -> None:
         self._refused = 0  # counted by the callers of `put`
         self._failed = 0  # counted by the thread
         self._descriptor = descriptor
         self._is_owned = is_owned
         self._is_torn = False
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(predecessor,), name="log", daemon=True)
         self._thread.start()
 
     @property
@@ -84,7 +89,9 @@ class _Writer:
         self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
-    def _run(self) -> None:
+    def _run(self, predecessor: "_Writer | None") -> None:
+        if predecessor:
+            predecessor.wait(PREDECESSOR_S)
         is_over = False
         while not is_over:
             batch, is_over = self._gather()

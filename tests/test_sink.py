@@ -150,6 +150,20 @@ def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:
     assert received == [(b"y" * 999 + b"\n") * 1000]
 
 
+def test_lines_keep_their_order_when_a_file_is_reopened(tmp_path: Path) -> None:
+    """A reload reopens the same file: what was logged before stays before what is logged after."""
+    file = tmp_path / "log"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    sink = Sink(os.open(file, flags), is_owned=True)
+    lines = [f"line {number}\n".encode() for number in range(3000)]
+    for number, line in enumerate(lines):
+        sink.write(line)
+        if number % 100 == 0:
+            sink.redirect(os.open(file, flags), is_owned=True)
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"".join(lines)
+
+
 def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_path: Path) -> None:
     """What was written before `redirect` goes to the old target, which is closed if it was the sink's own."""
     reader, writer = pipe
