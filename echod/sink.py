@@ -41,8 +41,8 @@ class Sink:
     def redirect(self, descriptor: int, *, is_owned: bool) -> None:
         """Send the lines written from now on to `descriptor`; the one before gets its lines, and is closed if owned.
 
-        Lines keep their order, for the new place may be the old one reopened. But a thread that is stuck in its write is
-        left behind with what it has after PREDECESSOR_S: a new place must not wait for an old one.
+        Lines keep their order, for the new place may be the old one reopened. But a thread that is stuck in its write
+        is left behind with what it has after PREDECESSOR_S: a new place must not wait for an old one.
         """
         last = self._writers[-1]
         last.finish()
