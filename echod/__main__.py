@@ -120,7 +120,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
 
     from echod import lifecycle
     from echod.greeting import greeting
-    from echod.logs import Logs
+    from echod.logs import STANDARD_ERROR, Logs
     from echod.stats import Stats
 
     process.rss_bytes()  # opens what it needs as long as there are descriptors
@@ -137,6 +137,8 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
         guard.serving(lambda: reloads.config.timeouts.drain, last_words=lambda: logs.sink.close(LOG_FLUSH_S))
         if logs.is_at_terminal:
             logs.sink.write(greeting(server.addresses, os.getpid()).encode())
+        elif os.isatty(STANDARD_ERROR):  # the log is a file, the person is here
+            os.write(STANDARD_ERROR, greeting(server.addresses, os.getpid()).encode())
 
     around = lifecycle.Surroundings(mailbox.get, prepare, logs, stats, process.allowed_open_files(), on_serving)
     status = COULD_NOT_START

@@ -56,7 +56,11 @@ def _host(host: str) -> str:
     if _is_bracketed(host):
         return _number(IPv6Address, host[1:-1])
     if not _NAME.fullmatch(host):
-        raise ValueError("expected a host name or an IP address before the port" if host else "no host")
+        raise ValueError(
+            "expected a host name or an IP address before the port"
+            if host
+            else "no host; 0.0.0.0:PORT or [::]:PORT is all"
+        )
     return _number(IPv4Address, host) if re.fullmatch("[0-9.]+", host) else host
 
 

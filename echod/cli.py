@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="echod", description="A TCP daemon that answers every line in upper case.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"echod {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
         help="run in the foreground until a signal",

@@ -29,6 +29,10 @@ class Limits(Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1, le=1_000_000)],
         Meta(description="open at once; one more is told ERROR and closed; if set by hand it must fit under NOFILE"),
     ] = 10_000
+    connections_per_address: Annotated[
+        Annotated[int, Meta(ge=0, le=1_000_000)],
+        Meta(description="open at once from one IP address; 0 = no limit; Unix sockets have none"),
+    ] = 0
     line_bytes: Annotated[
         Annotated[int, Meta(ge=1, le=16_777_216)],
         Meta(description="longest line, without its LF"),

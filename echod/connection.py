@@ -88,6 +88,11 @@ class Connection(asyncio.BufferedProtocol):
         return sockets.peer_name(self._family, self._peer)
 
     @property
+    def host(self) -> str | None:
+        """The client's IP address alone, None for a Unix socket."""
+        return self._peer[0] if isinstance(self._peer, tuple) else None
+
+    @property
     def lines(self) -> int:
         """Messages answered."""
         return self._echo.answered
@@ -210,7 +215,8 @@ class Connection(asyncio.BufferedProtocol):
             self._linger = asyncio.get_running_loop().call_later(LINGER_S, self._give_up)
 
     def _give_up(self) -> None:
-        self.unacknowledged_bytes = max(0, self._owed_bytes() - 1)  # the FIN counts as one
+        self._measure(0.0)
+        self.unacknowledged_bytes = max(0, self._owed - 1)  # the FIN counts as one
         self._abort()
 
     def _abort(self) -> None:
@@ -247,7 +253,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def settle(self, now: float, quiet_s: float) -> None:
         """Finish the connection if it has been quiet for so long; to be called after each `tend` while draining."""
-        if self.reason == "client" and self._transport and self._owed_bytes() == 0:
+        if self.reason == "client" and self._transport and not self._owed:
             self._transport.close()
         elif self.reason is None and now - self._quiet_since >= quiet_s and self._is_settled():
             self.finish("drained")
@@ -277,7 +283,7 @@ class Connection(asyncio.BufferedProtocol):
         self._seen_lines = self._echo.answered
 
     def _measure(self, now: float) -> None:
-        """See whether the client has taken anything since the last look."""
+        """See what the client's kernel has not acknowledged (TCP), or ours not taken (Unix), and since when."""
         queued = sockets.unacknowledged_bytes(self._descriptor) if self._transport else 0
         owed = self.unsent_bytes if self._family == socket.AF_UNIX else self.unsent_bytes + queued
         taken = self.bytes_out - self.unsent_bytes - queued
@@ -285,12 +291,6 @@ class Connection(asyncio.BufferedProtocol):
             self._taken = taken
             self._taken_since = now
         self._owed = owed
-
-    def _owed_bytes(self) -> int:
-        """Bytes that the client's kernel has not acknowledged (TCP) or ours not taken (Unix)."""
-        if not self._transport or self._family == socket.AF_UNIX:
-            return self.unsent_bytes
-        return self.unsent_bytes + sockets.unacknowledged_bytes(self._descriptor)
 
     def _unread_bytes(self) -> int:
         return sockets.unread_bytes(self._descriptor) if self._transport else 0

@@ -65,7 +65,7 @@ async def _serve(server: Server, reloads: Reloads, around: Surroundings) -> Orde
             case Command.STOP:
                 return order
             case Command.RELOAD:
-                log.info("reload started", signal=order.signal, sender_pid=order.sender_pid)
+                log.info("reload started", **_origin(order))
                 reloads.request()
             case Command.DUMP_STATS:
                 around.logs.always("stats", **server.snapshot())
@@ -79,8 +79,7 @@ async def _drain(stop: Order, drain_s: float, server: Server, around: Surroundin
     """Drain, following the orders that still make sense."""
     log.info(
         "drain started",
-        signal=stop.signal,
-        sender_pid=stop.sender_pid,
+        **_origin(stop),
         connections=server.open_connections,
         seconds_left=drain_s,
     )
@@ -98,7 +97,7 @@ async def _follow_while_draining(server: Server, around: Surroundings) -> None:
         order = await around.next_order()
         match order.command:
             case Command.STOP:
-                log.warning("drain cut short", signal=order.signal, sender_pid=order.sender_pid)
+                log.warning("drain cut short", **_origin(order))
                 server.cut_off()
             case Command.RELOAD:
                 log.info("reload ignored", why="draining")
@@ -108,6 +107,11 @@ async def _follow_while_draining(server: Server, around: Surroundings) -> None:
                 log.warning("upgrade refused", errors=["draining"])
             case _:
                 assert_never(order.command)
+
+
+def _origin(order: Order) -> dict[str, str | int]:
+    """Which signal, and whose: the kernel, as for Ctrl-C, has no pid."""
+    return {"signal": order.signal} | ({"sender_pid": order.sender_pid} if order.sender_pid else {})
 
 
 def _report_progress(connections: int, seconds_left: float) -> None:

@@ -6,6 +6,7 @@ are not known: the lifecycle calls the verbs, and what people should hear of goe
 
 import asyncio
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from echod.stats import Stats
 TURNED_AWAY_AT_ONCE = range(RESERVED_FILES // 2, 1024)
 """Clients that may be in the act of being told there are too many; the next ones wait for that in the backlog. As many
 as the descriptors allow that are left beside the open connections."""
+
+TELL_OF_REJECTED_S = 10.0
+"""At most this often a line says how many clients were turned away."""
 
 SWEEP_SLICE = 256
 """Connections looked at in a row, about 0.5 ms; others are served in between."""
@@ -54,6 +58,9 @@ class Server:
         self._listeners = Listeners(self._on_accept, self._on_starved)
         self._connections: set[Connection] = set()
         self._turned_away: set[Connection] = set()
+        self._per_host: Counter[str | None] = Counter()
+        self._rejected_told = dict(stats.rejected)
+        self._rejected_told_at = float("-inf")
         self._openings: set[asyncio.Task[object]] = set()
         self._emptied = asyncio.Event()
         self._unacknowledged = 0
@@ -101,20 +108,31 @@ class Server:
     # -- connections come and go -----------------------------------------------------------------------------------
 
     def _on_accept(self, sock: socket.socket, peer: SockAddr) -> None:
-        limits = self._config.limits
+        line_bytes = self._config.limits.line_bytes
         now = self._loop.time()
-        if len(self._connections) < limits.connections:
-            connection = Connection(sock, peer, limits.line_bytes, now, self._forget_connection)
+        host = peer[0] if isinstance(peer, tuple) else None
+        if refusal := self._refusal(host):
+            connection = Connection(sock, peer, line_bytes, now, self._forget_turned_away)
+            self._turn_away(connection, *refusal)
+        else:
+            connection = Connection(sock, peer, line_bytes, now, self._forget_connection)
             self._connections.add(connection)
+            self._per_host[host] += 1
             self._stats.accepted += 1
             if self._is_draining:
                 connection.start_draining(now)
-        else:
-            connection = Connection(sock, peer, limits.line_bytes, now, self._forget_turned_away)
-            self._turn_away(connection, "limit", "too many connections")
         opening = self._loop.create_task(self._open(connection, sock))
         self._openings.add(opening)
         opening.add_done_callback(self._openings.discard)
+
+    def _refusal(self, host: str | None) -> tuple[str, str] | None:
+        """Why one more client from there is too many: under which name it is counted, and what it is told."""
+        limits = self._config.limits
+        if len(self._connections) >= limits.connections:
+            return "limit", "too many connections"
+        if host and 0 < limits.connections_per_address <= self._per_host[host]:
+            return "address", "too many connections from your address"
+        return None
 
     async def _open(self, connection: Connection, sock: socket.socket) -> None:
         try:
@@ -151,6 +169,9 @@ class Server:
         reason = connection.reason
         assert reason is not None
         self._connections.discard(connection)
+        self._per_host[connection.host] -= 1
+        if not self._per_host[connection.host]:
+            del self._per_host[connection.host]
         self._stats.close(reason, connection)
         self._unacknowledged += connection.unacknowledged_bytes > 0
         log.info(
@@ -183,6 +204,7 @@ class Server:
             interval_s = _sweep_interval(self._config.timeouts)
             due = self._loop.time() + interval_s
             await asyncio.sleep(interval_s)
+            self._tell_of_rejected()
             # The worst of late, forgotten by and by.
             self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
             for part in _slices(self._connections):
@@ -190,6 +212,14 @@ class Server:
                 for connection in part:
                     connection.tend(now, self._config.timeouts)
                 await asyncio.sleep(0)
+
+    def _tell_of_rejected(self) -> None:
+        """One line for all clients turned away since the last one: a flood of them mustn't be one of the log."""
+        now = self._loop.time()
+        if self._stats.rejected != self._rejected_told and now - self._rejected_told_at >= TELL_OF_REJECTED_S:
+            counts = {reason: count - self._rejected_told[reason] for reason, count in self._stats.rejected.items()}
+            self._rejected_told, self._rejected_told_at = dict(self._stats.rejected), now
+            log.warning("connections rejected", connections=len(self._connections), **counts)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iter
         elif name.startswith("ECHOD_") and name != "ECHOD_CONFIG" and not _KUBERNETES.fullmatch(name):
             # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
             nearest = _nearest(name, [*known, "ECHOD_CONFIG"], cutoff=0.8)
-            if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in SECTIONS:
+            if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in {*SECTIONS, "listen"}:
                 faults.append(f"{name}: unknown key{nearest}{_got(value)}")
 
 
@@ -247,7 +247,11 @@ def _fit(config: Config, setting: Setting | None, open_files: int) -> Loaded:
     reason = f"{open_files} open files are allowed (ulimit -n, LimitNOFILE=)"
     if setting or fits < 1:
         source = setting.source if setting else "default"
-        fit = f"at most {fits} fit" if fits > 0 else f"at least {RESERVED_FILES + len(config.listen) + 1} are needed"
+        fit = (
+            f"at most {fits} fit: lower it, or raise the hard limit"
+            if fits > 0
+            else f"at least {RESERVED_FILES + len(config.listen) + 1} are needed"
+        )
         raise ConfigError([f"{source}: limits.connections: {reason}, {fit}{_got(wanted)}"])
     lowered = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, connections=fits))
     return Loaded(lowered, (f"limits.connections: {reason}, so the default of {wanted} is lowered to {fits}",))

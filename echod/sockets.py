@@ -156,7 +156,7 @@ def listen(endpoint: Endpoint) -> Bound:
 def _advice(endpoint: Endpoint, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "address already in use; `ss -ltnp` (`ss -lxp` for a Unix socket) shows by whom"
+            return "address already in use; `ss -ltnp` shows by whom, and -l ADDRESS takes another"
         case errno.EADDRNOTAVAIL:
             return "not an address of this machine; `ip address` lists them"
         case errno.EMFILE | errno.ENFILE:

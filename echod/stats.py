@@ -25,7 +25,7 @@ CLOSE_REASONS = (
     "drained",
     "cut",
 )
-REJECT_REASONS = ("limit",)
+REJECT_REASONS = ("limit", "address")
 
 
 class Traffic(Protocol):

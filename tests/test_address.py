@@ -59,7 +59,7 @@ def test_ipv6_without_brackets(text: str) -> None:
 
 def test_no_host() -> None:
     """An address without a host listens nowhere."""
-    with pytest.raises(ValueError, match=r"^no host$"):
+    with pytest.raises(ValueError, match=r"^no host; 0.0.0.0:PORT or \[::\]:PORT is all$"):
         parse_address(":80")
 
 

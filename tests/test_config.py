@@ -56,7 +56,7 @@ def test_defaults() -> None:
     assert loaded == Loaded(Config(), ())
     assert msgspec.to_builtins(loaded.config) == {
         "listen": ({"address": "127.0.0.1:8888"},),
-        "limits": {"connections": 10_000, "line_bytes": 65_536},
+        "limits": {"connections": 10_000, "connections_per_address": 0, "line_bytes": 65_536},
         "timeouts": {"idle": 300, "line": 30, "write": 30, "drain": 8, "drain_quiet": 0.5},
         "log": {"level": "info", "format": "auto", "file": ""},
     }
@@ -144,7 +144,7 @@ FILE_FAULTS = [
     ("listen = []", "listen: expected at least one address (got [])"),
     ("[[listen]]", "listen[0].address: missing"),
     ("[[listen]]\naddress = 3", "listen[0].address: expected str (got 3)"),
-    ("[[listen]]\naddress = ':1'", "listen[0].address: no host (got ':1')"),
+    ("[[listen]]\naddress = ':1'", "listen[0].address: no host; 0.0.0.0:PORT or [::]:PORT is all (got ':1')"),
     (
         "[[listen]]\naddress = 'a:1'\n[[listen]]\naddress = 'a:1'",
         "listen[1].address: listed twice (got 'a:1')",
@@ -353,7 +353,10 @@ SPARE = RESERVED_FILES + 1  # for one listener
 
 def test_connections_set_by_hand_must_fit(file: Path) -> None:
     """`limits.connections` set by hand must fit under NOFILE, or is refused with the figure that fits."""
-    wrong = "limits.connections: 100 open files are allowed (ulimit -n, LimitNOFILE=), at most 35 fit (got 36)"
+    wrong = (
+        "limits.connections: 100 open files are allowed (ulimit -n, LimitNOFILE=), "
+        "at most 35 fit: lower it, or raise the hard limit (got 36)"
+    )
     assert from_file("[limits]\nconnections = 35\n", file, 100) == Loaded(Config(limits=Limits(connections=35)), ())
     assert faults_of("[limits]\nconnections = 36\n", file, open_files=100) == [f"FILE: {wrong}"]
     environment = {"ECHOD_LIMITS_CONNECTIONS": "36"}

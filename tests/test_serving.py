@@ -196,6 +196,44 @@ def test_many_clients_too_many_are_all_told() -> None:
         assert echod.stop() == 0
 
 
+def test_one_client_too_many_from_an_address_is_told_and_closed(tmp_path: Path) -> None:
+    """`connections_per_address`: other addresses and Unix sockets go on; a reload puts it in force at once."""
+    file = tmp_path / "echod.toml"
+    listen = f"[[listen]]\naddress = '127.0.0.1:0'\n[[listen]]\naddress = 'unix:{tmp_path}/sock'\n"
+    file.write_text(listen)
+    with serving("-c", str(file)) as echod, connect(echod.port) as first, connect(echod.port) as second:
+        assert ask(first, b"1\n") == b"1\n"
+        assert ask(second, b"2\n") == b"2\n"
+        file.write_text(f"{listen}[limits]\nconnections_per_address = 2\n")
+        echod.send(signal.SIGHUP)
+        assert echod.wait_for("reload applied")["changed"] == ["limits.connections_per_address"]
+        with connect(echod.port) as third:
+            third.sendall(b"let me in\n")
+            assert read_to_end(third) == b"ERROR too many connections from your address\n"
+        other = socket.create_connection(("127.0.0.1", echod.port), DEADLINE_S, source_address=("127.0.0.2", 0))
+        with other, _unix_client(tmp_path / "sock") as unix:
+            assert ask(other, b"elsewhere\n") == b"ELSEWHERE\n"
+            assert ask(unix, b"unix\n") == b"UNIX\n"
+            counted = echod.stats()["connections"]
+            assert (counted["open"], counted["accepted"], counted["rejected"]["address"]) == (4, 4, 1)
+        first.close()
+        echod.wait_for("connection closed", lines=1, bytes_in=2)
+        with connect(echod.port) as fourth:
+            assert ask(fourth, b"room again\n") == b"ROOM AGAIN\n"
+
+
+def test_a_flood_of_rejected_clients_is_a_line_of_the_log() -> None:
+    """Clients turned away are one line every ten seconds at most."""
+    with serving(*settings(limits_connections=1, timeouts_idle=5)) as echod, connect(echod.port) as first:
+        assert ask(first, b"1\n") == b"1\n"
+        for _ in range(50):
+            with connect(echod.port) as refused:
+                assert read_to_end(refused) == b"ERROR too many connections\n"
+        told = echod.wait_for("connections rejected", connections=1, address=0)
+        assert 1 <= told["limit"] <= 50
+        assert len(echod.events_named("connections rejected")) == 1
+
+
 def test_an_idle_client_is_told_and_closed() -> None:
     """`idle`: nothing from the client, nothing owed to it, no line begun."""
     with serving(*settings(timeouts_idle=0.5, timeouts_line=30)) as echod:
@@ -332,7 +370,7 @@ def test_the_connection_limit_is_held_against_the_open_files() -> None:
         assert echod.stop() == 0
     with Daemon(*settings(limits_connections=236), command=limited) as echod:
         assert echod.process.wait(DEADLINE_S) == 78
-    assert "at most 235 fit (got 236)" in echod.other_lines[0]
+    assert "at most 235 fit: lower it, or raise the hard limit (got 236)" in echod.other_lines[0]
 
 
 def test_descriptors_that_run_out_make_clients_wait_not_fail() -> None:

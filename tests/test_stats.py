@@ -75,7 +75,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize(
     "reason",
-    ["limit", pytest.param("address", marks=pytest.mark.xfail(strict=True, reason="no limit per address yet"))],
+    ["limit", "address"],
 )
 def test_names_of_rejections(reason: str) -> None:
     """Why clients were rejected has the names of the contract, each from the start."""

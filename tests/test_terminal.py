@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from echod.greeting import greeting
 from tests.daemon import DEADLINE_S, clean_environment, connect
@@ -24,10 +27,12 @@ def _read_until(reader: int, text: bytes) -> bytes:
     return seen
 
 
-def test_a_terminal_is_greeted_with_what_to_type_next() -> None:
-    """On a terminal it greets with what to type next; Ctrl-C drains and stops."""
+@pytest.mark.parametrize("has_log_file", [False, True], ids=["log here", "log in a file"])
+def test_a_terminal_is_greeted_with_what_to_type_next(has_log_file: bool, tmp_path: Path) -> None:
+    """On a terminal it greets with what to type next, wherever its log goes; Ctrl-C drains and stops."""
     reader, terminal = pty.openpty()
-    command = [sys.executable, "-m", "echod", "serve", "-l", "127.0.0.1:0"]
+    log = ["--set", f"log.file={tmp_path}/log"] if has_log_file else []
+    command = [sys.executable, "-m", "echod", "serve", "-l", "127.0.0.1:0", *log]
     echod = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=clean_environment())
     os.close(terminal)
     try:
@@ -37,8 +42,10 @@ def test_a_terminal_is_greeted_with_what_to_type_next() -> None:
         assert f"kill -HUP {echod.pid} ".encode() in seen
         connect(int(port[1])).close()
         echod.send_signal(signal.SIGINT)
-        assert b"drain finished" in _read_until(reader, b"stopped")
+        if not has_log_file:
+            assert b"drain finished" in _read_until(reader, b"stopped")
         assert echod.wait(DEADLINE_S) == 0
+        assert not has_log_file or '"stopped"' in (tmp_path / "log").read_text()
     finally:
         echod.kill()
         echod.wait()
