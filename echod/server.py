@@ -287,7 +287,7 @@ class Server:
 
 
 def _sweep_interval(timeouts: Timeouts) -> float:
-    """A timeout is at most two sweeps late: an eighth of the shortest one, but a second at most."""
+    """A timeout is at most two sweeps late: an eighth of the shortest one, but two seconds at most."""
     limits = [limit for limit in (timeouts.idle, timeouts.line, timeouts.write) if limit]
     return min(1.0, max(0.02, min(limits, default=16.0) / 16))
 
