@@ -62,7 +62,7 @@ class Echo:
         if not end:
             self._begin(chunk)
             return self._within_limit(b"")
-        lines = bytes(self._unfinished) + chunk[:end]
+        lines = b"".join((self._unfinished, memoryview(chunk)[:end]))
         self._unfinished = b""
         if end < len(chunk):
             self._begin(chunk[end:])
