@@ -18,6 +18,7 @@ from echod.reload import Prepare, Reloads
 from echod.server import Drained, Server
 from echod.signals import Command, Order
 from echod.stats import Stats
+from echod.watch import BEAT_S, Watch
 
 log = structlog.get_logger()
 
@@ -43,6 +44,23 @@ class Surroundings:
 
 async def run(first: Generation, around: Surroundings) -> Outcome:
     """Serve the first generation until an order to stop, then drain."""
+    watch = Watch()
+    beating = asyncio.ensure_future(_beat(watch))
+    try:
+        with watch.listening():
+            return await _run(first, around)
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
+
+
+async def _beat(watch: Watch) -> None:
+    while True:
+        watch.beat()
+        await asyncio.sleep(BEAT_S)
+
+
+async def _run(first: Generation, around: Surroundings) -> Outcome:
     server = Server(first.config, around.stats, around.open_files)
     server.apply(first.config, first.listeners)
     reloads = Reloads(first, around.prepare, server, around.logs, around.stats)

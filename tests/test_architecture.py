@@ -50,6 +50,7 @@ ROOMS = {
     "signals": room(unknown=EVERYTHING - {"asyncio", "signal", "threading"}),
     "guard": room("signals", unknown=EVERYTHING - {"os", "structlog", "time"}),
     "sockets": room("address", unknown=EVERYTHING - NETWORK - SYSTEM),
+    "watch": room(unknown=EVERYTHING - {"structlog", "sys", "threading", "time"}),
     "sink": room(unknown=EVERYTHING - {"os", "select", "threading", "time"}),
     "logs": room("config", "sink", unknown=LOOP | NETWORK | SIGNALS | FILES | PROCESSES | {"argparse"}),
     "connection": room(
@@ -89,6 +90,7 @@ ROOMS = {
         "server",
         "signals",
         "stats",
+        "watch",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading", "time"},
     ),
     "cli": room("__init__", "settings", unknown=EVERYTHING - {"argparse"}),
