@@ -109,6 +109,18 @@ def test_a_client_in_mid_line_gets_its_reply_and_an_idle_one_end_of_stream() -> 
         assert [event["reason"] for event in echod.events_named("connection closed")] == ["drained"] * 3
 
 
+def test_a_client_idle_for_long_still_has_drain_quiet_to_send_a_line() -> None:
+    """The quiet counts from the beginning of the drain: a line that was on its way is answered."""
+    with serving(*settings(timeouts_drain_quiet=0.6)) as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        time.sleep(2.2)  # longer than drain_quiet and a sweep
+        echod.send(signal.SIGTERM)
+        echod.wait_for("drain started")
+        time.sleep(0.2)  # on its way
+        assert ask(client, b"just in time\n") == b"JUST IN TIME\n"
+        assert read_to_end(client) == b""
+
+
 def test_what_waits_in_the_backlog_is_served() -> None:
     """Every client whose handshake was complete is accepted and served, the listen backlog included."""
     with serving(*SHORT) as echod:

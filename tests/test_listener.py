@@ -1,6 +1,7 @@
 """A listener in a running loop: accepts, pauses, and closes without losing a client."""
 
 import asyncio
+import contextlib
 import errno
 import socket
 from collections.abc import Coroutine
@@ -15,6 +16,8 @@ from echod.address import TcpAddress, UnixAddress, parse_address
 from echod.listener import CLOSE_S, Listener
 from echod.listeners import Listeners
 from tests.daemon import DEADLINE_S
+
+IP_MINTTL = 21  # linux/in.h
 
 
 def _run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -95,12 +98,15 @@ def test_accepted_while_closing_a_socket_is_no_different() -> None:
 
     async def scenario() -> None:
         door = Door()
-        door.listener.pause("full")
-        with door.client():
-            door.listener.resume("full")
-            await door.listener.close()
+        port = int(door.listener.address.rpartition(":")[2])
+        closing = asyncio.ensure_future(door.listener.close())
+        await asyncio.sleep(0)  # it has begun
+        with socket.socket() as client:
+            client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)  # as of a peer on the same link: not held back
+            client.connect(("127.0.0.1", port))
             with await door.came.get() as sock:
-                assert sock.getsockopt(socket.IPPROTO_IP, 21) == 0  # IP_MINTTL
+                assert sock.getsockopt(socket.IPPROTO_IP, IP_MINTTL) == 0
+        await closing
 
     _run(scenario())
 
@@ -139,6 +145,30 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
         assert [bound.socket.fileno() for bound in new.values() if bound] == [-1, -1]
         listeners.apply({}, bound_s=0)
         await listeners.retired()
+
+    _run(scenario())
+
+
+def test_clients_that_keep_coming_while_it_closes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel can't hold new handshakes back, accepting goes on while they come, for half a second at most."""
+    monkeypatch.setattr(sockets, "refuse_new_handshakes", lambda _: None)
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        door = Door()
+        began_at = loop.time()
+        closing = asyncio.ensure_future(door.listener.close())
+        came = 0
+        while not closing.done():
+            with contextlib.suppress(ConnectionRefusedError):
+                door.client().close()
+                came += 1
+            await asyncio.sleep(0.02)  # the pace of those who come
+        assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 1
+        accepted = door.came.qsize()
+        assert came - 1 <= accepted <= came, "who comes in the very moment of the close may be reset"
+        for _ in range(accepted):
+            door.came.get_nowait().close()
 
     _run(scenario())
 
