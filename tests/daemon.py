@@ -106,6 +106,12 @@ class Daemon:
         self.send(signal.SIGUSR1)
         return self.wait_for("stats", after=known)
 
+    def reload(self, verdict: str) -> Event:
+        """Ask for a reload and return its verdict: `reload applied` or `reload refused`."""
+        known = len(self.events)
+        self.send(signal.SIGHUP)
+        return self.wait_for(verdict, after=known)
+
     def events_named(self, name: str) -> list[Event]:
         return [event for event in self.events if event["event"] == name]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients import Tally, come_and_go, pipeline
-from tests.daemon import DEADLINE_S, Daemon, Event, ask, connect, read_to_end, serving
+from tests.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving
 
 GOOD = """\
 [[listen]]
@@ -21,12 +21,6 @@ connections = 50
 [log]
 level = "info"
 """
-
-
-def _reload(echod: Daemon, verdict: str) -> Event:
-    known = len(echod.events)
-    echod.send(signal.SIGHUP)
-    return echod.wait_for(verdict, after=known)
 
 
 def _free_port() -> int:
@@ -89,7 +83,7 @@ def test_a_fault_leaves_everything_as_it_was_and_says_why(
             names = {"file": str(file), "taken": str(taken.getsockname()[1])}
             if file.exists():
                 file.write_text(_fill(file.read_text(), names))
-            refused = _reload(echod, "reload refused")
+            refused = echod.reload("reload refused")
             assert refused["errors"][0].startswith(_fill(fault, names))
             assert ask(client, b"after\n") == b"AFTER\n"
             after = echod.stats()
@@ -113,7 +107,7 @@ def test_every_fault_of_a_reload_is_named_at_once(tmp_path: Path) -> None:
     file.write_text(GOOD.format(port=0))
     with serving("-c", str(file)) as echod:
         file.write_text("[limits]\nconnections = 0\nline_bytes = 'x'\n[nonsense]\n")
-        assert len(_reload(echod, "reload refused")["errors"]) == 3
+        assert len(echod.reload("reload refused")["errors"]) == 3
         assert echod.stop() == 0
 
 
@@ -127,7 +121,7 @@ def test_new_limits_and_timeouts_hold_for_established_connections(tmp_path: Path
         file.write_text(
             GOOD.format(port=0).replace("connections = 50", "connections = 2\nline_bytes = 10\n[timeouts]\nidle = 0.5")
         )
-        applied = _reload(echod, "reload applied")
+        applied = echod.reload("reload applied")
         assert applied["changed"] == ["limits.connections", "limits.line_bytes", "timeouts.idle"]
         with connect(echod.port) as third:
             assert read_to_end(third) == b"ERROR too many connections\n"
@@ -156,7 +150,7 @@ def test_listeners_are_added_moved_and_removed_under_load_without_a_lost_reply(t
         removed: list[int | str] = [stays, second]
         for listen in (added, moved, removed):
             write(*(each if isinstance(each, str) else f"127.0.0.1:{each}" for each in listen))
-            applied = await asyncio.to_thread(_reload, echod, "reload applied")
+            applied = await asyncio.to_thread(echod.reload, "reload applied")
             assert applied["changed"] == ["listen"]
             assert len(applied["listen"]) == len(listen)
             for port in (each for each in listen if isinstance(each, int)):

@@ -14,7 +14,6 @@ from pathlib import Path
 from tests.daemon import (
     DEADLINE_S,
     Daemon,
-    Event,
     ask,
     connect,
     connect_once_open,
@@ -26,12 +25,6 @@ from tests.daemon import (
 )
 
 NOTHING_LEFT = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
-
-
-def _reload(echod: Daemon, verdict: str) -> Event:
-    known = len(echod.events)
-    echod.send(signal.SIGHUP)
-    return echod.wait_for(verdict, after=known)
 
 
 def _leave_descriptors(pid: int, count: int) -> None:
@@ -64,7 +57,7 @@ def test_a_refused_reload_leaks_no_descriptor(tmp_path: Path) -> None:
             f"address = '127.0.0.1:{taken.getsockname()[1]}'\n[log]\nfile = '{log}'\n"
         )
         for _ in range(20):
-            assert "address already in use" in _reload(echod, "reload refused")["errors"][0]
+            assert "address already in use" in echod.reload("reload refused")["errors"][0]
         assert echod.stats()["open_files"] == before
         assert not (tmp_path / "sock").exists()
 
@@ -77,9 +70,9 @@ def test_a_log_file_that_is_a_fifo_nobody_reads_is_refused(tmp_path: Path) -> No
     with serving("-c", str(file)) as echod:
         good = file.read_text()
         file.write_text(f"{good}[log]\nfile = '{fifo}'\n")
-        assert _reload(echod, "reload refused")["errors"] == [f"log.file: {fifo}: no such device or address"]
+        assert echod.reload("reload refused")["errors"] == [f"log.file: {fifo}: no such device or address"]
         file.write_text(good)
-        _reload(echod, "reload applied")
+        echod.reload("reload applied")
 
 
 def test_a_configuration_from_a_pipe_is_not_reread_as_nothing() -> None:
@@ -87,7 +80,7 @@ def test_a_configuration_from_a_pipe_is_not_reread_as_nothing() -> None:
     text = """[[listen]]\\naddress = '127.0.0.1:0'\\n"""
     command = ("bash", "-c", f'exec 8< <(printf "{text}"); exec "$@" -c /dev/fd/8', "bash")
     with serving(command=(*command, sys.executable, "-m", "echod"), listen=False) as echod:
-        assert "it can be read only once" in _reload(echod, "reload refused")["errors"][0]
+        assert "it can be read only once" in echod.reload("reload refused")["errors"][0]
 
 
 def test_a_line_that_waits_for_us_is_not_late() -> None:
