@@ -8,6 +8,9 @@ WORKERS ?= 3
 UPGRADE ?=
 COVERAGE_MIN ?= 95
 
+# The fault suite measures, so it runs alone, on a machine that does nothing else.
+TESTS = -n $(WORKERS) --dist worksteal --ignore=tests/faults
+
 BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
@@ -23,7 +26,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help
 help: ## show this help
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-11s %s\n", $$1, $$2}'
 	@echo "variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV)"
 
 .PHONY: run
@@ -32,14 +35,19 @@ run: $(VENV)/.echod ## set up and start `echod serve`; options in ARGS="..."; Ct
 
 .PHONY: test
 test: $(VENV)/.echod $(VENV)/.dev ## run the tests; pytest's options in PYTEST_ARGS="..."
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+.PHONY: test-faults
+test-faults: $(VENV)/.echod $(VENV)/.dev ## do to a real echod what can go wrong around it, and print the figures
+	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 .PHONY: check
 check: lint types ## what CI runs: lint, types, and the tests with their coverage
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=$(COVERAGE_MIN)
+	@$(MAKE) test-faults
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff: format and rules
