@@ -1,8 +1,8 @@
 """One client: its transport, its protocol, and how it ends.
 
 The way of a line through here is `buffer_updated` alone: no task, no timer, no log call and no look at the clock.
-Time is the business of `tend` and `settle`, which the owner calls now and then: they compare what they see with what
-they saw before, so a timeout is at most two of those intervals late and never early. Other connections, signals and
+Time is the business of `tend` and `settle`, which the owner calls now and then: a timeout is at most two of those
+intervals late and never early. Other connections, signals and
 the server are not known here; the end is told through `on_closed`.
 """
 
@@ -13,14 +13,20 @@ from typing import cast
 
 from echod import sockets
 from echod.config import Timeouts
+from echod.pace import Pace
 from echod.protocol import Echo, error_line
 
 LINGER_S = 1.0
 """How long to read on after a half-close for the client's end of stream: closing on unread input would reset it."""
 
-# libuv reads into it and calls `buffer_updated` in one go, so all connections of the process can share it; 64 KiB
-# bound what one read brings, where the loop's own buffer of 256 000 bytes would multiply by the clients that stall.
-_chunk = memoryview(bytearray(65_536))
+CHUNK_BYTES = 65_536
+"""The most that one read brings; the loop's own buffer of 256 000 bytes would multiply by the clients that stall."""
+
+LEAST_CHUNK_BYTES = 16_384
+"""The least that a read may bring, however long the line is that it goes on with."""
+
+# libuv reads into it and calls `buffer_updated` in one go, so all connections of the process can share it.
+_chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -33,16 +39,10 @@ class Connection(asyncio.BufferedProtocol):
         "_family",
         "_farewell",
         "_is_aborted",
-        "_line_since",
         "_linger",
         "_on_closed",
-        "_owed",
+        "_pace",
         "_peer",
-        "_quiet_since",
-        "_seen_in",
-        "_seen_lines",
-        "_taken",
-        "_taken_since",
         "_transport",
         "bytes_in",
         "bytes_out",
@@ -61,6 +61,7 @@ class Connection(asyncio.BufferedProtocol):
     ) -> None:
         self._transport: asyncio.Transport | None = None
         self._echo = Echo(line_bytes)
+        self._pace = Pace(now)
         self._family = sock.family
         self._peer = peer
         self._descriptor = sock.fileno()
@@ -75,10 +76,6 @@ class Connection(asyncio.BufferedProtocol):
         self.bytes_out = 0
         self.unacknowledged_bytes = 0
         self.reason: str | None = None
-        # What the last look saw, and since when it has been so.
-        self._seen_in = self._seen_lines = self._owed = self._taken = 0
-        self._quiet_since = self._taken_since = now
-        self._line_since: float | None = None
 
     # -- what others ask -------------------------------------------------------------------------------------------
 
@@ -102,6 +99,11 @@ class Connection(asyncio.BufferedProtocol):
         """Bytes of replies that the kernel has not taken yet: the client is owed them."""
         return self._transport.get_write_buffer_size() if self._transport else 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the client makes us use: the line begun and the replies that the kernel has not taken yet."""
+        return self._echo.unfinished_bytes + self.unsent_bytes
+
     def limit_lines(self, line_bytes: int) -> None:
         """Put a new limit of line length in force, for the line begun too."""
         self._echo.line_bytes = line_bytes
@@ -109,8 +111,13 @@ class Connection(asyncio.BufferedProtocol):
     # -- the way of a line -----------------------------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (asyncio's signature)
-        """Where the loop is to put what it reads (asyncio.BufferedProtocol)."""
-        return _chunk
+        """Where the loop is to put what it reads (asyncio.BufferedProtocol); less of it after a line begun.
+
+        So what a client that takes no replies makes us hold is at most three times (upper-casing can triple UTF-8) the
+        larger of a chunk and the line limit with the least chunk: 240 KiB by default.
+        """
+        begun = self._echo.unfinished_bytes
+        return _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
 
     def buffer_updated(self, nbytes: int) -> None:
         """Answer what has arrived (asyncio.BufferedProtocol)."""
@@ -216,7 +223,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _give_up(self) -> None:
         self._measure(0.0)
-        self.unacknowledged_bytes = max(0, self._owed - 1)  # the FIN counts as one
+        self.unacknowledged_bytes = max(0, self._pace.owed - 1)  # the FIN counts as one
         self._abort()
 
     def _abort(self) -> None:
@@ -231,13 +238,14 @@ class Connection(asyncio.BufferedProtocol):
     def tend(self, now: float, timeouts: Timeouts) -> None:
         """End the connection if a timeout is over; to be called again and again while serving."""
         self._look(now)
-        if timeouts.write and self._owed and now - self._taken_since >= timeouts.write:
+        pace = self._pace
+        if timeouts.write and pace.owed and now - pace.taken_since >= timeouts.write:
             self.cut_off("write timeout")
         elif self.reason is not None:
             return
-        elif timeouts.line and self._line_since is not None and now - self._line_since >= timeouts.line:
+        elif timeouts.line and pace.line_since is not None and now - pace.line_since >= timeouts.line:
             self._time_out("line timeout", f"line not finished within {timeouts.line:.15g} s")
-        elif timeouts.idle and now - self._quiet_since >= timeouts.idle:
+        elif timeouts.idle and now - pace.quiet_since >= timeouts.idle:
             self._time_out("idle", f"idle for {timeouts.idle:.15g} s")
 
     def _time_out(self, reason: str, error: str) -> None:
@@ -248,14 +256,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def start_draining(self, now: float) -> None:
         """Count the quiet of `settle` from now on, and see each reply acknowledged before closing."""
-        self._quiet_since = now
+        self._pace.quiet_since = now
         self._awaits_acknowledgement = True
 
     def settle(self, now: float, quiet_s: float) -> None:
         """Finish the connection if it has been quiet for so long; to be called after each `tend` while draining."""
-        if self.reason == "client" and self._transport and not self._owed:
+        if self.reason == "client" and self._transport and not self._pace.owed:
             self._transport.close()
-        elif self.reason is None and now - self._quiet_since >= quiet_s and self._is_settled():
+        elif self.reason is None and now - self._pace.quiet_since >= quiet_s and self._is_settled():
             self.finish("drained")
 
     def end_at_line_boundary(self) -> None:
@@ -266,31 +274,22 @@ class Connection(asyncio.BufferedProtocol):
             self.finish("drained")
 
     def _is_settled(self) -> bool:
-        return not (self._echo.unfinished_bytes or self._owed or self._unread_bytes())
+        return not (self._echo.unfinished_bytes or self._pace.owed or self._unread_bytes())
 
     def _look(self, now: float) -> None:
-        is_heard = self.bytes_in != self._seen_in
-        if is_heard or self._owed or self.reason is not None:
+        pace = self._pace
+        if pace.owed or self.reason is not None or pace.is_news(self.bytes_in):
             self._measure(now)
-        is_in_line = self._echo.unfinished_bytes > 0
-        if not is_in_line:
-            self._line_since = None
-        elif self._line_since is None or self._echo.answered != self._seen_lines or self.unsent_bytes:
-            self._line_since = now  # with replies unsent the rest of the line isn't even read
-        if is_heard or is_in_line or self._owed:
-            self._quiet_since = now
-        self._seen_in = self.bytes_in
-        self._seen_lines = self._echo.answered
+        # With replies unsent the rest of a line isn't even read.
+        is_in_line, is_unread = self._echo.unfinished_bytes > 0, self.unsent_bytes > 0
+        pace.look(now, self.bytes_in, self._echo.answered, is_in_line=is_in_line, is_unread=is_unread)
 
     def _measure(self, now: float) -> None:
-        """See what the client's kernel has not acknowledged (TCP), or ours not taken (Unix), and since when."""
+        """See what the client's kernel has not acknowledged (TCP), or ours not taken (Unix)."""
+        unsent = self.unsent_bytes
         queued = sockets.unacknowledged_bytes(self._descriptor) if self._transport else 0
-        owed = self.unsent_bytes if self._family == socket.AF_UNIX else self.unsent_bytes + queued
-        taken = self.bytes_out - self.unsent_bytes - queued
-        if taken != self._taken or not self._owed:
-            self._taken = taken
-            self._taken_since = now
-        self._owed = owed
+        owed = unsent if self._family == socket.AF_UNIX else unsent + queued
+        self._pace.measure(now, self.bytes_out - unsent - queued, owed)
 
     def _unread_bytes(self) -> int:
         return sockets.unread_bytes(self._descriptor) if self._transport else 0

@@ -35,6 +35,10 @@ class Traffic(Protocol):
     def lines(self) -> int:
         """Messages answered."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that its lines and replies take at present."""
+
     bytes_in: int
     bytes_out: int
 
@@ -68,12 +72,13 @@ class Stats:
 
     def snapshot(self, state: State, live: Iterable[Traffic]) -> dict[str, Any]:
         """Every count at this moment, with the `live` connections; accepted = open + closed holds in it."""
-        live_lines = live_in = live_out = live_connections = 0
+        live_lines = live_in = live_out = live_connections = held = 0
         for traffic in live:
             live_connections += 1
             live_lines += traffic.lines
             live_in += traffic.bytes_in
             live_out += traffic.bytes_out
+            held += traffic.held_bytes
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -95,6 +100,7 @@ class Stats:
                 "refused": self.reloads_refused,
                 "last_error": self.reload_error,
             },
+            "held_bytes": held,
             "loop_lag_ms": round(self.loop_lag_s * 1000, 3),
             **{name: _value(ask) for name, ask in self.gauges.items()},
         }

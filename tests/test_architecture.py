@@ -41,6 +41,7 @@ ROOMS = {
     "__init__": room(unknown=EVERYTHING),
     "address": room(unknown=EVERYTHING),
     "protocol": room(unknown=EVERYTHING | {"msgspec"}),
+    "pace": room(unknown=EVERYTHING),
     "greeting": room(unknown=EVERYTHING),
     "config": room(unknown=EVERYTHING),
     "settings": room("address", "config", unknown=EVERYTHING - {"os", "tomllib"}),
@@ -54,7 +55,7 @@ ROOMS = {
     "sink": room(unknown=EVERYTHING - {"os", "select", "threading", "time"}),
     "logs": room("config", "sink", unknown=LOOP | NETWORK | SIGNALS | FILES | PROCESSES | {"argparse"}),
     "connection": room(
-        "config", "protocol", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM
+        "config", "pace", "protocol", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM
     ),
     "listeners": room("listener", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "listener": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),

@@ -23,6 +23,7 @@ NAMES = {
     "lines",
     "bytes_in",
     "bytes_out",
+    "held_bytes",
     "reloads",
     "log_dropped",
     "loop_lag_ms",
@@ -49,10 +50,11 @@ class Carried:
     lines: int
     bytes_in: int
     bytes_out: int
+    held_bytes: int = 0
 
 
 counts = st.integers(0, 2**70)
-carried = st.builds(Carried, lines=counts, bytes_in=counts, bytes_out=counts)
+carried = st.builds(Carried, lines=counts, bytes_in=counts, bytes_out=counts, held_bytes=counts)
 closings = st.lists(st.tuples(st.sampled_from(CLOSE_REASONS), carried), max_size=20)
 
 

@@ -1,0 +1,57 @@
+"""One connection alone, on a real socket and the real loop."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+import uvloop
+
+from echod.connection import CHUNK_BYTES, Connection
+
+LINE_BYTES = 65_536
+GROWING = "ΐ".encode() * (LINE_BYTES // 2)
+"""The longest line, of a character that upper-casing triples."""
+
+
+@contextlib.contextmanager
+def _full_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Our end and the client's, where ours takes nothing more to send."""
+    ours, client = socket.socketpair()
+    with ours, client:
+        ours.setblocking(False)
+        client.setblocking(False)
+        for piece in (b"\n" * 4096, b"\n"):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    ours.send(piece)
+        yield ours, client
+
+
+async def _held(ours: socket.socket, client: socket.socket, begun: int, rest: bytes) -> int:
+    """What a connection holds that has read so much of a growing line and then as much of `rest` as it will."""
+    loop = asyncio.get_running_loop()
+    closed = asyncio.Event()
+    connection = Connection(ours, "", LINE_BYTES, loop.time(), lambda _: closed.set())
+    await loop.connect_accepted_socket(lambda: connection, ours)
+    await loop.sock_sendall(client, GROWING[:begun])
+    while connection.held_bytes != begun:
+        await asyncio.sleep(0)
+    sending = loop.create_task(loop.sock_sendall(client, rest))
+    while connection.unsent_bytes == 0:
+        await asyncio.sleep(0)
+    held = connection.held_bytes
+    sending.cancel()
+    connection.cut_off("cut")
+    await closed.wait()
+    return held
+
+
+@pytest.mark.parametrize("begun", [0, 1, 1_000, 16_384, 40_000, 49_151, 49_152, 65_535, 65_536])
+def test_one_client_holds_at_most_the_line_limit_and_three_chunks(begun: int) -> None:
+    """Replies that nobody reads, to a line that upper-casing triples and to more of that kind behind it."""
+    rest = GROWING[begun:] + b"\n" + 1000 * ("ΐ".encode() * 100 + b"\n")
+    with _full_pair() as (ours, client), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        held = runner.run(_held(ours, client, begun, rest))
+    assert 0 < held <= LINE_BYTES + 3 * CHUNK_BYTES
