@@ -6,7 +6,6 @@ are not known: the lifecycle calls the verbs, and what people should hear of goe
 
 import asyncio
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,18 +13,12 @@ from typing import Any
 
 import structlog
 
-from echod.config import RESERVED_FILES, Config, Timeouts
+from echod.admission import Admission
+from echod.config import Config, Timeouts
 from echod.connection import Connection
 from echod.listeners import Listeners
 from echod.sockets import Bound, Key, SockAddr
 from echod.stats import Stats
-
-TURNED_AWAY_AT_ONCE = range(RESERVED_FILES // 2, 1024)
-"""Clients that may be in the act of being told there are too many; the next ones wait for that in the backlog. As many
-as the descriptors allow that are left beside the open connections."""
-
-TELL_OF_REJECTED_S = 10.0
-"""At most this often a line says how many clients were turned away."""
 
 SWEEP_SLICE = 256
 """Connections looked at in a row, about 0.5 ms; others are served in between."""
@@ -52,15 +45,11 @@ class Server:
     def __init__(self, config: Config, stats: Stats, open_files: int) -> None:
         """`open_files` is how many descriptors the process may have."""
         self._config = config
-        self._open_files = open_files
         self._stats = stats
         self._loop = asyncio.get_running_loop()
         self._listeners = Listeners(self._on_accept, self._on_starved)
         self._connections: set[Connection] = set()
-        self._turned_away: set[Connection] = set()
-        self._per_host: Counter[str | None] = Counter()
-        self._rejected_told = dict(stats.rejected)
-        self._rejected_told_at = float("-inf")
+        self._admission = Admission(stats, open_files)
         self._openings: set[asyncio.Task[object]] = set()
         self._emptied = asyncio.Event()
         self._unacknowledged = 0
@@ -111,28 +100,20 @@ class Server:
         line_bytes = self._config.limits.line_bytes
         now = self._loop.time()
         host = peer[0] if isinstance(peer, tuple) else None
-        if refusal := self._refusal(host):
+        if refusal := self._admission.refusal(host, len(self._connections), self._config.limits):
             connection = Connection(sock, peer, line_bytes, now, self._forget_turned_away)
-            self._turn_away(connection, *refusal)
+            self._admission.turn_away(connection, *refusal)
+            self._pause_if_full()
         else:
             connection = Connection(sock, peer, line_bytes, now, self._forget_connection)
             self._connections.add(connection)
-            self._per_host[host] += 1
+            self._admission.let_in(host)
             self._stats.accepted += 1
             if self._is_draining:
                 connection.start_draining(now)
         opening = self._loop.create_task(self._open(connection, sock))
         self._openings.add(opening)
         opening.add_done_callback(self._openings.discard)
-
-    def _refusal(self, host: str | None) -> tuple[str, str] | None:
-        """Why one more client from there is too many: under which name it is counted, and what it is told."""
-        limits = self._config.limits
-        if len(self._connections) >= limits.connections:
-            return "limit", "too many connections"
-        if host and 0 < limits.connections_per_address <= self._per_host[host]:
-            return "address", "too many connections from your address"
-        return None
 
     async def _open(self, connection: Connection, sock: socket.socket) -> None:
         try:
@@ -142,16 +123,9 @@ class Server:
             connection.connection_lost(error)
             log.warning("connection not opened", peer=connection.peer, error=str(error))
 
-    def _turn_away(self, connection: Connection, reason: str, words: str) -> None:
-        self._stats.rejected[reason] += 1
-        self._turned_away.add(connection)
-        connection.finish(reason, words)
-        log.debug("connection rejected", peer=connection.peer, reason=reason)
-        self._pause_if_full()
-
     def _on_turned_away(self, connection: Connection) -> None:
         was_full = self._is_full
-        self._turned_away.discard(connection)
+        self._admission.forget(connection)
         if was_full and not self._is_full:
             self._listeners.resume("turning away")
         self._check_emptied()
@@ -162,16 +136,13 @@ class Server:
 
     @property
     def _is_full(self) -> bool:
-        left = self._open_files - RESERVED_FILES // 2 - len(self.keys) - self._config.limits.connections
-        return len(self._turned_away) >= min(max(left, TURNED_AWAY_AT_ONCE.start), TURNED_AWAY_AT_ONCE.stop)
+        return self._admission.is_full(self._config.limits, len(self.keys))
 
     def _on_closed(self, connection: Connection) -> None:
         reason = connection.reason
         assert reason is not None
         self._connections.discard(connection)
-        self._per_host[connection.host] -= 1
-        if not self._per_host[connection.host]:
-            del self._per_host[connection.host]
+        self._admission.let_out(connection.host)
         self._stats.close(reason, connection)
         self._unacknowledged += connection.unacknowledged_bytes > 0
         log.info(
@@ -186,7 +157,7 @@ class Server:
         self._check_emptied()
 
     def _check_emptied(self) -> None:
-        if not self._connections and not self._turned_away:
+        if not self._connections and not self._admission.turned_away:
             self._emptied.set()
 
     def _on_starved(self, error: OSError) -> None:
@@ -204,7 +175,7 @@ class Server:
             interval_s = _sweep_interval(self._config.timeouts)
             due = self._loop.time() + interval_s
             await asyncio.sleep(interval_s)
-            self._tell_of_rejected()
+            self._admission.tell(self._loop.time(), len(self._connections))
             # The worst of late, forgotten by and by.
             self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
             for part in _slices(self._connections):
@@ -212,14 +183,6 @@ class Server:
                 for connection in part:
                     connection.tend(now, self._config.timeouts)
                 await asyncio.sleep(0)
-
-    def _tell_of_rejected(self) -> None:
-        """One line for all clients turned away since the last one: a flood of them mustn't be one of the log."""
-        now = self._loop.time()
-        if self._stats.rejected != self._rejected_told and now - self._rejected_told_at >= TELL_OF_REJECTED_S:
-            counts = {reason: count - self._rejected_told[reason] for reason, count in self._stats.rejected.items()}
-            self._rejected_told, self._rejected_told_at = dict(self._stats.rejected), now
-            log.warning("connections rejected", connections=len(self._connections), **counts)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -236,7 +199,7 @@ class Server:
             connection.start_draining(started_at)
         self._listeners.apply({}, self._config.timeouts.drain)
         await self._settle(started_at, report)
-        while self._connections or self._turned_away:  # cut off, which takes a turn of the loop or two
+        while self._connections or self._admission.turned_away:  # cut off, which takes a turn of the loop or two
             await asyncio.sleep(0)
         await self._listeners.retired()
         await asyncio.gather(self._sweeper, *self._openings, return_exceptions=True)
@@ -246,7 +209,7 @@ class Server:
         """End a drain now: close the listeners and cut off whoever is still owed a reply."""
         self._is_cutting = True
         self._listeners.close_now()
-        for connection in [*self._connections, *self._turned_away]:
+        for connection in [*self._connections, *self._admission.turned_away]:
             connection.end_now()
         self._emptied.set()
 
@@ -257,11 +220,13 @@ class Server:
         tick_s = min(max(timeouts.drain_quiet / 10, 0.01), 0.1)
         reported_at = started_at
         is_over = False
-        while (self._listeners.are_retiring or self._connections or self._turned_away) and not self._is_cutting:
+        while (
+            self._listeners.are_retiring or self._connections or self._admission.turned_away
+        ) and not self._is_cutting:
             now = self._loop.time()
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
-                for connection in [*self._connections, *self._turned_away]:
+                for connection in [*self._connections, *self._admission.turned_away]:
                     connection.end_at_line_boundary()
             if now - reported_at >= PROGRESS_S:
                 reported_at = now

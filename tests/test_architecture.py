@@ -59,7 +59,11 @@ ROOMS = {
     ),
     "listeners": room("listener", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "listener": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
+    "admission": room(
+        "config", "connection", "stats", unknown=LOOP | NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM
+    ),
     "server": room(
+        "admission",
         "config",
         "connection",
         "listeners",
