@@ -48,6 +48,7 @@ ROOMS = {
     "toml": room("config", unknown=EVERYTHING),
     "process": room(unknown=EVERYTHING - SYSTEM),
     "stats": room("__init__", unknown=EVERYTHING - {"os", "time"}),
+    "systemd": room(unknown=EVERYTHING - {"os", "socket", "time"}),
     "signals": room(unknown=EVERYTHING - {"asyncio", "signal", "threading"}),
     "guard": room("signals", unknown=EVERYTHING - {"os", "structlog", "time"}),
     "sockets": room("address", unknown=EVERYTHING - NETWORK - SYSTEM),
