@@ -93,7 +93,7 @@ def _print(text: str) -> None:
 
 def _serve(load: "partial[settings.Loaded]") -> int:
     # Imported here, for the other commands don't need them.
-    from echod import generation, signals
+    from echod import generation, inheritance, signals, systemd
     from echod.guard import Guard
 
     if signals.stop_is_pending():
@@ -102,14 +102,20 @@ def _serve(load: "partial[settings.Loaded]") -> int:
     guard = Guard(mailbox.put, unserved=OK, cut_off=CUT_OFF)
     with signals.delivered(guard.deliver, guard.seconds_left):
         try:
-            first = generation.prepare(load)
+            prepare = partial(
+                generation.prepare, load, inheritance.adopt(systemd.take_sockets(os.environ, os.getpid()))
+            )
+            first = prepare()
+        except inheritance.UnfitSocketError as error:
+            _complain([f"echod: could not start: {error}"])
+            return COULD_NOT_START
         except generation.PrepareError as error:
             if error.is_configuration:
                 _complain(error.faults)
                 return BAD_CONFIG
             _complain([f"echod: could not start: {fault}" for fault in error.faults])
             return COULD_NOT_START
-        return _run(first, partial(generation.prepare, load), mailbox, guard)
+        return _run(first, prepare, mailbox, guard)
 
 
 def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard") -> int:

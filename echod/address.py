@@ -1,4 +1,4 @@
-"""An address as people write it: `host:port`, `[v6]:port` or `unix:/path`."""
+"""An address as people write it: `host:port`, `[v6]:port`, `unix:/path` or `systemd:NAME`."""
 
 import re
 from dataclasses import dataclass
@@ -31,13 +31,25 @@ class UnixAddress:
         return f"unix:{self.path}"
 
 
-Address = TcpAddress | UnixAddress
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """The sockets of that name which a service manager hands over at the start."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"systemd:{self.name}"
+
+
+Address = TcpAddress | UnixAddress | HandedOver
 
 
 def parse_address(text: str) -> Address:
     """Read an address; a ValueError says what is wrong with it."""
     if text.startswith("unix:"):
         return _unix(text.removeprefix("unix:"))
+    if text.startswith("systemd:"):
+        return _handed_over(text.removeprefix("systemd:"))
     host, colon, port = text.rpartition(":")
     if not colon:
         raise ValueError("expected host:port, [v6]:port or unix:/path")
@@ -80,3 +92,11 @@ def _unix(path: str) -> UnixAddress:
     if len(path.encode(errors="surrogateescape")) > UNIX_PATH_BYTES:
         raise ValueError(f"path longer than {UNIX_PATH_BYTES} bytes")
     return UnixAddress(path)
+
+
+def _handed_over(name: str) -> HandedOver:
+    if (
+        not name or ":" in name or not name.isascii() or not name.isprintable()
+    ):  # systemd.socket(5), FileDescriptorName=
+        raise ValueError("expected a name, as FileDescriptorName= in the socket unit gives it")
+    return HandedOver(name)

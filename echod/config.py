@@ -19,7 +19,13 @@ Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 class Listen(Struct, frozen=True, kw_only=True):
     """One address to listen on."""
 
-    address: Annotated[str, Meta(description="host:port, [v6]:port, unix:/path; port 0 = any free port")]
+    address: Annotated[
+        str,
+        Meta(
+            description="host:port, [v6]:port, unix:/path; port 0 = any free one; systemd:NAME = a socket handed over"
+        ),
+    ]
+    reuse_port: Annotated[bool, Meta(description="several instances share the port (same user)")] = False
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -74,6 +80,8 @@ class Config(Struct, frozen=True, kw_only=True):
 
 SECTIONS: dict[str, type[Limits] | type[Timeouts] | type[Log]] = {"limits": Limits, "timeouts": Timeouts, "log": Log}
 
+LISTEN_KEYS = frozenset(Listen.__struct_fields__)
+
 KEYS: dict[str, Any] = {
     f"{section}.{field.name}": field.type
     for section, struct in SECTIONS.items()
@@ -91,3 +99,13 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 def _value(config: Config, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
+
+
+def restart_needed(old: Config, new: Config) -> list[str]:
+    """The names of the keys that have changed, but hold for a listener only from its next bind on."""
+    before = {entry.address: entry for entry in old.listen}
+    return [
+        f"listen[{index}].reuse_port"
+        for index, entry in enumerate(new.listen)
+        if before.get(entry.address, entry).reuse_port != entry.reuse_port
+    ]

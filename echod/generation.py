@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from echod import logs, sockets
+from echod import binding, logs, sockets
 from echod.address import parse_address
 from echod.config import Config
 from echod.settings import ConfigError, Loaded
@@ -36,15 +36,18 @@ class Generation:
 
     def discard(self) -> None:
         """Close what was opened for it."""
-        sockets.discard(self.listeners)
+        binding.discard(self.listeners)
         if self.log_descriptor is not None:
             os.close(self.log_descriptor)
 
 
-def prepare(load: Callable[[], Loaded], kept: Collection[sockets.Key] = ()) -> Generation:
+def prepare(
+    load: Callable[[], Loaded], heirs: Sequence[binding.Heir] = (), kept: Collection[sockets.Key] = ()
+) -> Generation:
     """Do everything that can fail; may block on files and name servers. Raises PrepareError with every fault.
 
-    `kept` are the listeners that exist: those that the new configuration wants too are not bound again.
+    `heirs` are the sockets that a service manager handed over. `kept` are the listeners that exist: those that the new
+    configuration wants too are not bound again.
     """
     try:
         loaded = load()
@@ -59,8 +62,15 @@ def prepare(load: Callable[[], Loaded], kept: Collection[sockets.Key] = ()) -> G
         if descriptor is not None:
             undo.callback(os.close, descriptor)
         try:
-            listeners = sockets.listen_all([parse_address(entry.address) for entry in loaded.config.listen], kept)
-        except sockets.BindErrors as error:
+            listeners = binding.listen_all(_wanted(loaded, heirs), kept, heirs)
+        except binding.BindErrors as error:
             raise PrepareError([f"listen: {fault}" for fault in error.faults]) from error
         undo.pop_all()
     return Generation(loaded.config, loaded.warnings, listeners, descriptor)
+
+
+def _wanted(loaded: Loaded, heirs: Sequence[binding.Heir]) -> list[binding.Wanted]:
+    """What to listen on; who was handed sockets and is told of no address wants just those, not the default too."""
+    if heirs and not loaded.is_listen_set:
+        return []
+    return [binding.Wanted(parse_address(entry.address), entry.reuse_port) for entry in loaded.config.listen]

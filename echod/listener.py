@@ -67,9 +67,13 @@ class Listener:
     async def close(self) -> None:
         """Accept every client whose handshake was complete or under way, then close; later ones are refused.
 
+        One that a service manager holds too is left to it: later clients wait there for the next process.
         Takes CLOSE_S at most, not counting the time in which it is paused: what waits meanwhile would be reset.
         """
         self._is_closing = True
+        if self._bound.is_inherited:
+            self._leave()  # it is the service manager's too: none of its options is ours to change
+            return
         sockets.refuse_new_handshakes(self._socket)
         self._last_client_at = self._loop.time()
         left_s = CLOSE_S
@@ -82,6 +86,10 @@ class Listener:
                 self._last_client_at = self._loop.time()
             else:
                 left_s -= wait_s
+        self._leave()
+
+    def _leave(self) -> None:
+        """Accept who waits now, then close."""
         while self._is_open and self._accept_some():
             pass
         self.close_now()

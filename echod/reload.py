@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import structlog
 
-from echod.config import changed_keys
+from echod.config import changed_keys, restart_needed
 from echod.generation import Generation, PrepareError
 from echod.logs import Logs
 from echod.server import Server
@@ -72,6 +72,7 @@ class Reloads:
             generation.discard()
             raise
         changed = changed_keys(self.config, generation.config)
+        restart = restart_needed(self.config, generation.config)
         self.config = generation.config
         self._logs.apply(generation.config.log, generation.log_descriptor)
         self._stats.config_generation += 1
@@ -81,7 +82,7 @@ class Reloads:
             log.warning("configuration", warning=warning)
         with suppress(asyncio.CancelledError):  # a stop, which waits for those listeners itself
             await self._server.retired()
-        log.info("reload applied", changed=changed, listen=self._server.addresses)
+        log.info("reload applied", changed=changed, restart_needed=restart, listen=self._server.addresses)
 
 
 async def _aside(prepare: Callable[[], Generation]) -> Generation:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from echod.address import Address, TcpAddress, parse_address
-from echod.config import KEYS, RESERVED_FILES, SECTIONS, Config, Limits, Listen, Log, Timeouts
+from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Config, Limits, Listen, Log, Timeouts
 
 
 class ConfigError(Exception):
@@ -32,6 +32,8 @@ class Loaded:
 
     config: Config
     warnings: tuple[str, ...]
+    is_listen_set: bool = False
+    """Whether any source says where to listen, or it is the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
         timeouts=Timeouts(**_section(values, "timeouts")),
         log=Log(**_section(values, "log")),
     )
-    return _fit(config, last.get("limits.connections"), open_files)
+    fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
+    return Loaded(fitting, warnings, is_listen_set="listen" in values)
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -164,14 +167,17 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
     seen: set[Address] = set()
     for index, entry in enumerate(entries):
         path = f"{setting.source}: listen[{index}]"
-        for key in (key for key in entry if key != "address"):
-            faults.append(f"{path}.{key}: unknown key{_nearest(key, ['address'])}{_got(entry[key])}")
+        for key in entry.keys() - LISTEN_KEYS:
+            faults.append(f"{path}.{key}: unknown key{_nearest(key, LISTEN_KEYS)}{_got(entry[key])}")
         address = entry.get("address")
         wrong = _wrong_address(address, seen) if "address" in entry else "missing"
         if wrong:
             faults.append(f"{path}.address: {wrong}{_got(address) if 'address' in entry else ''}")
-        else:
-            yield Listen(address=address)
+        reuse_port = entry.get("reuse_port", False)
+        if not isinstance(reuse_port, bool):
+            faults.append(f"{path}.reuse_port: expected bool{_got(reuse_port)}")
+        elif not wrong:
+            yield Listen(address=address, reuse_port=reuse_port)
 
 
 def _wrong_address(address: Any, seen: set[Address]) -> str:
@@ -238,12 +244,12 @@ def _got(value: Any) -> str:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def _fit(config: Config, setting: Setting | None, open_files: int) -> Loaded:
+def _fit(config: Config, setting: Setting | None, open_files: int) -> tuple[Config, tuple[str, ...]]:
     """Hold the connection limit against what the process may open: refuse one that was set, lower the default."""
     fits = open_files - RESERVED_FILES - len(config.listen)
     wanted = config.limits.connections
     if wanted <= fits:
-        return Loaded(config, ())
+        return config, ()
     reason = f"{open_files} open files are allowed (ulimit -n, LimitNOFILE=)"
     if setting or fits < 1:
         source = setting.source if setting else "default"
@@ -254,7 +260,7 @@ def _fit(config: Config, setting: Setting | None, open_files: int) -> Loaded:
         )
         raise ConfigError([f"{source}: limits.connections: {reason}, {fit}{_got(wanted)}"])
     lowered = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, connections=fits))
-    return Loaded(lowered, (f"limits.connections: {reason}, so the default of {wanted} is lowered to {fits}",))
+    return lowered, (f"limits.connections: {reason}, so the default of {wanted} is lowered to {fits}",)
 
 
 def _section(values: Mapping[str, Any], section: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def _rendered_keys(struct: Struct, *, with_comments: bool) -> Iterator[str]:
 
 
 def _toml(value: str | float) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -28,7 +28,11 @@ class Daemon:
     """One `echod serve`; its log events can be waited for."""
 
     def __init__(
-        self, *arguments: str, command: tuple[str, ...] = (), environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+        descriptors: tuple[int, ...] = (),
     ) -> None:
         self.events: list[Event] = []
         self.other_lines: list[str] = []
@@ -39,6 +43,7 @@ class Daemon:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=clean_environment() | dict(environment or {}),
+            pass_fds=descriptors,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

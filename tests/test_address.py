@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from echod.address import UNIX_PATH_BYTES, Address, TcpAddress, UnixAddress, parse_address
+from echod.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, UnixAddress, parse_address
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,21 @@ from echod.address import UNIX_PATH_BYTES, Address, TcpAddress, UnixAddress, par
         ("unix:/run/echod.sock", UnixAddress("/run/echod.sock")),
         ("unix:/a b:0", UnixAddress("/a b:0")),
         ("unix:/ß", UnixAddress("/ß")),
+        ("systemd:web", HandedOver("web")),
+        ("systemd:echod.socket", HandedOver("echod.socket")),
     ],
 )
 def test_good(text: str, address: Address) -> None:
     """An address is host:port, [v6]:port or unix:/path, and is shown as it was written."""
     assert parse_address(text) == address
     assert str(address) == text
+
+
+@pytest.mark.parametrize("text", ["systemd:", "systemd:a:b", "systemd:ß", "systemd:a\n"])
+def test_no_name_of_a_socket(text: str) -> None:
+    """What FileDescriptorName= can't be (systemd.socket(5))."""
+    with pytest.raises(ValueError, match=r"^expected a name, as FileDescriptorName= in the socket unit gives it$"):
+        parse_address(text)
 
 
 def test_leading_zeros_are_no_part_of_a_port() -> None:

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from echod.config import KEYS, RESERVED_FILES, Config, Limits, Listen, Log, Timeouts, changed_keys
+from echod.config import (
+    KEYS,
+    LISTEN_KEYS,
+    RESERVED_FILES,
+    Config,
+    Limits,
+    Listen,
+    Log,
+    Timeouts,
+    changed_keys,
+    restart_needed,
+)
 from echod.settings import ConfigError, Loaded, Setting, load
 from echod.toml import render
 
@@ -55,7 +66,7 @@ def test_defaults() -> None:
     loaded = load(None, {}, (), PLENTY)
     assert loaded == Loaded(Config(), ())
     assert msgspec.to_builtins(loaded.config) == {
-        "listen": ({"address": "127.0.0.1:8888"},),
+        "listen": ({"address": "127.0.0.1:8888", "reuse_port": False},),
         "limits": {"connections": 10_000, "connections_per_address": 0, "line_bytes": 65_536},
         "timeouts": {"idle": 300, "line": 30, "write": 30, "drain": 8, "drain_quiet": 0.5},
         "log": {"level": "info", "format": "auto", "file": ""},
@@ -156,6 +167,14 @@ FILE_FAULTS = [
     (
         "[[listen]]\naddress = 'unix:/a:0'\n[[listen]]\naddress = 'unix:/a:0'",
         "listen[1].address: listed twice (got 'unix:/a:0')",
+    ),
+    (
+        "[[listen]]\naddress = 'a:1'\nreuse_port = 1",
+        "listen[0].reuse_port: expected bool (got 1)",
+    ),
+    (
+        "[[listen]]\naddress = 'systemd:'",
+        "listen[0].address: expected a name, as FileDescriptorName= in the socket unit gives it (got 'systemd:')",
     ),
     (
         "[[listen]]\naddress = 'a:1'\nadress = 1",
@@ -408,7 +427,9 @@ configs = st.builds(
         min_size=1,
         max_size=3,
         unique=True,
-    ).map(lambda texts: tuple([Listen(address=text) for text in texts])),
+    ).flatmap(
+        lambda texts: st.tuples(*(st.builds(Listen, address=st.just(text), reuse_port=st.booleans()) for text in texts))
+    ),
     limits=st.builds(Limits, connections=st.integers(1, 1_000_000), line_bytes=st.integers(1, 16_777_216)),
     timeouts=st.builds(Timeouts, idle=seconds, line=seconds, write=seconds, drain=seconds, drain_quiet=seconds),
     log=st.builds(
@@ -431,7 +452,7 @@ configs = st.builds(
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Config, with_comments: bool) -> None:
     """What `check` prints is the configuration in force: reading it gives the same one."""
     file = tmp_path_factory.getbasetemp() / "printed.toml"
-    assert from_file(render(config, with_comments=with_comments), file) == Loaded(config, ())
+    assert from_file(render(config, with_comments=with_comments), file) == Loaded(config, (), is_listen_set=True)
 
 
 def test_config_prints_the_defaults_with_comments() -> None:
@@ -441,7 +462,7 @@ def test_config_prints_the_defaults_with_comments() -> None:
     assert msgspec.convert(document, Config) == Config()
     assert document.keys() == set(Config.__struct_fields__)
     keys = [line for line in text.splitlines() if line and not line.startswith("[")]
-    assert len(keys) == len(KEYS) + 1
+    assert len(keys) == len(KEYS) + len(LISTEN_KEYS)
     for line in keys:
         assert line.partition(" # ")[2].strip(), line
 
@@ -452,3 +473,11 @@ def test_changed_keys() -> None:
     new = Config(listen=(Listen(address="a:1"),), limits=Limits(line_bytes=1), log=Log(level="debug"))
     assert changed_keys(old, new) == ["listen", "limits.line_bytes", "log.level"]
     assert changed_keys(new, new) == []
+
+
+def test_keys_that_need_a_restart() -> None:
+    """A listener that stays can't share its port from now on, or no more; a new one can."""
+    old = Config(listen=(Listen(address="a:1"), Listen(address="a:2")))
+    new = Config(listen=(Listen(address="a:3", reuse_port=True), Listen(address="a:2", reuse_port=True)))
+    assert restart_needed(old, new) == ["listen[1].reuse_port"]
+    assert restart_needed(old, old) == []

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import uvloop
 
-from echod import sockets
+from echod import binding, sockets
 from echod.address import TcpAddress, UnixAddress, parse_address
 from echod.listener import CLOSE_S, Listener
 from echod.listeners import Listeners
 from tests.daemon import DEADLINE_S
+from tests.test_binding import wanted
 
 IP_MINTTL = 21  # linux/in.h
 
@@ -29,7 +30,7 @@ class Door:
     """A listener and those who came through it."""
 
     def __init__(self, address: str = "127.0.0.1:0") -> None:
-        (bound,) = sockets.listen_all([parse_address(address)]).values()
+        (bound,) = binding.listen_all(wanted(parse_address(address))).values()
         assert bound
         self.came: asyncio.Queue[socket.socket] = asyncio.Queue()
         self.starved: list[OSError] = []
@@ -116,7 +117,7 @@ def test_listeners_that_are_closed_at_once_are_gone() -> None:
 
     async def scenario() -> None:
         listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
-        listeners.apply(sockets.listen_all([TcpAddress("127.0.0.1", 0)]), bound_s=8)
+        listeners.apply(binding.listen_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         (port,) = (int(address.rpartition(":")[2]) for address in listeners.addresses)
         listeners.apply({}, bound_s=8)
         listeners.close_now()
@@ -133,9 +134,9 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
 
     async def scenario() -> None:
         listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
-        listeners.apply(sockets.listen_all([TcpAddress("127.0.0.1", 0)]), bound_s=8)
+        listeners.apply(binding.listen_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.addresses
-        new = sockets.listen_all([TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)])
+        new = binding.listen_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
         *_, last = new.values()
         assert last
         last.socket.close()

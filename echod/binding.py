@@ -1,0 +1,202 @@
+"""From addresses to listening sockets: resolve, bind, or take what a service manager handed over; all or nothing.
+
+Knows no event loop and no configuration file.
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+
+from echod.address import Address, HandedOver, TcpAddress, UnixAddress
+from echod.sockets import Bound, Endpoint, Key, identity
+
+BACKLOG = 4096
+"""Handshakes that may wait for an accept; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4."""
+
+
+class BindError(Exception):
+    """Why an address can't be listened on, and what to do about it."""
+
+
+class BindErrors(Exception):
+    """Every address that can't be listened on, with its reason."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = tuple(faults)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An address to listen on, and how."""
+
+    address: Address
+    reuse_port: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Heir:
+    """A listening socket that was handed over, under the name that its unit gives it."""
+
+    name: str
+    endpoint: Endpoint
+    socket: socket.socket
+
+
+def listen_all(
+    entries: Iterable[Wanted], kept: Collection[Key] = (), heirs: Sequence[Heir] = ()
+) -> dict[Key, Bound | None]:
+    """A listening socket for every endpoint of the entries, in order, but None for those that are `kept`.
+
+    An heir is taken for the endpoint it listens on; heirs that no entry wants come behind, for who waits in them waits
+    for us. All or nothing: raises BindErrors with every fault, and nothing stays bound then.
+    """
+    sockets: dict[Key, Bound | None] = {}
+    unclaimed = list(heirs)
+    faults: list[str] = []
+
+    def add(endpoint: Endpoint, *, reuse_port: bool = False) -> None:
+        key = next(key for number in count() if (key := (endpoint, number)) not in sockets)
+        heir = next((heir for heir in unclaimed if heir.endpoint == endpoint), None)
+        if heir:
+            unclaimed.remove(heir)
+        if key in kept:
+            sockets[key] = None
+        else:
+            sockets[key] = Bound(heir.socket, is_inherited=True) if heir else listen(endpoint, reuse_port=reuse_port)
+
+    for entry in entries:
+        try:
+            for endpoint in _endpoints(entry.address, heirs):
+                add(endpoint, reuse_port=entry.reuse_port)
+        except BindError as error:
+            faults.append(str(error))
+    for heir in [*unclaimed]:
+        add(heir.endpoint)
+    if faults:
+        discard(sockets)
+        raise BindErrors(faults)
+    return sockets
+
+
+def _endpoints(address: Address, heirs: Sequence[Heir]) -> list[Endpoint]:
+    if not isinstance(address, HandedOver):
+        return resolve(address)
+    found = [heir.endpoint for heir in heirs if heir.name == address.name]
+    if not found:
+        names = ", ".join(sorted({heir.name for heir in heirs})) or "none"
+        raise BindError(f"{address}: no socket of that name was handed over; FileDescriptorName= sets it (got {names})")
+    return found
+
+
+def resolve(address: TcpAddress | UnixAddress) -> list[Endpoint]:
+    """Every endpoint that the address stands for; may wait for a name server. Raises BindError."""
+    match address:
+        case UnixAddress(path):
+            return [Endpoint(socket.AF_UNIX, path)]
+        case TcpAddress(host, port):
+            try:
+                # As bytes, for a str would import the idna codec (6 ms) to encode what is ASCII anyway.
+                found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            except (OSError, UnicodeError) as error:
+                words = getattr(error, "strerror", None) or error
+                raise BindError(f"{address}: unknown host: {words}") from error
+            return list(dict.fromkeys(Endpoint(family, sockaddr) for family, *_, sockaddr in found))
+
+
+def discard(sockets: Mapping[Key, Bound | None]) -> None:
+    """Close listeners that will not be used after all, and remove their socket files."""
+    for bound in sockets.values():
+        if bound:
+            bound.close()
+
+
+def listen(endpoint: Endpoint, *, reuse_port: bool = False) -> Bound:
+    """A socket that listens on the endpoint; raises BindError."""
+    try:
+        sock = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
+    try:
+        if isinstance(endpoint.sockaddr, str):
+            with _stale_file_removed(endpoint.sockaddr):
+                sock.bind(endpoint.sockaddr)
+                file = identity(endpoint.sockaddr)
+                sock.listen(BACKLOG)
+                return Bound(sock, file)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if endpoint.family == socket.AF_INET6:
+            # [::] then means IPv6 alone, and 0.0.0.0 can be listed beside it.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(endpoint.sockaddr)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
+    except BindError:
+        sock.close()
+        raise
+    return Bound(sock)
+
+
+def _advice(endpoint: Endpoint, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "address already in use; `ss -ltnp` shows by whom, and -l ADDRESS takes another"
+        case errno.EADDRNOTAVAIL:
+            return "not an address of this machine; `ip address` lists them"
+        case errno.EMFILE | errno.ENFILE:
+            return "no descriptor left; raise the limit of open files (ulimit -n, LimitNOFILE=)"
+        case errno.EACCES | errno.EPERM if endpoint.family != socket.AF_UNIX:
+            return "permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE"
+        case _:
+            return (error.strerror or str(error)).lower()
+
+
+# -- Unix sockets ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stale_file_removed(path: str) -> Iterator[None]:
+    """Remove the socket file that a dead process left; two that start at once can't both think so."""
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(folder, path)
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise BindError(f"unix:{path}: a file that is no socket is in the way")
+            if _is_answered(path):
+                raise BindError(f"unix:{path}: address already in use; `ss -lxp` shows by whom")
+            os.unlink(path)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, path: str) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BindError(f"unix:{path}: another process is binding in this folder right now; try again") from None
+    except OSError:
+        pass  # a file system without locks: a race of two starts stays possible there
+
+
+def _is_answered(path: str) -> bool:
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        except OSError as error:
+            # A full backlog is somebody's; so is a socket of another type or one we may not write to.
+            return error.errno != errno.ENOENT
+    return True

@@ -1,0 +1,231 @@
+"""Listening sockets: what binds, what doesn't and why, and what the kernel still delivers while one is being closed."""
+
+import fcntl
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from echod import binding, inheritance, sockets
+from echod.address import Address, HandedOver, TcpAddress, UnixAddress
+from echod.binding import Wanted
+from echod.systemd import Inherited
+from tests.daemon import DEADLINE_S
+
+Sockets = dict[sockets.Key, sockets.Bound | None]
+
+ANY = TcpAddress("127.0.0.1", 0)
+
+
+def wanted(*addresses: Address) -> list[Wanted]:
+    return [Wanted(address) for address in addresses]
+
+
+@pytest.fixture
+def opened() -> Iterator[Sockets]:
+    """A dict whose sockets are closed at the end."""
+    found: Sockets = {}
+    yield found
+    binding.discard(found)
+
+
+def _names(found: Sockets) -> list[str]:
+    return [sockets.peer_name(bound.socket.family, bound.socket.getsockname()) for bound in found.values() if bound]
+
+
+def test_several_free_ports_can_be_asked_for(opened: Sockets) -> None:
+    """Port 0 twice means two listeners; a kept one is not bound again."""
+    opened |= binding.listen_all(wanted(ANY, ANY))
+    assert len(set(_names(opened))) == 2
+    again = binding.listen_all(wanted(ANY, ANY, ANY), kept=opened)
+    try:
+        assert [bound is None for bound in again.values()] == [True, True, False]
+    finally:
+        binding.discard(again)
+
+
+def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
+    """One address that can't be had leaves none bound, and each fault is named."""
+    path = tmp_path / "sock"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(binding.BindErrors) as raised:
+            binding.listen_all(
+                wanted(UnixAddress(str(path)), TcpAddress("127.0.0.1", port), TcpAddress("192.0.2.1", 1))
+            )
+    assert not path.exists()
+    assert [fault.partition("; ")[0] for fault in raised.value.faults] == [
+        f"127.0.0.1:{port}: address already in use",
+        "192.0.2.1:1: not an address of this machine",
+    ]
+
+
+def test_a_host_name_stands_for_each_of_its_addresses() -> None:
+    """`localhost` may be IPv4 and IPv6; an unknown host is a fault that says so."""
+    endpoints = binding.resolve(TcpAddress("localhost", 7))
+    assert endpoints
+    assert {str(endpoint) for endpoint in endpoints} <= {"127.0.0.1:7", "[::1]:7"}
+    with pytest.raises(binding.BindError, match=re.escape("no.such.host.invalid:7: unknown host")):
+        binding.resolve(TcpAddress("no.such.host.invalid", 7))
+    with pytest.raises(binding.BindError, match="unknown host"):
+        binding.resolve(TcpAddress("x" * 64 + ".invalid", 7))
+
+
+def test_both_wildcards_can_be_listed(opened: Sockets) -> None:
+    """[::] means IPv6 alone, so 0.0.0.0 can be listed beside it."""
+    opened |= binding.listen_all(wanted(TcpAddress("0.0.0.0", 0)))
+    port = int(_names(opened)[0].rpartition(":")[2])
+    opened |= binding.listen_all(wanted(TcpAddress("::", port)))
+    assert len(opened) == 2
+
+
+def test_a_low_port_without_the_privilege_says_what_is_needed() -> None:
+    """A port below 1024 needs CAP_NET_BIND_SERVICE, and the message says so."""
+    unprivileged = (
+        "import os; from echod import binding; from echod.address import TcpAddress\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "try: binding.listen_all([binding.Wanted(TcpAddress('127.0.0.1', 7))])\n"
+        "except binding.BindErrors as error: print(error)"
+    )
+    if os.geteuid() != 0 or int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 7:
+        pytest.skip("needs root to give up, and low ports that are privileged")
+    done = subprocess.run([sys.executable, "-c", unprivileged], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert "127.0.0.1:7: permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE" in done.stdout, done.stderr
+
+
+def test_a_socket_file_in_a_folder_that_another_binds_in_is_left_to_it(tmp_path: Path) -> None:
+    """Two that start at once can't both take a stale file for theirs."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with pytest.raises(binding.BindErrors, match="another process is binding in this folder"):
+            binding.listen_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    finally:
+        os.close(folder)
+    with pytest.raises(binding.BindErrors, match="no such file or directory"):
+        binding.listen_all(wanted(UnixAddress(str(tmp_path / "missing" / "sock"))))
+
+
+def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
+    """A live socket file is an error, also when its owner is too busy to accept."""
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(path)
+        busy.listen(0)
+        waiting.connect(path)
+        with pytest.raises(binding.BindErrors, match="already in use"):
+            binding.listen_all(wanted(UnixAddress(path)))
+
+
+def test_instances_share_a_port(opened: Sockets) -> None:
+    """With reuse_port several sockets listen on one port; one without it can't join them."""
+    opened |= binding.listen_all([Wanted(ANY, reuse_port=True)])
+    port = int(_names(opened)[0].rpartition(":")[2])
+    second = binding.listen_all([Wanted(TcpAddress("127.0.0.1", port), reuse_port=True)])
+    try:
+        assert _names(second) == _names(opened)
+        with pytest.raises(binding.BindErrors, match="already in use"):
+            binding.listen_all(wanted(TcpAddress("127.0.0.1", port)))
+    finally:
+        binding.discard(second)
+
+
+# -- handed over -------------------------------------------------------------------------------------------------------
+
+
+def handed_over(name: str, path: str = "") -> binding.Heir:
+    """A socket that a service manager listens on, as it is handed over."""
+    sock = socket.socket(socket.AF_UNIX) if path else socket.socket()
+    sock.bind(path or ("127.0.0.1", 0))
+    sock.listen()
+    (heir,) = inheritance.adopt([Inherited(name, sock.detach())])
+    return heir
+
+
+def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_too(
+    opened: Sockets, tmp_path: Path
+) -> None:
+    """An entry of its address or of its name takes it; what no entry wants comes behind; what is left over is bound."""
+    by_address, by_name, unwanted = handed_over("a"), handed_over("web", str(tmp_path / "web")), handed_over("b")
+    host, port = by_address.socket.getsockname()
+    entries = wanted(HandedOver("web"), TcpAddress(host, port), ANY)
+    opened |= binding.listen_all(entries, heirs=[by_address, by_name, unwanted])
+    bounds = [bound for bound in opened.values() if bound]
+    assert [bound.is_inherited for bound in bounds] == [True, True, False, True]
+    assert [bounds[0].socket, bounds[1].socket, bounds[3].socket] == [
+        by_name.socket,
+        by_address.socket,
+        unwanted.socket,
+    ]
+    assert set(binding.listen_all(entries, kept=opened, heirs=[by_address, by_name, unwanted]).values()) == {None}
+
+
+def test_several_sockets_of_one_name(opened: Sockets) -> None:
+    """All sockets of one unit bear its name unless it says otherwise: an entry takes each of them."""
+    heirs = [handed_over("echod.socket"), handed_over("echod.socket")]
+    opened |= binding.listen_all(wanted(HandedOver("echod.socket")), heirs=heirs)
+    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
+
+
+def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
+    """The fault says which names there are."""
+    heir = handed_over("web")
+    with (
+        closing(heir.socket),
+        pytest.raises(binding.BindErrors, match=re.escape("systemd:wbe: no socket of that name")),
+    ):
+        binding.listen_all(wanted(HandedOver("wbe")), heirs=[heir])
+
+
+def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Path) -> None:
+    """Closing what was handed over removes no path: the socket is still listened on."""
+    path = tmp_path / "sock"
+    for bound in binding.listen_all([], heirs=[handed_over("a", str(path))]).values():
+        assert bound
+        bound.close()
+    assert path.exists()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_what_does_not_listen_is_a_fault(kind: socket.SocketKind) -> None:
+    """Accept=yes hands over connections, ListenDatagram= datagrams: neither can be served."""
+    descriptor = socket.socket(socket.AF_INET, kind).detach()
+    with pytest.raises(inheritance.UnfitSocketError, match="systemd:web: no listening stream socket"):
+        inheritance.adopt([Inherited("web", descriptor)])
+
+
+def test_a_descriptor_that_is_no_socket_is_a_fault() -> None:
+    """Whatever was put there."""
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(inheritance.UnfitSocketError, match="systemd:web: socket operation on non-socket"):
+        inheritance.adopt([Inherited("web", descriptor)])
+    os.close(descriptor)
+
+
+# -- the kernel's side -------------------------------------------------------------------------------------------------
+
+
+def test_names_of_peers() -> None:
+    """A socket address as people write it."""
+    assert sockets.peer_name(socket.AF_INET, ("10.0.0.1", 80)) == "10.0.0.1:80"
+    assert sockets.peer_name(socket.AF_INET6, ("::1", 80, 0, 0)) == "[::1]:80"
+    assert sockets.peer_name(socket.AF_UNIX, "") == "unix"
+    assert sockets.peer_name(socket.AF_UNIX, "/run/x") == "unix:/run/x"
+    assert sockets.peer_name(socket.AF_INET, None) == "unknown"
+
+
+def test_bytes_on_their_way_are_told() -> None:
+    """What has arrived and was not read (SIOCINQ), and what the peer's kernel acknowledged (SIOCOUTQ)."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        with closing(accepted):
+            client.sendall(b"12345")
+            accepted.recv(1, socket.MSG_PEEK)
+            assert sockets.unread_bytes(accepted.fileno()) == 5
+            assert sockets.unacknowledged_bytes(client.fileno()) in (0, 5)
