@@ -128,6 +128,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
     from echod.greeting import greeting
     from echod.logs import STANDARD_ERROR, Logs
     from echod.stats import Stats
+    from echod.systemd import Notifier, watchdog_s
 
     process.rss_bytes()  # opens what it needs as long as there are descriptors
     logs = Logs(first.config.log, first.log_descriptor)
@@ -146,7 +147,17 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
         elif os.isatty(STANDARD_ERROR):  # the log is a file, the person is here
             os.write(STANDARD_ERROR, greeting(server.addresses, os.getpid()).encode())
 
-    around = lifecycle.Surroundings(mailbox.get, prepare, logs, stats, process.allowed_open_files(), on_serving)
+    notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
+    around = lifecycle.Surroundings(
+        mailbox.get,
+        prepare,
+        logs,
+        stats,
+        process.allowed_open_files(),
+        notifier,
+        watchdog_s(os.environ, os.getpid()),
+        on_serving,
+    )
     status = COULD_NOT_START
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -156,6 +167,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
         structlog.get_logger().exception("crashed")
     structlog.get_logger().info("stopped", exit_status=status)
     logs.sink.close(LOG_FLUSH_S)
+    notifier.close()
     gc.freeze()  # the interpreter's end would look at every object once more: 40 ms in which nothing happens
     return status
 

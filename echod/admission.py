@@ -1,6 +1,7 @@
 """Who is let in: the limits of open connections, and what becomes of the clients beyond them.
 
-Owns the clients that are being turned away and the count of each address. Those that are served belong to the server.
+Owns the clients that are being turned away, or are ourselves, and the count of each address. Those that are served
+belong to the server.
 """
 
 from collections import Counter
@@ -26,7 +27,8 @@ class Admission:
 
     def __init__(self, stats: Stats, open_files: int) -> None:
         """`open_files` is how many descriptors the process may have."""
-        self.turned_away: set[Connection] = set()
+        self.uncounted: set[Connection] = set()
+        """Those that are being turned away, and our own."""
         self._stats = stats
         self._open_files = open_files
         self._per_host: Counter[str | None] = Counter()
@@ -54,18 +56,18 @@ class Admission:
     def turn_away(self, connection: Connection, reason: str, words: str) -> None:
         """Tell a client that it is too many; its `on_closed` has to `forget` it."""
         self._stats.rejected[reason] += 1
-        self.turned_away.add(connection)
+        self.uncounted.add(connection)
         connection.finish(reason, words)
         log.debug("connection rejected", peer=connection.peer, reason=reason)
 
     def forget(self, connection: Connection) -> None:
-        """One that was turned away is gone."""
-        self.turned_away.discard(connection)
+        """One that isn't counted is gone."""
+        self.uncounted.discard(connection)
 
     def is_full(self, limits: Limits, listeners: int) -> bool:
         """Whether the next client can't even be told, for want of a descriptor."""
         left = self._open_files - RESERVED_FILES // 2 - listeners - limits.connections
-        return len(self.turned_away) >= min(max(left, AT_ONCE.start), AT_ONCE.stop)
+        return len(self.uncounted) >= min(max(left, AT_ONCE.start), AT_ONCE.stop)
 
     def tell(self, now: float, connections: int) -> None:
         """Log one line for all clients turned away since the last one, if it is time."""

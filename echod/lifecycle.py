@@ -18,7 +18,12 @@ from echod.reload import Prepare, Reloads
 from echod.server import Drained, Server
 from echod.signals import Command, Order
 from echod.stats import Stats
+from echod.supervision import supervise
+from echod.systemd import Notifier
 from echod.watch import BEAT_S, Watch
+
+EXTENSION_S = 3.0
+"""What a drain that goes on asks the service manager for, once a second: its end needs up to two."""
 
 log = structlog.get_logger()
 
@@ -39,6 +44,9 @@ class Surroundings:
     logs: Logs
     stats: Stats
     open_files: int
+    notifier: Notifier
+    watchdog_s: float | None
+    """How often the service manager wants a sign of life."""
     on_serving: Callable[[Server, Reloads], None]
 
 
@@ -63,12 +71,24 @@ async def _beat(watch: Watch) -> None:
 async def _run(first: Generation, around: Surroundings) -> Outcome:
     server = Server(first.config, around.stats, around.open_files)
     server.apply(first.config, first.listeners)
+    notifier = around.notifier
+
+    def status() -> str:
+        return _status(server, around.stats)
+
     reloads = Reloads(first, around.prepare, server, around.logs, around.stats)
+    reloads.on_begin, reloads.on_end = notifier.reloading, lambda: notifier.ready(status())
     for warning in first.warnings:
         log.warning("configuration", warning=warning)
     log.info("ready", listen=server.addresses, pid=os.getpid())
     around.on_serving(server, reloads)
-    stop = await _serve(server, reloads, around)
+    notifier.ready(status())
+    supervising = asyncio.ensure_future(supervise(notifier, around.watchdog_s, status, server.is_well))
+    try:
+        stop = await _serve(server, reloads, around)
+    finally:
+        supervising.cancel()
+        await asyncio.gather(supervising, return_exceptions=True)
     await reloads.close()
     drained = await _drain(stop, reloads.config.timeouts.drain, server, around)
     log.info("drain finished", clean=drained.clean, cut=drained.cut, unacknowledged=drained.unacknowledged)
@@ -101,7 +121,13 @@ async def _drain(stop: Order, drain_s: float, server: Server, around: Surroundin
         connections=server.open_connections,
         seconds_left=drain_s,
     )
-    draining = asyncio.ensure_future(server.drain(_report_progress))
+    around.notifier.stopping(_drain_status(server.open_connections, drain_s))
+
+    def report(connections: int, seconds_left: float) -> None:
+        log.info("drain progress", connections=connections, seconds_left=round(seconds_left, 1))
+        around.notifier.extend(EXTENSION_S, _drain_status(connections, seconds_left))
+
+    draining = asyncio.ensure_future(server.drain(report))
     following = asyncio.ensure_future(_follow_while_draining(server, around))
     try:
         return await draining
@@ -132,5 +158,10 @@ def _origin(order: Order) -> dict[str, str | int]:
     return {"signal": order.signal} | ({"sender_pid": order.sender_pid} if order.sender_pid else {})
 
 
-def _report_progress(connections: int, seconds_left: float) -> None:
-    log.info("drain progress", connections=connections, seconds_left=round(seconds_left, 1))
+def _status(server: Server, stats: Stats) -> str:
+    counts = f"{server.open_connections} connections open, {stats.accepted} accepted"
+    return f"{counts}; last reload refused: {stats.reload_error}" if stats.reload_error else counts
+
+
+def _drain_status(connections: int, seconds_left: float) -> str:
+    return f"draining: {connections} connections left, {seconds_left:.0f} s left"

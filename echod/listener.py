@@ -52,6 +52,23 @@ class Listener:
         """The address really bound: with the port that the kernel chose for port 0."""
         return sockets.peer_name(self._socket.family, self._socket.getsockname())
 
+    @property
+    def listening_socket(self) -> socket.socket:
+        """The socket that listens."""
+        return self._socket
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether it accepts clients now."""
+        return self._is_open and not self._pauses
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes may listen on the same port."""
+        return self._socket.family != socket.AF_UNIX and bool(
+            self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        )
+
     def pause(self, reason: str) -> None:
         """Leave new clients in the backlog, until `resume` for this reason and every other one."""
         self._pauses.add(reason)

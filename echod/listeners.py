@@ -35,6 +35,12 @@ class Listeners:
         return frozenset(self._in_force)
 
     @property
+    def open_socket(self) -> socket.socket | None:
+        """One that clients are accepted from now, and by nobody else: who shares a port can't tell who will answer."""
+        listeners = (each for each in self._in_force.values() if each.is_accepting and not each.is_shared)
+        return next((each.listening_socket for each in listeners), None)
+
+    @property
     def are_retiring(self) -> bool:
         """Whether any is still on its way to being closed."""
         return bool(self._retiring)

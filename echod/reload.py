@@ -27,6 +27,8 @@ class Reloads:
 
     def __init__(self, first: Generation, prepare: Prepare, server: Server, logs: Logs, stats: Stats) -> None:
         self.config = first.config
+        self.on_begin: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
         self._prepare = prepare
         self._server = server
         self._logs = logs
@@ -49,16 +51,23 @@ class Reloads:
         while not self._is_closing:
             await self._wanted.wait()
             self._wanted.clear()
+            self.on_begin()
             try:
-                await self._put_in_force(await _aside(lambda: self._prepare(self._server.keys)))
-            except PrepareError as error:
-                self._refuse(error.faults)
-            except asyncio.CancelledError:
-                self._refuse(["stopping"])
-                raise
-            except Exception as error:  # whatever it is, the old configuration serves on
-                log.exception("reload failed")
-                self._refuse([repr(error)])
+                await self._reload()
+            finally:
+                self.on_end()
+
+    async def _reload(self) -> None:
+        try:
+            await self._put_in_force(await _aside(lambda: self._prepare(self._server.keys)))
+        except PrepareError as error:
+            self._refuse(error.faults)
+        except asyncio.CancelledError:
+            self._refuse(["stopping"])
+            raise
+        except Exception as error:  # whatever it is, the old configuration serves on
+            log.exception("reload failed")
+            self._refuse([repr(error)])
 
     def _refuse(self, faults: Collection[str]) -> None:
         self._stats.reloads_refused += 1

@@ -17,6 +17,7 @@ from echod.admission import Admission
 from echod.config import Config, Timeouts
 from echod.connection import Connection
 from echod.listeners import Listeners
+from echod.selfcheck import SelfCheck
 from echod.sockets import Bound, Key, SockAddr
 from echod.stats import Stats
 
@@ -50,13 +51,14 @@ class Server:
         self._listeners = Listeners(self._on_accept, self._on_starved)
         self._connections: set[Connection] = set()
         self._admission = Admission(stats, open_files)
+        self._selfcheck = SelfCheck()
         self._openings: set[asyncio.Task[object]] = set()
         self._emptied = asyncio.Event()
         self._unacknowledged = 0
         self._is_draining = False
         self._is_cutting = False
         self._forget_connection = self._on_closed  # one bound method for all, not one a connection
-        self._forget_turned_away = self._on_turned_away
+        self._forget_uncounted = self._on_uncounted_closed
         self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
 
     # -- what others ask -------------------------------------------------------------------------------------------
@@ -80,6 +82,13 @@ class Server:
         """The statistics at this moment."""
         return self._stats.snapshot("draining" if self._is_draining else "serving", self._connections)
 
+    async def is_well(self, deadline_s: float) -> bool:
+        """Whether a client would be served within `deadline_s`; True too if one would have to wait by intention."""
+        listener = self._listeners.open_socket
+        if self._is_draining or listener is None or len(self._connections) >= self._config.limits.connections:
+            return True
+        return await self._selfcheck.passes(listener, deadline_s)
+
     # -- a configuration -------------------------------------------------------------------------------------------
 
     def apply(self, config: Config, sockets: Mapping[Key, Bound | None]) -> None:
@@ -100,8 +109,11 @@ class Server:
         line_bytes = self._config.limits.line_bytes
         now = self._loop.time()
         host = peer[0] if isinstance(peer, tuple) else None
-        if refusal := self._admission.refusal(host, len(self._connections), self._config.limits):
-            connection = Connection(sock, peer, line_bytes, now, self._forget_turned_away)
+        if self._selfcheck.is_ours(peer):
+            connection = Connection(sock, peer, line_bytes, now, self._forget_uncounted)
+            self._admission.uncounted.add(connection)
+        elif refusal := self._admission.refusal(host, len(self._connections), self._config.limits):
+            connection = Connection(sock, peer, line_bytes, now, self._forget_uncounted)
             self._admission.turn_away(connection, *refusal)
             self._pause_if_full()
         else:
@@ -123,7 +135,7 @@ class Server:
             connection.connection_lost(error)
             log.warning("connection not opened", peer=connection.peer, error=str(error))
 
-    def _on_turned_away(self, connection: Connection) -> None:
+    def _on_uncounted_closed(self, connection: Connection) -> None:
         was_full = self._is_full
         self._admission.forget(connection)
         if was_full and not self._is_full:
@@ -157,7 +169,7 @@ class Server:
         self._check_emptied()
 
     def _check_emptied(self) -> None:
-        if not self._connections and not self._admission.turned_away:
+        if not self._connections and not self._admission.uncounted:
             self._emptied.set()
 
     def _on_starved(self, error: OSError) -> None:
@@ -199,7 +211,7 @@ class Server:
             connection.start_draining(started_at)
         self._listeners.apply({}, self._config.timeouts.drain)
         await self._settle(started_at, report)
-        while self._connections or self._admission.turned_away:  # cut off, which takes a turn of the loop or two
+        while self._connections or self._admission.uncounted:  # cut off, which takes a turn of the loop or two
             await asyncio.sleep(0)
         await self._listeners.retired()
         await asyncio.gather(self._sweeper, *self._openings, return_exceptions=True)
@@ -209,7 +221,7 @@ class Server:
         """End a drain now: close the listeners and cut off whoever is still owed a reply."""
         self._is_cutting = True
         self._listeners.close_now()
-        for connection in [*self._connections, *self._admission.turned_away]:
+        for connection in [*self._connections, *self._admission.uncounted]:
             connection.end_now()
         self._emptied.set()
 
@@ -220,13 +232,11 @@ class Server:
         tick_s = min(max(timeouts.drain_quiet / 10, 0.01), 0.1)
         reported_at = started_at
         is_over = False
-        while (
-            self._listeners.are_retiring or self._connections or self._admission.turned_away
-        ) and not self._is_cutting:
+        while (self._listeners.are_retiring or self._connections or self._admission.uncounted) and not self._is_cutting:
             now = self._loop.time()
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
-                for connection in [*self._connections, *self._admission.turned_away]:
+                for connection in [*self._connections, *self._admission.uncounted]:
                     connection.end_at_line_boundary()
             if now - reported_at >= PROGRESS_S:
                 reported_at = now

@@ -65,11 +65,13 @@ ROOMS = {
     "admission": room(
         "config", "connection", "stats", unknown=LOOP | NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM
     ),
+    "selfcheck": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "server": room(
         "admission",
         "config",
         "connection",
         "listeners",
+        "selfcheck",
         "sockets",
         "stats",
         unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM,
@@ -92,6 +94,7 @@ ROOMS = {
         "stats",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"os", "time"},
     ),
+    "supervision": room("systemd", unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "lifecycle": room(
         "generation",
         "logs",
@@ -99,6 +102,8 @@ ROOMS = {
         "server",
         "signals",
         "stats",
+        "supervision",
+        "systemd",
         "watch",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading", "time"},
     ),
