@@ -129,7 +129,7 @@ class _Writer:
                 # Somebody else made the shared descriptor non-blocking.
                 select.select([], [self._descriptor], [])
             except OSError:
-                self._failed += data.count(b"\n", done)
+                self._failed += data.count(b"\n", max(done, len(data) - len(lines)))
                 break
         if done:
             self._is_torn = data[done - 1 : done] != b"\n"
