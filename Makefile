@@ -7,9 +7,11 @@ PYTEST_ARGS ?=
 WORKERS ?= 3
 UPGRADE ?=
 COVERAGE_MIN ?= 95
+FUZZ_S ?= 300
 
-# The fault suite measures, so it runs alone, on a machine that does nothing else.
-TESTS = -n $(WORKERS) --dist worksteal --ignore=tests/faults
+# The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it.
+FAULTS = tests/faults tests/fuzz
+TESTS = -n $(WORKERS) --dist worksteal $(FAULTS:%=--ignore=%)
 
 BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
@@ -39,7 +41,23 @@ test: $(VENV)/.echod $(VENV)/.dev ## run the tests; pytest's options in PYTEST_A
 
 .PHONY: test-faults
 test-faults: $(VENV)/.echod $(VENV)/.dev ## do to a real echod what can go wrong around it, and print the figures
-	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(FAULTS) $(PYTEST_ARGS)
+
+# Coverage with a configuration of its own: the tests' would measure atheris too, which instruments echod itself.
+FUZZED = echod/protocol.py,echod/settings.py,echod/address.py
+COVERED = --rcfile=/dev/null --data-file=$(VENV)/fuzz.coverage
+
+.PHONY: fuzz
+fuzz: $(VENV)/.echod $(VENV)/.dev ## look for bytes that echod is wrong about, for FUZZ_S=300 seconds
+	@$(WITH_ATHERIS)
+	@PYTHONPATH=$(VENV)/atheris $(BIN)/coverage run --branch --include=$(FUZZED) $(COVERED) -m tests.fuzz $(FUZZ_S)
+	@$(BIN)/coverage report --show-missing $(COVERED)
+
+# Not in dev.lock, which holds everywhere: its wheels are for x86-64 and glibc alone, its newest release has none for
+# Python 3.11, and to build it takes clang. In a folder of its own, so that nothing but the fuzzing sees it.
+WITH_ATHERIS = [ -d "$(VENV)/atheris" ] \
+  || $(PIP) install --retries 1 --only-binary :all: --target "$(VENV)/atheris" "atheris>=3" >/dev/null 2>&1 \
+  || echo "atheris can't be installed here: hypothesis alone looks for findings, without knowing what it reaches"
 
 .PHONY: check
 check: lint types ## what CI runs: lint, types, and the tests with their coverage
@@ -66,7 +84,7 @@ format: $(VENV)/.dev ## let ruff format, and fix what is safe to fix
 .PHONY: clean
 clean: ## remove what make, the tests and the tools have made
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
-	@rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- the locks --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,13 @@ class ConfigError(Exception):
     """Every fault of a configuration, each as `SOURCE: key.path: what is wrong (got VALUE)`."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = tuple(faults)
+        self.faults = tuple(map(_printable, faults))
+        super().__init__("\n".join(self.faults))
+
+
+def _printable(text: str) -> str:
+    """A name that a key or file was given may hold anything; a fault is one line."""
+    return "".join([letter if letter.isprintable() else repr(letter)[1:-1] for letter in text])
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ class _Writer:
     def _run(self, predecessor: "_Writer | None") -> None:
         if predecessor:
             predecessor.wait(PREDECESSOR_S)
+        self._is_torn = self._is_owned and _ends_torn(self._descriptor)
         is_over = False
         while not is_over:
             batch, is_over = self._gather()
@@ -129,7 +130,19 @@ class _Writer:
                 # Somebody else made the shared descriptor non-blocking.
                 select.select([], [self._descriptor], [])
             except OSError:
-                self._failed += data.count(b"\n", done)
+                self._failed += data.count(b"\n", max(done, len(data) - len(lines)))
                 break
         if done:
             self._is_torn = data[done - 1 : done] != b"\n"
+
+
+def _ends_torn(descriptor: int) -> bool:
+    """Whether it is a file whose last line has no end: a full disk or a crash tore it."""
+    try:
+        size = os.fstat(descriptor).st_size  # 0 for what is no file
+        if not size:
+            return False
+        with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # the descriptor itself can only write
+            return os.pread(file.fileno(), 1, size - 1) != b"\n"
+    except OSError:
+        return False

@@ -25,7 +25,10 @@ Event = dict[str, Any]
 
 
 class Daemon:
-    """One `echod serve`; its log events can be waited for."""
+    """One `echod serve`; its log events can be waited for.
+
+    `through` is a process that its standard error goes through on the way here, such as `cat`.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Daemon:
         command: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
         descriptors: tuple[int, ...] = (),
+        through: "subprocess.Popen[bytes] | None" = None,
     ) -> None:
         self.events: list[Event] = []
         self.other_lines: list[str] = []
@@ -41,10 +45,13 @@ class Daemon:
         self.process = subprocess.Popen(
             [*(command or (sys.executable, "-m", "echod")), "serve", *arguments],
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=through.stdin if through else subprocess.PIPE,
             env=clean_environment() | dict(environment or {}),
             pass_fds=descriptors,
         )
+        if through and through.stdin:
+            through.stdin.close()  # now echod's alone: its end is the end of the stream
+        self._log = through.stdout if through else self.process.stderr
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -56,8 +63,8 @@ class Daemon:
             self.process.kill()
         self.process.wait()
         self._reader.join()
-        assert self.process.stderr
-        self.process.stderr.close()
+        assert self._log
+        self._log.close()
 
     @property
     def pid(self) -> int:
@@ -121,8 +128,8 @@ class Daemon:
         return [event for event in self.events if event["event"] == name]
 
     def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
+        assert self._log
+        for line in self._log:
             with self._news:
                 try:
                     self.events.append(json.loads(line))

@@ -249,6 +249,19 @@ def test_unknown_key_of_a_flag(key: str, words: str) -> None:
     assert faults_of(flags=[flag(key, "3")]) == [f"--set: {key}: {words} (got '3')"]
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('"a\\nb" = 1', "FILE: a\\nb: unknown key (got 1)"),
+        ('[log]\n"\\u001b[2J" = 1', "FILE: log.\\x1b[2J: unknown key (got 1)"),
+        ('[[listen]]\naddress = "a:1"\n"\\r" = 1', "FILE: listen[0].\\r: unknown key (got 1)"),
+    ],
+)
+def test_a_fault_is_one_line(text: str, fault: str, file: Path) -> None:
+    """Whatever a key is called, its fault is one line that a terminal can show."""
+    assert faults_of(text, file) == [fault]
+
+
 def test_all_faults_at_once(file: Path) -> None:
     """Every fault of every source is reported at once."""
     file.write_text(

@@ -94,14 +94,19 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4, 100))
 sink = Sink(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT))
 sink.write(b"torn in the middle\\n")
 while not sink.dropped: pass
+sink.write(b"lost as a whole\\n")
+while sink.dropped < 2: pass
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 sink.write(b"whole\\n")
-assert sink.close(20) and sink.dropped == 1
+assert sink.close(20) and sink.dropped == 2
 """
 
 
 def test_a_line_torn_by_an_error_is_ended_before_the_next(tmp_path: Path) -> None:
-    """One object a line, also after an error in the middle of one: a file that may grow no more, and then may again."""
+    """One object a line, also after an error in the middle of one: a file that may grow no more, and then may again.
+
+    A line lost after it is counted once, like any.
+    """
     subprocess.run([sys.executable, "-c", TORN, str(tmp_path / "log")], check=True, timeout=DEADLINE_S)
     assert (tmp_path / "log").read_bytes() == b"torn\nwhole\n"
 
@@ -174,3 +179,16 @@ def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_p
     assert _read_to_end(reader) == b"old\n", "the end of the stream shows that it was closed"
     assert sink.close(DEADLINE_S)
     assert (tmp_path / "log").read_bytes() == b"new\n"
+
+
+def test_a_file_that_ends_in_the_middle_of_a_line_gets_its_end_first(tmp_path: Path) -> None:
+    """A full disk or a crash tore the last line; reopened, by a reload or the next echod, the file begins a new one."""
+    file = tmp_path / "log"
+    file.write_bytes(b"torn")
+    flags = os.O_WRONLY | os.O_APPEND
+    sink = Sink(os.open(file, flags), is_owned=True)
+    sink.write(b"one\n")
+    sink.redirect(os.open(file, flags), is_owned=True)
+    sink.write(b"two\n")
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"torn\none\ntwo\n"

@@ -1,0 +1,340 @@
+"""A log that nobody takes: its reader is stuck or gone, its disk is full, its folder has vanished."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from echod.sink import QUEUED_LINES
+from tests.clients import Tally, come_and_go
+from tests.daemon import DEADLINE_S, Daemon, Event, connect, send_until_stuck, serving, settings
+from tests.faults.scene import Figures, scene
+
+pytestmark = pytest.mark.timeout(120)
+
+VISITORS = 8
+"""Clients that come and go, a line of the log each time: from before the fault to the end of the drain."""
+
+ON_THE_WAY = 2000
+"""Lines that pipe, reader and writer can hold between them, and some more: up to 128 KiB each, 190 bytes a line."""
+
+ROOM = 64 * 1024
+"""What is left on a disk that is about to be full."""
+
+DRAIN_S = 2.0
+
+STOP_S = DRAIN_S + 3
+"""A whole drain, then the last half-close 1 s, the log 1 s, and some air."""
+
+OPTIONS = ("--log-level", "debug", *settings(timeouts_drain=DRAIN_S, timeouts_drain_quiet=0.2))
+
+WITHOUT_PRIVILEGE = () if os.getuid() else ("setpriv", "--bounding-set=-dac_override")
+"""Permissions hold for root too."""
+
+Report = Callable[[Figures], None]
+Reader = subprocess.Popen[bytes]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration file; whatever it says, echod goes on listening where it does."""
+    file = tmp_path / "echod.toml"
+    file.touch()
+    return file
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", folder]).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def reading(config: Path) -> Iterator[tuple[Daemon, Reader, Tally]]:
+    """A visited echod whose log goes through a reader that can be stopped and killed."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS, through=reader) as echod:
+            try:
+                with visited(echod) as tally:
+                    yield echod, reader, tally
+            finally:
+                reader.kill()  # whoever waits for the end of the log must not wait for it
+
+
+@contextlib.contextmanager
+def visited(echod: Daemon) -> Iterator[Tally]:
+    """Clients come and go until the port is closed; none of them may have anything to complain of."""
+    tally = Tally()
+    thread = threading.Thread(target=asyncio.run, args=(_visit(f"127.0.0.1:{echod.port}", tally),), daemon=True)
+    thread.start()
+    yield tally
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+    assert tally.complaints == []
+    assert tally.refused == VISITORS
+
+
+async def _visit(address: str, tally: Tally) -> None:
+    await asyncio.gather(*(come_and_go(address, tally) for _ in range(VISITORS)))
+
+
+def _wait_for_visits(tally: Tally, count: int) -> None:
+    wanted = tally.served + count
+    _wait_until(lambda: tally.served >= wanted, f"{wanted - tally.served} more visits; {tally.complaints[:3]}")
+
+
+def _wait_until(claim: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + 2 * DEADLINE_S
+    while not claim():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.01)
+
+
+def _stall(reader: Reader, tally: Tally) -> None:
+    """Stop the reader, and wait until its pipe and the queue before it are full."""
+    reader.send_signal(signal.SIGSTOP)
+    _wait_for_visits(tally, QUEUED_LINES + ON_THE_WAY)
+
+
+def _stopped(echod: Daemon) -> tuple[int, float]:
+    """Stop it while its log is stuck: its exit status, and how many seconds that took."""
+    began = time.monotonic()
+    echod.send(signal.SIGTERM)
+    return echod.process.wait(DEADLINE_S), time.monotonic() - began
+
+
+def _log_to(place: str, config: Path, echod: Daemon) -> None:
+    config.write_text(f"[log]\nfile = '{place}'\n")
+    echod.send(signal.SIGHUP)
+
+
+def _wait_for(event: str, log: Path) -> Event:
+    """The last event of that name in a log file, once there is one."""
+    mark = f'"event":"{event}"'.encode()
+    _wait_until(lambda: log.exists() and mark in log.read_bytes().rpartition(b"\n")[0], event)
+    return _named(event, _logged(log))[-1]
+
+
+def _logged(log: Path) -> list[Event]:
+    """The events in a log file; what a full disk has torn is left out."""
+    events = []
+    for line in log.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def _named(name: str, events: list[Event]) -> list[Event]:
+    return [event for event in events if event["event"] == name]
+
+
+def _closed(events: list[Event]) -> int:
+    return len(_named("connection closed", events))
+
+
+def _unlogged(stats: Event, events: list[Event]) -> int:
+    """How many connections had closed at the time of `stats`, one of the events, without a line before it."""
+    closed: int = sum(stats["connections"]["closed"].values())
+    return closed - _closed(events[: events.index(stats)])
+
+
+# -- the reader --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_stops_and_goes_on(config: Path, report: Report) -> None:
+    """10 000 clients come and go while the log's reader stands still: each line is logged later, or counted as lost."""
+    with reading(config) as (echod, reader, tally):
+        with scene("log reader stops, goes on", echod) as it:
+            _stall(reader, tally)
+            known = len(echod.events)
+            reader.send_signal(signal.SIGCONT)
+            _wait_until(lambda: len(echod.events) > known + QUEUED_LINES // 2, "what was queued")
+            stats = echod.stats()
+        it.notes |= {"visits": tally.served, "log_dropped": stats["log_dropped"]}
+        report(it.row())
+        assert echod.stop() == 0
+    assert _unlogged(stats, echod.events) == stats["log_dropped"] > 0
+    it.assert_bystander_unaffected()
+
+
+def test_a_log_turned_away_from_a_stuck_reader(config: Path, tmp_path: Path, report: Report) -> None:
+    """While its reader is stuck the log is sent to a file: it goes there whole, and a stop leaves the reader behind."""
+    log = tmp_path / "log"
+    with reading(config) as (echod, reader, tally):
+        with scene("log reader stuck, log sent to a file", echod) as it:
+            _stall(reader, tally)
+            _log_to(str(log), config, echod)
+            assert _wait_for("reload applied", log)["changed"] == ["log.file"]
+            echod.send(signal.SIGUSR1)
+            stats = _wait_for("stats", log)
+            _wait_for_visits(tally, 1000)
+        status, seconds = _stopped(echod)
+        it.notes |= {"log_dropped": stats["log_dropped"], "exit status": status, "stop took s": round(seconds, 1)}
+        report(it.row())
+    events = _logged(log)
+    assert (status, events[-1]["event"], events[-1]["exit_status"]) == (0, "stopped", 0)
+    assert seconds < STOP_S
+    assert stats["log_dropped"] > 0
+    closed = sum(stats["connections"]["closed"].values())
+    assert closed + _closed(events[events.index(stats) :]) == tally.served + 1, "the bystander is the last one"
+    it.assert_bystander_unaffected()
+
+
+def test_a_reader_that_is_killed(config: Path, tmp_path: Path, report: Report) -> None:
+    """The stuck reader is killed: what it and its pipe held is lost, every other line is logged or counted as lost."""
+    log = tmp_path / "log"
+    with reading(config) as (echod, reader, tally):
+        with scene("log reader stuck, killed", echod) as it:
+            _stall(reader, tally)
+            reader.kill()
+            _wait_for_visits(tally, 1000)
+            _log_to(str(log), config, echod)
+            _wait_for("reload applied", log)
+            echod.send(signal.SIGUSR1)
+            stats = _wait_for("stats", log)
+        status, seconds = _stopped(echod)
+        it.notes |= {"log_dropped": stats["log_dropped"], "exit status": status, "stop took s": round(seconds, 1)}
+        report(it.row())
+    events = [*echod.events, *_logged(log)]
+    assert (status, events[-1]["event"]) == (0, "stopped")
+    assert seconds < STOP_S
+    assert stats["log_dropped"] > QUEUED_LINES, "the queue had no reader"
+    assert 0 <= _unlogged(stats, events) - stats["log_dropped"] < ON_THE_WAY
+    it.assert_bystander_unaffected()
+
+
+@pytest.mark.parametrize("owed", [False, True])
+def test_a_stop_with_a_stuck_reader(owed: bool, config: Path, report: Report) -> None:
+    """With pipe and queue full TERM drains in its time; the exit status still tells whether anyone was cut off."""
+    with reading(config) as (echod, reader, tally), contextlib.ExitStack() as clients:
+        with scene(f"log reader stuck, stop, {'one' if owed else 'nobody'} cut off", echod) as it:
+            _stall(reader, tally)
+        if owed:
+            send_until_stuck(clients.enter_context(connect(echod.port, receive_buffer=4096)))
+        status, seconds = _stopped(echod)
+        it.notes |= {"exit status": status, "stop took s": round(seconds, 1)}
+        report(it.row())
+    assert status == (3 if owed else 0)
+    assert seconds < STOP_S
+    it.assert_bystander_unaffected()
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_takes_nothing(config: Path, report: Report) -> None:
+    """`log.file` is /dev/full: each line is counted as lost until a reload names a better place; a stop is a stop."""
+    with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS) as echod, visited(echod) as tally:
+        with scene("log to /dev/full", echod) as it:
+            _log_to_full(config, echod)
+            _wait_for_visits(tally, 5000)
+            config.write_text("")
+            echod.reload("reload applied")
+            stats = echod.stats()
+        _log_to_full(config, echod)
+        status, seconds = _stopped(echod)
+        it.notes |= {"log_dropped": stats["log_dropped"], "exit status": status, "stop took s": round(seconds, 1)}
+        report(it.row())
+    reloads = ["reload applied", "reload started"]  # from here to /dev/full and back
+    assert _unlogged(stats, echod.events) + len(reloads) == stats["log_dropped"] > 5000
+    assert status == 0
+    assert seconds < STOP_S
+    it.assert_bystander_unaffected()
+
+
+def _log_to_full(config: Path, echod: Daemon) -> None:
+    _log_to("/dev/full", config, echod)
+    _wait_until(lambda: "/dev/full" in _open_files(echod.pid), "the reload")
+
+
+def _open_files(pid: int) -> set[str]:
+    names = set()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed by now
+            names.add(os.readlink(entry.path))
+    return names
+
+
+def test_a_disk_that_fills_up(disk: Path, config: Path, report: Report) -> None:
+    """The log's disk is full for a while: what it took is whole, the rest is counted, and the log goes on."""
+    log, ballast = disk / "log", disk / "ballast"
+    with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS) as echod, visited(echod) as tally:
+        with open(ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, os.statvfs(disk).f_bavail * os.sysconf("SC_PAGESIZE") - ROOM)
+        with scene("log's disk full for a while", echod) as it:
+            _log_to(str(log), config, echod)
+            _wait_for("reload applied", log)
+            _wait_until(lambda: os.statvfs(disk).f_bavail == 0, "the disk to be full")
+            _wait_for_visits(tally, 5000)
+            full = log.stat().st_size
+            ballast.unlink()
+            _wait_until(lambda: log.stat().st_size > full + ROOM, "the log to go on")
+            echod.send(signal.SIGUSR1)
+            stats = _wait_for("stats", log)
+        status, seconds = _stopped(echod)
+        it.notes |= {"log_dropped": stats["log_dropped"], "exit status": status, "stop took s": round(seconds, 1)}
+        report(it.row())
+    events = _logged(log)
+    assert (status, events[-1]["event"]) == (0, "stopped")
+    assert _unlogged(stats, [*echod.events, *events]) == stats["log_dropped"] > 4000
+    assert len(log.read_bytes().splitlines()) == len(events) + 1, "one line was torn when the disk was full"
+    it.assert_bystander_unaffected()
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["vanished", "read-only"])
+def test_a_folder_that_can_t_be_reopened_in(what: str, config: Path, tmp_path: Path, report: Report) -> None:
+    """A reload that can't reopen the log is refused; the old file goes on and no line is lost, until all is well."""
+    folder, old = tmp_path / "folder", tmp_path / "old"
+    log = folder / "log"
+    folder.mkdir()
+    command = (*WITHOUT_PRIVILEGE, sys.executable, "-m", "echod")
+    with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS, command=command) as echod, visited(echod) as tally:
+        _log_to(str(log), config, echod)
+        _wait_for("reload applied", log)
+        with scene(f"log's folder {what}", echod) as it:
+            with _spoiled(folder, old, what) as fault:
+                echod.send(signal.SIGHUP)
+                assert _wait_for("reload refused", old)["errors"] == [f"log.file: {log}: {fault}"]
+                _wait_for_visits(tally, 2000)
+            echod.send(signal.SIGHUP)
+            _wait_for("reload applied", log)
+            echod.send(signal.SIGUSR1)
+            stats = _wait_for("stats", log)
+        status, _ = _stopped(echod)
+        it.notes |= {"log_dropped": stats["log_dropped"], "exit status": status}
+        report(it.row())
+    events = [*echod.events, *_logged(old), *_logged(log)]
+    assert (status, events[-1]["event"]) == (0, "stopped")
+    assert _unlogged(stats, events) == stats["log_dropped"] == 0
+    it.assert_bystander_unaffected()
+
+
+@contextlib.contextmanager
+def _spoiled(folder: Path, old: Path, what: str) -> Iterator[str]:
+    """Take the log away, and the way to a new one; the system's words for that."""
+    (folder / "log").rename(old)
+    if what == "vanished":
+        folder.rmdir()
+        yield "no such file or directory"
+        folder.mkdir()
+    else:
+        folder.chmod(0o500)
+        yield "permission denied"
+        folder.chmod(0o700)

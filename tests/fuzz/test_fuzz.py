@@ -1,0 +1,21 @@
+"""A short run of what `make fuzz` does for minutes."""
+
+import pytest
+
+from tests.fuzz.hunt import hunt
+from tests.fuzz.targets import TARGETS
+
+SECONDS = 2.0
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_seeds(name: str) -> None:
+    """What a long run begins with is right."""
+    for seed in TARGETS[name].seeds:
+        TARGETS[name].check(seed)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_is_found_in_two_seconds(name: str) -> None:
+    """Whatever bytes come, in whatever chunks: echod is right about them."""
+    assert hunt(name, SECONDS) > 100
