@@ -24,8 +24,8 @@ TURNED_AWAY_AT_ONCE = range(RESERVED_FILES // 2, 1024)
 """Clients that may be in the act of being told there are too many; the next ones wait for that in the backlog. As many
 as the descriptors allow that are left beside the open connections."""
 
-TELL_OF_REJECTED_S = 10.0
-"""At most this often a line says how many clients were turned away."""
+TELL_AGAIN_S = 10.0
+"""At most this often a line says how many clients were turned away, or that accepting pauses."""
 
 SWEEP_SLICE = 256
 """Connections looked at in a row, about 0.5 ms; others are served in between."""
@@ -60,7 +60,7 @@ class Server:
         self._turned_away: set[Connection] = set()
         self._per_host: Counter[str | None] = Counter()
         self._rejected_told = dict(stats.rejected)
-        self._rejected_told_at = float("-inf")
+        self._rejected_told_at = self._starved_told_at = float("-inf")
         self._openings: set[asyncio.Task[object]] = set()
         self._emptied = asyncio.Event()
         self._unacknowledged = 0
@@ -190,11 +190,11 @@ class Server:
             self._emptied.set()
 
     def _on_starved(self, error: OSError) -> None:
-        log.warning(
-            "accepting paused",
-            error=error.strerror,
-            advice="raise the limit of open files, or lower limits.connections",
-        )
+        now = self._loop.time()
+        if now - self._starved_told_at >= TELL_AGAIN_S:
+            self._starved_told_at = now
+            advice = "raise the limit of open files, or lower limits.connections"
+            log.warning("accepting paused", error=error.strerror, advice=advice)
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Server:
     def _tell_of_rejected(self) -> None:
         """One line for all clients turned away since the last one: a flood of them mustn't be one of the log."""
         now = self._loop.time()
-        if self._stats.rejected != self._rejected_told and now - self._rejected_told_at >= TELL_OF_REJECTED_S:
+        if self._stats.rejected != self._rejected_told and now - self._rejected_told_at >= TELL_AGAIN_S:
             counts = {reason: count - self._rejected_told[reason] for reason, count in self._stats.rejected.items()}
             self._rejected_told, self._rejected_told_at = dict(self._stats.rejected), now
             log.warning("connections rejected", connections=len(self._connections), **counts)
