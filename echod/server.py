@@ -48,9 +48,9 @@ class Server:
         self._config = config
         self._stats = stats
         self._loop = asyncio.get_running_loop()
-        self._listeners = Listeners(self._on_accept, self._on_starved)
         self._connections: set[Connection] = set()
         self._admission = Admission(stats, open_files)
+        self._listeners = Listeners(self._on_accept, self._admission.starved)
         self._selfcheck = SelfCheck()
         self._openings: set[asyncio.Task[object]] = set()
         self._emptied = asyncio.Event()
@@ -172,13 +172,6 @@ class Server:
         if not self._connections and not self._admission.uncounted:
             self._emptied.set()
 
-    def _on_starved(self, error: OSError) -> None:
-        log.warning(
-            "accepting paused",
-            error=error.strerror,
-            advice="raise the limit of open files, or lower limits.connections",
-        )
-
     # -- time ------------------------------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
@@ -187,7 +180,7 @@ class Server:
             interval_s = _sweep_interval(self._config.timeouts)
             due = self._loop.time() + interval_s
             await asyncio.sleep(interval_s)
-            self._admission.tell(self._loop.time(), len(self._connections))
+            self._admission.tell(len(self._connections))
             # The worst of late, forgotten by and by.
             self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
             for part in _slices(self._connections):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -165,6 +166,21 @@ def serving(*arguments: str, listen: bool = True, **options: Any) -> Iterator[Da
 def settings(**values: object) -> list[str]:
     """Flags that set keys: `settings(timeouts_drain=1)` is `--set timeouts.drain=1`."""
     return [part for name, value in values.items() for part in ("--set", f"{name.replace('_', '.', 1)}={value}")]
+
+
+def settled(echod: Daemon, open_connections: int) -> Event:
+    """The statistics once no more than so many connections are open."""
+    while (stats := echod.stats())["connections"]["open"] > open_connections:
+        pass
+    return stats
+
+
+def leave_descriptors(pid: int, count: int) -> tuple[int, int]:
+    """Let the process open so many more files and no more, through its soft limit; return what its limits were."""
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + count, limits[1]))
+    return limits
 
 
 def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:

@@ -63,7 +63,10 @@ ROOMS = {
     "listeners": room("listener", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "listener": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "admission": room(
-        "config", "connection", "stats", unknown=LOOP | NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM
+        "config",
+        "connection",
+        "stats",
+        unknown=(LOOP | NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM) - {"time"},
     ),
     "selfcheck": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "server": room(

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import socket
 import struct
@@ -17,6 +16,7 @@ from tests.daemon import (
     ask,
     connect,
     connect_once_open,
+    leave_descriptors,
     read_line,
     read_to_end,
     send_until_stuck,
@@ -27,17 +27,11 @@ from tests.daemon import (
 NOTHING_LEFT = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
-def _leave_descriptors(pid: int, count: int) -> None:
-    hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
-    used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + count, hard))
-
-
 def test_without_a_descriptor_left_stats_and_stop_work() -> None:
     """Descriptors exhausted: USR1 still tells, TERM still drains, nobody is reset."""
     with serving(*settings(timeouts_drain_quiet=0.1)) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
-        _leave_descriptors(echod.pid, 0)
+        leave_descriptors(echod.pid, 0)
         assert echod.stats()["rss_bytes"] > 1_000_000
         assert ask(client, b"still\n") == b"STILL\n"
         echod.send(signal.SIGTERM)

@@ -2,16 +2,29 @@
 
 import asyncio
 import contextlib
+import signal
+import socket
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import pytest
 
-from tests.daemon import serving, settings
-from tests.faults.scene import Figures, scene
+from tests.daemon import Daemon, ask, connect, serving, settings, settled
+from tests.faults.scene import Figures, Usage, scene
 
 LORISES = 2000
 LINE_S = 4.0
+
+STUCK = 200
+QUIET = 20
+WRITE_S = 5.0
+LINE_BYTES = CHUNK_BYTES = 65_536
+STUCK_BYTES = LINE_BYTES + 3 * CHUNK_BYTES
+"""The most that one client can make us hold: a line begun, and the replies to a chunk, which upper-case may treble."""
+
+GROWING = "\u0390"
+"""Two bytes of UTF-8, six in upper case: nothing grows more."""
 
 
 @pytest.mark.timeout(120)
@@ -48,3 +61,108 @@ async def _slow_loris(port: int, number: int) -> tuple[bytes, float]:
     seconds = time.monotonic() - began
     writer.close()
     return received.result(), seconds
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param("no reply is read\n" * 4096, id="short lines"),
+        pytest.param(GROWING * 32_767 + "\n", id="long lines that grow"),
+    ],
+)
+def test_200_clients_that_never_read_are_cut_off_and_nobody_else_is_harmed(
+    lines: str, request: pytest.FixtureRequest, report: Callable[[Figures], None]
+) -> None:
+    """200 clients pipeline and never read: each costs no more than its share and is cut off at the `write` timeout."""
+    with serving(*settings(timeouts_write=WRITE_S)) as echod, contextlib.ExitStack() as clients:
+        quiet = [clients.enter_context(connect(echod.port)) for _ in range(QUIET)]
+        assert {ask(client, b"before\n") for client in quiet} == {b"BEFORE\n"}
+        idle = Usage.of(echod.pid)
+        with scene(f"{STUCK} never read: {request.node.callspec.id}", echod) as it:
+            ends = asyncio.run(_never_read(echod.port, lines.encode()))
+        closed = settled(echod, QUIET)["connections"]["closed"]
+        after = Usage.of(echod.pid)
+        shortest_s, longest_s = min(ends)[0], max(ends)[0]
+        it.notes |= {
+            "counted": f"write timeout {closed['write timeout']}, reset {closed['reset']}",
+            "clients saw": dict(Counter(error for _, error in ends)),
+            "KB each": it.grown_bytes // STUCK // 1024,
+            "memory MB after": f"{after.rss_bytes / 1e6:.1f}",
+            "gone after s": f"{shortest_s:.2f} to {longest_s:.2f}",
+        }
+        report(it.row())
+        assert it.grown_bytes <= STUCK * STUCK_BYTES
+        assert closed["write timeout"] == len(ends) == STUCK
+        assert shortest_s >= WRITE_S
+        assert longest_s < WRITE_S + 3
+        assert {ask(client, b"after\n") for client in quiet} == {b"AFTER\n"}
+        assert after.descriptors == idle.descriptors
+        it.assert_bystander_unaffected()
+
+
+async def _never_read(port: int, lines: bytes) -> list[tuple[float, str]]:
+    return await asyncio.gather(*(_send_until_cut_off(port, lines, number) for number in range(STUCK)))
+
+
+async def _send_until_cut_off(port: int, lines: bytes, number: int) -> tuple[float, str]:
+    """How long after its first line it was cut off, and by which error."""
+    await asyncio.sleep(number * 0.02)  # no flood; but all are stuck before the first one is cut off
+    with connect(port, receive_buffer=1) as client:
+        client.setblocking(False)
+        began = time.monotonic()
+        try:
+            while True:
+                await asyncio.get_running_loop().sock_sendall(client, lines)
+        except ConnectionError as error:
+            return time.monotonic() - began, type(error).__name__
+
+
+@pytest.mark.timeout(120)
+def test_lines_cut_where_it_hurts_most_cost_no_more(report: Callable[[Figures], None]) -> None:
+    """A line begun that one read completes, one more behind it: 200 such clients keep within the bound, and again."""
+    with serving() as echod:
+        idle_bytes = _rss_bytes_once_read(echod)
+        grown_bytes = [_cut_where_it_hurts_most(echod) - idle_bytes for _ in range(3)]
+        report(
+            {
+                "fault": f"{STUCK} never read: lines cut where it hurts most, three times",
+                "KB each": [grown // STUCK // 1024 for grown in grown_bytes],
+            }
+        )
+        assert max(grown_bytes) <= STUCK * STUCK_BYTES
+
+
+def _cut_where_it_hurts_most(echod: Daemon) -> int:
+    """Resident memory when nothing more is taken from the clients, before they leave."""
+    begun, rest = (GROWING * 32_768).encode(), f"\n{GROWING * 30_000}\n".encode()
+    rss_bytes = 0
+    with contextlib.ExitStack() as clients:
+        stuck = [clients.enter_context(connect(echod.port, receive_buffer=1)) for _ in range(STUCK)]
+        sent, before = 0, echod.stats()["bytes_in"]
+        while echod.stats()["bytes_in"] - before == sent:
+            sent += _send_at_once(stuck, begun)
+            _rss_bytes_once_read(echod)
+            echod.send(signal.SIGSTOP)  # so that it finds all of it when it reads next
+            sent += _send_at_once(stuck, rest)
+            echod.send(signal.SIGCONT)
+            rss_bytes = max(rss_bytes, _rss_bytes_once_read(echod))
+    settled(echod, 0)
+    return rss_bytes
+
+
+def _send_at_once(clients: Iterable[socket.socket], text: bytes) -> int:
+    """Send the text for each client as far as its kernel takes it; return how much that was."""
+    sent = 0
+    for client in clients:
+        with contextlib.suppress(BlockingIOError):
+            sent += client.send(text, socket.MSG_DONTWAIT)
+    return sent
+
+
+def _rss_bytes_once_read(echod: Daemon) -> int:
+    """Resident memory once echod has read what it will."""
+    seen = [echod.stats()["bytes_in"]]
+    while len(seen) < 10 or seen[-10] != seen[-1]:
+        seen.append(echod.stats()["bytes_in"])
+    return Usage.of(echod.pid).rss_bytes

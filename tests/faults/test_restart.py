@@ -1,0 +1,214 @@
+"""Killed and started again: nothing that the dead process left is in the next one's way."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.clients import open_stream
+from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, read_to_end, serving
+from tests.faults.scene import Figures
+
+STARTS = 5
+KILLS = 20
+CLIENTS = 16
+SERVED_BETWEEN_KILLS = 100
+OF_EACH = 20
+SLACK_S = 1.0
+"""How much longer than others a start may take on a machine that is shared; what is in its way stays for a minute."""
+
+UNREAD = b"a reply that nobody reads yet\n" * 10_000
+
+STATES = {"01": "ESTABLISHED", "04": "FIN_WAIT1", "05": "FIN_WAIT2", "06": "TIME_WAIT", "0A": "LISTEN"}
+"""As /proc/net/tcp has them (net/tcp_states.h)."""
+
+
+@pytest.mark.timeout(120)
+def test_a_port_is_bound_at_once_whatever_its_connections_were(report: Callable[[Figures], None]) -> None:
+    """Kill -9 with clients mid-line, with replies unread, and just gone: the next start takes no longer than any."""
+    usual_s = [_start_s("127.0.0.1:0") for _ in range(STARTS)]
+    port = _free_port()
+    with contextlib.ExitStack() as clients:
+        mid_line, unread = _leave_connections_behind(port, clients)
+        before = _states(port)
+        restart_s = _start_s(f"127.0.0.1:{port}")
+        saw = Counter(read_to_end(client) for client in mid_line)
+        received = [read_to_end(client) for client in unread]
+    report(
+        {
+            "fault": "kill -9 and restart on a busy port",
+            "before": dict(before),
+            "ready after s": round(restart_s, 3),
+            "usually": f"{median(usual_s):.3f}, at most {max(usual_s):.3f}",
+            "clients mid-line saw": dict(saw),
+        }
+    )
+    assert before["TIME_WAIT"] == OF_EACH
+    assert before["FIN_WAIT1"] + before["FIN_WAIT2"] == 2 * OF_EACH == before.total() - OF_EACH
+    assert restart_s < max(usual_s) + SLACK_S
+    assert saw == {b"": OF_EACH}
+    assert received == [UNREAD.upper()] * OF_EACH, "what the kernel had taken still arrives"
+
+
+def _leave_connections_behind(port: int, clients: contextlib.ExitStack) -> tuple[list[socket.socket], ...]:
+    """Kill a daemon; return its clients that were in the middle of a line, and that hadn't read their replies."""
+    with serving("-l", f"127.0.0.1:{port}") as echod:
+        for _ in range(OF_EACH):
+            with connect(port) as gone:
+                gone.sendall(b"\xff\n")
+                assert read_to_end(gone) == b"ERROR invalid utf-8\n"  # half-closed by echod first: TIME_WAIT is its own
+        mid_line = [clients.enter_context(connect(port)) for _ in range(OF_EACH)]
+        assert {ask(client, b"whole\nhalf") for client in mid_line} == {b"WHOLE\n"}
+        unread = [clients.enter_context(connect(port, receive_buffer=4096)) for _ in range(OF_EACH)]
+        for client in unread:
+            client.sendall(UNREAD)
+        while echod.stats()["bytes_out"] < OF_EACH * len(UNREAD):
+            pass
+        echod.process.kill()
+        echod.process.wait()
+    return mid_line, unread
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_20_kills_in_a_row_under_load(kind: str, tmp_path: Path, report: Callable[[Figures], None]) -> None:
+    """Clients come and go while echod is killed: each start takes no longer than any, only a kill cuts a client off."""
+    address = f"unix:{tmp_path}/sock" if kind == "unix" else f"127.0.0.1:{_free_port()}"
+    usual_s = [_start_s(f"unix:{tmp_path}/other" if kind == "unix" else "127.0.0.1:0") for _ in range(STARTS)]
+    tally = Tally()
+    with ThreadPoolExecutor(1) as executor:
+        load = executor.submit(asyncio.run, _come_and_go(address, tally))
+        try:
+            starts_s = [_kill_under_load(address, tally, load) for _ in range(KILLS)]
+        finally:
+            tally.is_over.set()
+        load.result(DEADLINE_S)
+    report(
+        {
+            "fault": f"{KILLS} times kill -9 and restart under load, {kind}",
+            "ready after s": f"{median(starts_s):.3f}, at most {max(starts_s):.3f}",
+            "usually, with no load": f"{median(usual_s):.3f}, at most {max(usual_s):.3f}",
+            "clients saw": f"{tally.served} served, {tally.cut} cut by a kill, {tally.refused} refused between",
+        }
+    )
+    assert not tally.complaints
+    assert median(starts_s) < max(usual_s) + SLACK_S
+    with serving("-l", address) as echod:
+        assert echod.stop() == 0
+
+
+def _kill_under_load(address: str, tally: "Tally", load: "Future[None]") -> float:
+    """Start a daemon, let it serve some clients, kill it; return how long the start took."""
+    began = time.monotonic()
+    with serving("-l", address, environment=UNMEASURED) as echod:
+        start_s = time.monotonic() - began
+        enough, cut = tally.served + SERVED_BETWEEN_KILLS, tally.cut
+        while tally.served < enough:
+            assert time.monotonic() < began + DEADLINE_S
+            assert not load.done(), load.result()
+            time.sleep(0.005)
+        assert tally.cut == cut, "while nobody was killed"
+        echod.process.kill()
+        echod.process.wait()
+    return start_s
+
+
+@dataclass
+class Tally:
+    """What became of clients that came and went across kills."""
+
+    served: int = 0
+    refused: int = 0
+    cut: int = 0
+    complaints: list[str] = field(default_factory=list)
+    is_over: threading.Event = field(default_factory=threading.Event)
+
+
+async def _come_and_go(address: str, tally: Tally) -> None:
+    await asyncio.gather(*(_come_again_and_again(address, tally) for _ in range(CLIENTS)))
+
+
+async def _come_again_and_again(address: str, tally: Tally) -> None:
+    while not tally.is_over.is_set():
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                received = await _ask_and_leave(address)
+        except (ConnectionRefusedError, FileNotFoundError):
+            tally.refused += 1
+            await asyncio.sleep(0.005)
+        except TimeoutError:
+            tally.complaints.append("no answer, and no end")
+        except OSError:
+            tally.cut += 1
+        else:
+            tally.served += received == b"QUICK\n"
+            tally.cut += received == b""
+            if received not in (b"QUICK\n", b""):
+                tally.complaints.append(f"got {received!r}")
+
+
+async def _ask_and_leave(address: str) -> bytes:
+    reader, writer = await open_stream(address)
+    try:
+        writer.write(b"quick\n")
+        writer.write_eof()
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+def test_a_socket_file_left_by_a_kill_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
+    """What kill -9 leaves is no obstacle; a start on a socket that is served fails, and harms nobody."""
+    path = tmp_path / "sock"
+    with serving("-l", f"unix:{path}") as killed:
+        killed.process.kill()
+        killed.process.wait()
+    assert path.is_socket()
+    with serving("-l", f"unix:{path}"), socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE_S)
+        client.connect(str(path))
+        with Daemon("-l", f"unix:{path}") as second:
+            assert second.process.wait(DEADLINE_S) == 1
+        assert "address already in use" in second.other_lines[0]
+        assert ask(client, b"unharmed\n") == b"UNHARMED\n"
+        with socket.socket(socket.AF_UNIX) as late:
+            late.settimeout(DEADLINE_S)
+            late.connect(str(path))
+            assert ask(late, b"me too\n") == b"ME TOO\n"
+
+
+def _start_s(address: str) -> float:
+    """How long a start takes, from the process's beginning to `ready`; then it answers a client, and stops."""
+    began = time.monotonic()
+    with serving("-l", address, environment=UNMEASURED) as echod:
+        start_s = time.monotonic() - began
+        if not address.startswith("unix:"):
+            with connect(echod.port) as client:
+                assert ask(client, b"at once\n") == b"AT ONCE\n"
+    return start_s
+
+
+def _states(port: int) -> Counter[str]:
+    """How many sockets of the port's own side there are in each state."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return Counter(STATES.get(row[3], row[3]) for row in rows if int(row[1].rpartition(":")[2], 16) == port)
+
+
+def _free_port() -> int:
+    """A port below those that the kernel gives to clients: none of them may take it between two starts."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in range(lowest - 1, 1024, -1):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if not _states(port):
+                return port
+    raise AssertionError("no port is free")
