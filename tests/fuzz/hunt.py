@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.targets import MOST_CUTS, TARGETS, pack
-from tests.test_protocol import streams
+from tests.test_protocol import streams, texts
 
 ROUND = settings(
     max_examples=200,  # then the clock is looked at
@@ -18,11 +18,13 @@ ROUND = settings(
 
 
 def _inputs(name: str) -> st.SearchStrategy[bytes]:
-    words = st.lists(st.sampled_from(TARGETS[name].words) | st.binary(max_size=3), max_size=30).map(b"".join)
+    known = st.sampled_from([*TARGETS[name].words, *TARGETS[name].seeds])
+    words = st.lists(known | st.binary(max_size=3), max_size=30).map(b"".join)
     if name != "protocol":
         return words
     lengths = st.lists(st.integers(0, 20) | st.integers(0, 255), max_size=MOST_CUTS - 1)
-    return st.builds(pack, st.integers(1, 20) | st.integers(1, 256), lengths, streams | words)
+    one_line = texts.map(lambda text: f"{text}\n".encode())  # echod has a way of its own for it
+    return st.builds(pack, st.integers(1, 20) | st.integers(1, 256), lengths, streams | one_line | words)
 
 
 def hunt(name: str, seconds: float) -> int:
