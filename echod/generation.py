@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from echod import logs, sockets
 from echod.address import parse_address
-from echod.config import Config
+from echod.config import Config, Log
 from echod.settings import ConfigError, Loaded
 
 
@@ -34,6 +34,12 @@ class Generation:
     """The listeners of the configuration, in its order; None is one that exists already."""
     log_descriptor: int | None
 
+    def give(self, uid: int, gid: int) -> None:
+        """Make the files of Unix sockets another user's, who will have to remove them; raises OSError."""
+        for bound in self.listeners.values():
+            if bound:
+                bound.give(uid, gid)
+
     def discard(self) -> None:
         """Close what was opened for it."""
         sockets.discard(self.listeners)
@@ -41,7 +47,11 @@ class Generation:
             os.close(self.log_descriptor)
 
 
-def prepare(load: Callable[[], Loaded], kept: Collection[sockets.Key] = ()) -> Generation:
+def prepare(
+    load: Callable[[], Loaded],
+    kept: Collection[sockets.Key] = (),
+    open_log: Callable[[Log], int | None] = logs.open_file,
+) -> Generation:
     """Do everything that can fail; may block on files and name servers. Raises PrepareError with every fault.
 
     `kept` are the listeners that exist: those that the new configuration wants too are not bound again.
@@ -52,7 +62,7 @@ def prepare(load: Callable[[], Loaded], kept: Collection[sockets.Key] = ()) -> G
         raise PrepareError(error.faults, is_configuration=True) from error
     log = loaded.config.log
     try:
-        descriptor = logs.open_file(log)
+        descriptor = open_log(log)
     except OSError as error:
         raise PrepareError([f"log.file: {log.file}: {(error.strerror or str(error)).lower()}"]) from error
     with ExitStack() as undo:

@@ -49,6 +49,9 @@ ROOMS = {
     "stats": room("__init__", unknown=EVERYTHING - {"os", "time"}),
     "signals": room(unknown=EVERYTHING - {"asyncio", "signal", "threading"}),
     "guard": room("signals", unknown=EVERYTHING - {"os", "structlog", "time"}),
+    "detach": room(unknown=EVERYTHING - {"daemon", "os"}),
+    "pidfile": room(unknown=EVERYTHING - {"fcntl", "os"}),
+    "privileges": room(unknown=EVERYTHING - {"os"}),
     "sockets": room("address", unknown=EVERYTHING - NETWORK - SYSTEM),
     "watch": room(unknown=EVERYTHING - {"structlog", "sys", "threading", "time"}),
     "sink": room(unknown=EVERYTHING - {"os", "select", "threading", "time"}),
@@ -97,11 +100,14 @@ ROOMS = {
     "__main__": room(
         "cli",
         "config",
+        "detach",
         "generation",
         "greeting",
         "guard",
         "lifecycle",
         "logs",
+        "pidfile",
+        "privileges",
         "process",
         "settings",
         "signals",
@@ -112,13 +118,13 @@ ROOMS = {
 }
 
 # For the annotations of the composition root, which hands all of them around.
-NAMED_IN_TYPES = {"__main__": {"generation", "guard", "reload", "server", "signals"}}
+NAMED_IN_TYPES = {"__main__": {"generation", "guard", "privileges", "reload", "server", "signals"}}
 
 # Who may do what ends, replaces or doubles the process, or reads how it was called.
 RESERVED = {
     "sys.exit": {"__main__"},
     "sys.argv": {"__main__"},
-    "os._exit": {"guard"},
+    "os._exit": {"detach", "guard"},  # detach: the caller, which python-daemon would end with 0
     "os.abort": set[str](),
     "os.environ": {"__main__", "logs"},  # logs: NO_COLOR
     "os.fork": set[str](),
