@@ -162,19 +162,21 @@ def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
         return OK
     mailbox = signals.Mailbox()
     guard = Guard(mailbox.put, unserved=OK, cut_off=CUT_OFF)
-    with signals.delivered(guard.deliver, guard.seconds_left), ExitStack() as at_end:
-        try:
+    try:  # around all, for who hears that there is no daemon may start the next one at once
+        with signals.delivered(guard.deliver, guard.seconds_left), ExitStack() as at_end:
             if serve.pidfile is not None:
                 at_end.callback(pidfile.acquire(os.path.join(folder, serve.pidfile)).release)
             first = _prepare(load, privileges.find(serve.user, serve.group))
-        except generation.PrepareError as error:
-            if not error.is_configuration:
-                return _refuse(tell, error.faults)
-            tell(BAD_CONFIG, error.faults)
-            return BAD_CONFIG
-        except (pidfile.PidFileError, privileges.PrivilegeError) as error:
-            return _refuse(tell, [str(error)])
-        return _run(first, partial(generation.prepare, load), mailbox, guard, tell)
+            return _run(first, partial(generation.prepare, load), mailbox, guard, tell)
+    except generation.PrepareError as error:
+        if not error.is_configuration:
+            return _refuse(tell, error.faults)
+        tell(BAD_CONFIG, error.faults)
+        return BAD_CONFIG
+    except pidfile.PidFileError as error:
+        return _refuse(tell, [f"--pidfile: {error}"])
+    except privileges.PrivilegeError as error:
+        return _refuse(tell, [str(error)])
 
 
 def _prepare(load: "partial[settings.Loaded]", user: "Identity | None") -> "Generation":

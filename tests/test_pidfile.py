@@ -116,6 +116,15 @@ def test_nobody_gets_the_lock_of_a_file_that_is_being_removed(tmp_path: Path) ->
     assert max(most) == 1
 
 
+HEIR = """
+import sys
+from echod.pidfile import PidFile
+print(flush=True)
+input()
+PidFile(sys.argv[1], int(sys.argv[2])).release()
+"""
+
+
 def test_the_lock_is_handed_on_with_its_descriptor(tmp_path: Path) -> None:
     """A program that inherits the descriptor holds the lock, and can release the file: an upgrade in place needs it."""
     path = str(tmp_path / "pid")
@@ -125,8 +134,7 @@ def test_the_lock_is_handed_on_with_its_descriptor(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from echod.pidfile import PidFile; print(flush=True); input(); "
-            "PidFile(sys.argv[1], int(sys.argv[2])).release()",
+            HEIR,
             path,
             str(held.descriptor),
         ],
