@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
-        help="run in the foreground until a signal",
+        help="run until a signal, in the foreground or as a daemon",
         description="Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics.",
         epilog="exit status: 0 every client got what it was owed, 3 some client was cut off, "
         "1 could not start, 78 bad configuration, 2 usage",

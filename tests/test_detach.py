@@ -383,11 +383,11 @@ def test_the_log_is_reopened_as_logrotate_expects(scene: Scene) -> None:
 
 
 @pytest.fixture
-def open_scene(scene: Scene) -> Scene:
+def open_scene(open_path: Path) -> Iterator[Scene]:
     """A scene in a folder of root's that anybody can look into."""
-    for folder in (scene.folder, *scene.folder.parents[:-2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    return scene
+    scene = Scene(open_path)
+    yield scene
+    scene.clean_up()
 
 
 @needs_root

@@ -155,17 +155,9 @@ def test_who_is_not_root_is_told_so() -> None:
 
 
 @pytest.fixture
-def root_s(tmp_path: Path) -> Path:
-    """A folder of root's that anybody can look into."""
-    for folder in (tmp_path, *tmp_path.parents[:-2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    return tmp_path
-
-
-@pytest.fixture
-def nobody_s(root_s: Path) -> Path:
+def nobody_s(open_path: Path) -> Path:
     """A folder of nobody's."""
-    folder = root_s / "nobody's"
+    folder = open_path / "nobody's"
     folder.mkdir()
     os.chown(folder, NOBODY.pw_uid, NOBODY.pw_gid)
     return folder
@@ -187,9 +179,9 @@ def _write_later(file: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_file_that_only_root_can_make_is_the_user_s(exists: bool, root_s: Path) -> None:
+def test_a_file_that_only_root_can_make_is_the_user_s(exists: bool, open_path: Path) -> None:
     """A log in root's folder, new or left by an earlier run as root, can be opened again by the user."""
-    file = root_s / "log"
+    file = open_path / "log"
     if exists:
         file.write_text("earlier\n")
         file.chmod(0o640)
@@ -208,15 +200,15 @@ def test_a_file_in_the_user_s_folder_is_opened_by_the_user(nobody_s: Path) -> No
 
 
 @needs_root
-def test_root_gives_away_nothing_that_was_put_in_the_way(root_s: Path, nobody_s: Path) -> None:
+def test_root_gives_away_nothing_that_was_put_in_the_way(open_path: Path, nobody_s: Path) -> None:
     """A link, hard or symbolic, that the user left for root to follow stays a link; another's file stays his."""
-    secret = root_s / "secret"
+    secret = open_path / "secret"
     secret.write_text("root's")
     secret.chmod(0o600)
     (nobody_s / "soft").symlink_to(secret)
-    (nobody_s / "dangling").symlink_to(root_s / "made by root")
+    (nobody_s / "dangling").symlink_to(open_path / "made by root")
     os.link(secret, nobody_s / "hard")
-    another_s = root_s / "another's"
+    another_s = open_path / "another's"
     another_s.write_text("")
     os.chown(another_s, 54321, 54321)
     for file in (nobody_s / "soft", nobody_s / "dangling", nobody_s / "hard", another_s):
@@ -225,7 +217,19 @@ def test_root_gives_away_nothing_that_was_put_in_the_way(root_s: Path, nobody_s:
     assert _owner(secret) == (0, 0)
     assert secret.read_text() == "root's"
     assert _owner(another_s) == (54321, 54321)
-    assert not (root_s / "made by root").exists()
+    assert not (open_path / "made by root").exists()
+
+
+@needs_root
+def test_what_is_no_file_is_not_given_away(open_path: Path) -> None:
+    """A FIFO that only root can write to is refused, and stays root's."""
+    fifo = open_path / "fifo"
+    os.mkfifo(fifo, 0o600)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(PermissionError, match="for user nobody"):
+        _open(fifo)
+    os.close(reader)
+    assert _owner(fifo) == (0, 0)
 
 
 @needs_root
@@ -238,9 +242,9 @@ def test_a_device_stays_root_s() -> None:
 
 
 @needs_root
-def test_a_socket_s_file_is_given_away_and_nothing_else(root_s: Path) -> None:
+def test_a_socket_s_file_is_given_away_and_nothing_else(open_path: Path) -> None:
     """The user gets the file of a Unix socket, but not one that was put in its place."""
-    path = root_s / "sock"
+    path = open_path / "sock"
     (bound,) = sockets.listen_all([UnixAddress(str(path))]).values()
     assert bound
     bound.give(NOBODY.pw_uid, NOBODY.pw_gid)
