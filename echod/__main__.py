@@ -10,17 +10,21 @@ _signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
 import gc  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from contextlib import suppress  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from contextlib import ExitStack, suppress  # noqa: E402
 from functools import partial  # noqa: E402
+from importlib import import_module  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
+from msgspec.structs import replace  # noqa: E402
+
 from echod import cli, process, settings, toml  # noqa: E402
-from echod.config import Config  # noqa: E402
+from echod.config import Config, Log  # noqa: E402
 
 if TYPE_CHECKING:
     from echod.generation import Generation
     from echod.guard import Guard
+    from echod.privileges import Identity
     from echod.reload import Prepare, Reloads
     from echod.server import Server
     from echod.signals import Mailbox
@@ -37,7 +41,7 @@ LOG_FLUSH_S = 1.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     process.fill_standard_streams()
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (None if the descriptor was closed)
+    _name_standard_streams()
     try:
         try:
             invocation = cli.parse(sys.argv[1:] if arguments is None else arguments)
@@ -47,8 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _output_failed(error)
     if isinstance(invocation, cli.Serve):
-        return _serve(_loader(invocation.sources, process.raise_open_files()))
+        return _detach(invocation) if invocation.is_daemon else _serve(invocation, _tell_here)
     return status
+
+
+def _name_standard_streams() -> None:
+    """Python names a stream None if its descriptor was closed."""
+    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 (as long as the process)
 
 
 def _output_failed(error: OSError) -> int:
@@ -59,9 +70,7 @@ def _output_failed(error: OSError) -> int:
 
 
 def _answer(invocation: "cli.Check | cli.ShowDefaults") -> int:
-    # Held only for a daemon; whoever started this with them blocked, as an entry point in a container may, means so.
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _HELD)
+    _end_by(_HELD)  # held only for a daemon
     match invocation:
         case cli.Check(sources):
             return _check(sources)
@@ -70,9 +79,25 @@ def _answer(invocation: "cli.Check | cli.ShowDefaults") -> int:
             return OK
 
 
-def _loader(sources: cli.Sources, open_files: int) -> "partial[settings.Loaded]":
+def _end_by(signals: Sequence[int]) -> None:
+    """Let these signals end the process, even if it was started with them blocked, as in a container for a daemon."""
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, signals)
+
+
+def _loader(sources: cli.Sources, open_files: int, folder: str = "") -> "partial[settings.Loaded]":
+    """What reads the configuration, again and again; relative paths are meant from `folder`."""
     file = (os.environ.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
-    return partial(settings.load, file, os.environ, sources.flags, open_files)
+    path = os.path.join(folder, file) if file else file
+    return partial(_load, folder, partial(settings.load, path, os.environ, sources.flags, open_files))
+
+
+def _load(folder: str, load: "partial[settings.Loaded]") -> settings.Loaded:
+    loaded = load()
+    log = loaded.config.log
+    if log.file:
+        log = replace(log, file=os.path.join(folder, log.file))
+    return settings.Loaded(replace(loaded.config, log=log), loaded.warnings, loaded.is_listen_set)
 
 
 def _check(sources: cli.Sources) -> int:
@@ -91,34 +116,95 @@ def _print(text: str) -> None:
     sys.stdout.buffer.write(text.encode())
 
 
-def _serve(load: "partial[settings.Loaded]") -> int:
+# -- serve -------------------------------------------------------------------------------------------------------------
+
+Tell = Callable[[int, Sequence[str]], bool]
+"""Says how the start went, to whoever asked for it: a status and lines to show. False if nobody waits any more."""
+
+_IMPORTED_LATE = ("asyncio", "difflib", "structlog", "traceback", "uvloop", "echod.greeting", "echod.lifecycle")
+
+
+def _detach(serve: cli.Serve) -> int:
+    from echod.detach import DetachError, detach
+
+    try:
+        folder = os.getcwd()
+        caller = detach(partial(_end_by, (_signal.SIGTERM, _signal.SIGINT)), silent_end=COULD_NOT_START)
+    except (OSError, DetachError) as error:
+        return _refuse(_tell_here, [str(error)])
+    try:
+        status = _serve(serve, caller.tell, folder)
+    except Exception as error:
+        _refuse(caller.tell, [repr(error)])
+        raise
+    _refuse(caller.tell, ["the daemon ended before clients were served; the log may say why"])
+    return status
+
+
+def _tell_here(status: int, lines: Sequence[str]) -> bool:
+    if status != OK:  # that all is well is in the log, which is here too
+        _complain(lines)
+    return True
+
+
+def _refuse(tell: Tell, faults: Sequence[str]) -> int:
+    tell(COULD_NOT_START, [f"echod: could not start: {fault}" for fault in faults])
+    return COULD_NOT_START
+
+
+def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
     # Imported here, for the other commands don't need them.
-    from echod import generation, inheritance, signals, systemd
+    from echod import generation, inheritance, pidfile, privileges, signals, systemd
     from echod.guard import Guard
 
+    load = _loader(serve.sources, process.raise_open_files(), folder)
     if signals.stop_is_pending():
         return OK
     mailbox = signals.Mailbox()
     guard = Guard(mailbox.put, unserved=OK, cut_off=CUT_OFF)
-    with signals.delivered(guard.deliver, guard.seconds_left):
-        try:
-            prepare = partial(
-                generation.prepare, load, inheritance.adopt(systemd.take_sockets(os.environ, os.getpid()))
-            )
-            first = prepare()
-        except inheritance.UnfitSocketError as error:
-            _complain([f"echod: could not start: {error}"])
-            return COULD_NOT_START
-        except generation.PrepareError as error:
-            if error.is_configuration:
-                _complain(error.faults)
-                return BAD_CONFIG
-            _complain([f"echod: could not start: {fault}" for fault in error.faults])
-            return COULD_NOT_START
-        return _run(first, prepare, mailbox, guard)
+    try:  # around all, for who hears that there is no daemon may start the next one at once
+        with signals.delivered(guard.deliver, guard.seconds_left), ExitStack() as at_end:
+            if serve.pidfile is not None:
+                at_end.callback(pidfile.acquire(os.path.join(folder, serve.pidfile)).release)
+            heirs = inheritance.adopt(systemd.take_sockets(os.environ, os.getpid()))
+            prepare = partial(generation.prepare, load, heirs)
+            first = _prepare(prepare, privileges.find(serve.user, serve.group))
+            return _run(first, prepare, mailbox, guard, tell)
+    except generation.PrepareError as error:
+        if not error.is_configuration:
+            return _refuse(tell, error.faults)
+        tell(BAD_CONFIG, error.faults)
+        return BAD_CONFIG
+    except pidfile.PidFileError as error:
+        return _refuse(tell, [f"--pidfile: {error}"])
+    except (privileges.PrivilegeError, inheritance.UnfitSocketError) as error:
+        return _refuse(tell, [str(error)])
 
 
-def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard") -> int:
+def _prepare(prepare: "partial[Generation]", user: "Identity | None") -> "Generation":
+    """The first generation; what it needed root for is done, and we are the user for good."""
+    from echod import privileges
+
+    if user is None:
+        return prepare()
+    first = prepare(open_log=partial(_open_log, user))
+    try:
+        for module in _IMPORTED_LATE:  # the user need not be allowed to read them
+            import_module(module)
+        privileges.drop(user, first.give)
+    except BaseException:
+        first.discard()
+        raise
+    return first
+
+
+def _open_log(user: "Identity", log: Log) -> int | None:
+    from echod import logs, privileges
+
+    return privileges.open_for(user, partial(logs.open_path, log.file)) if log.file else None
+
+
+def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard", tell: Tell) -> int:
     import asyncio
 
     import structlog
@@ -127,6 +213,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
     from echod import lifecycle
     from echod.greeting import greeting
     from echod.logs import STANDARD_ERROR, Logs
+    from echod.signals import Command, Order
     from echod.stats import Stats
     from echod.systemd import Notifier, watchdog_s
 
@@ -146,6 +233,9 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
             logs.sink.write(greeting(server.addresses, os.getpid()).encode())
         elif os.isatty(STANDARD_ERROR):  # the log is a file, the person is here
             os.write(STANDARD_ERROR, greeting(server.addresses, os.getpid()).encode())
+        if not tell(OK, [f"warning: {warning}" for warning in (*first.warnings, *_warnings_of_a_daemon(first.config))]):
+            structlog.get_logger().warning("start called off", why="whoever asked for it doesn't wait any more")
+            mailbox.put(Order(Command.STOP, "PIPE", 0))
 
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
     around = lifecycle.Surroundings(
@@ -170,6 +260,10 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
     notifier.close()
     gc.freeze()  # the interpreter's end would look at every object once more: 40 ms in which nothing happens
     return status
+
+
+def _warnings_of_a_daemon(config: Config) -> list[str]:
+    return [] if config.log.file else ["log.file is empty: a daemon has no standard error, so its log goes nowhere"]
 
 
 def _complain(faults: Sequence[str]) -> None:

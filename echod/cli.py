@@ -22,6 +22,10 @@ class Serve:
     """`echod serve`"""
 
     sources: Sources
+    is_daemon: bool = False
+    pidfile: str | None = None
+    user: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ def parse(arguments: Sequence[str]) -> Invocation:
     options = parser.parse_args(arguments)
     match options.command:
         case "serve":
-            return Serve(_sources(options))
+            return Serve(_sources(options), options.daemon, options.pidfile, options.user, options.group)
         case "check":
             return Check(_sources(options))
         case _:
@@ -60,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
-        help="run in the foreground until a signal",
+        help="run until a signal, in the foreground or as a daemon",
         description="Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics.",
         epilog="exit status: 0 every client got what it was owed, 3 some client was cut off, "
         "1 could not start, 78 bad configuration, 2 usage",
@@ -76,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("config", help="print the default configuration, every key with a comment", allow_abbrev=False)
     for command in (serve, check):
         _add_sources(command)
+    _add_process(serve)
     for command in commands.choices.values():
         command.add_argument("--version", action="version", version=f"echod {__version__}")
     return parser
@@ -111,6 +116,32 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         type=_assignment,
         help="any key of the configuration, such as limits.connections=100; repeatable",
     )
+
+
+def _add_process(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--daemon",
+        action="store_true",
+        help="detach, and return once clients are served (exit status 0) or it is known why they won't be; "
+        "set log.file, for a daemon has no standard error",
+    )
+    serve.add_argument(
+        "--pidfile",
+        metavar="FILE",
+        type=_name,
+        help="write the pid to FILE, and refuse to start if the one that did is still running",
+    )
+    serve.add_argument(
+        "--user", metavar="USER", type=_name, help="become this user, name or number, once the ports are bound"
+    )
+    serve.add_argument("--group", metavar="GROUP", type=_name, help="and this group, instead of the user's own")
+
+
+def _name(text: str) -> str:
+    """An option's value that must say something: an empty one is a variable that nobody has set."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a name (got {text!r})")
+    return text
 
 
 def _assignment(text: str) -> Setting:

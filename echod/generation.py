@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from echod import binding, logs, sockets
 from echod.address import parse_address
-from echod.config import Config
+from echod.config import Config, Log
 from echod.settings import ConfigError, Loaded
 
 
@@ -34,6 +34,12 @@ class Generation:
     """The listeners of the configuration, in its order; None is one that exists already."""
     log_descriptor: int | None
 
+    def give(self, uid: int, gid: int) -> None:
+        """Make the files of Unix sockets another user's, who will have to remove them; raises OSError."""
+        for bound in self.listeners.values():
+            if bound:
+                bound.give(uid, gid)
+
     def discard(self) -> None:
         """Close what was opened for it."""
         binding.discard(self.listeners)
@@ -42,7 +48,10 @@ class Generation:
 
 
 def prepare(
-    load: Callable[[], Loaded], heirs: Sequence[binding.Heir] = (), kept: Collection[sockets.Key] = ()
+    load: Callable[[], Loaded],
+    heirs: Sequence[binding.Heir] = (),
+    kept: Collection[sockets.Key] = (),
+    open_log: Callable[[Log], int | None] = logs.open_file,
 ) -> Generation:
     """Do everything that can fail; may block on files and name servers. Raises PrepareError with every fault.
 
@@ -55,7 +64,7 @@ def prepare(
         raise PrepareError(error.faults, is_configuration=True) from error
     log = loaded.config.log
     try:
-        descriptor = logs.open_file(log)
+        descriptor = open_log(log)
     except OSError as error:
         raise PrepareError([f"log.file: {log.file}: {(error.strerror or str(error)).lower()}"]) from error
     with ExitStack() as undo:

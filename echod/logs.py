@@ -67,11 +67,14 @@ def _is_at_terminal(config: Log) -> bool:
 
 def open_file(config: Log) -> int | None:
     """A descriptor of the log file, or None if the log goes to standard error; raises OSError."""
-    if not config.file:
-        return None
+    return open_path(config.file) if config.file else None
+
+
+def open_path(file: str, more_flags: int = 0) -> int:
+    """A descriptor to append to the file, made if there is none; raises OSError."""
     # Not to wait for the reader of a FIFO; afterwards the descriptor, which nobody shares, blocks as any.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-    descriptor = os.open(config.file, flags, 0o640)
+    descriptor = os.open(file, flags | more_flags, 0o640)
     os.set_blocking(descriptor, True)
     return descriptor
 

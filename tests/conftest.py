@@ -1,7 +1,20 @@
-"""Options of the test run."""
+"""Options of the test run, and a folder that another user can look into."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the start-up signal tests at every 5 ms instead of a sample")
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder as `tmp_path`, but one that every user can look into: pytest keeps its own to itself."""
+    with tempfile.TemporaryDirectory(prefix="echod-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder

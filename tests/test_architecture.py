@@ -51,6 +51,9 @@ ROOMS = {
     "systemd": room(unknown=EVERYTHING - {"os", "socket", "time"}),
     "signals": room(unknown=EVERYTHING - {"asyncio", "signal", "threading"}),
     "guard": room("signals", unknown=EVERYTHING - {"os", "structlog", "time"}),
+    "detach": room(unknown=EVERYTHING - {"daemon", "os"}),
+    "pidfile": room(unknown=EVERYTHING - {"fcntl", "os"}),
+    "privileges": room(unknown=EVERYTHING - {"os"}),
     "sockets": room(unknown=EVERYTHING - NETWORK - SYSTEM),
     "binding": room("address", "sockets", unknown=EVERYTHING - NETWORK - SYSTEM),
     "inheritance": room("binding", "sockets", "systemd", unknown=EVERYTHING - NETWORK),
@@ -114,12 +117,15 @@ ROOMS = {
     "__main__": room(
         "cli",
         "config",
+        "detach",
         "generation",
         "greeting",
         "guard",
         "inheritance",
         "lifecycle",
         "logs",
+        "pidfile",
+        "privileges",
         "process",
         "settings",
         "signals",
@@ -131,13 +137,13 @@ ROOMS = {
 }
 
 # For the annotations of the composition root, which hands all of them around.
-NAMED_IN_TYPES = {"__main__": {"generation", "guard", "reload", "server", "signals"}}
+NAMED_IN_TYPES = {"__main__": {"generation", "guard", "privileges", "reload", "server", "signals"}}
 
 # Who may do what ends, replaces or doubles the process, or reads how it was called.
 RESERVED = {
     "sys.exit": {"__main__"},
     "sys.argv": {"__main__"},
-    "os._exit": {"guard"},
+    "os._exit": {"detach", "guard"},  # detach: the caller, which python-daemon would end with 0
     "os.abort": set[str](),
     "os.environ": {"__main__", "logs"},  # logs: NO_COLOR
     "os.fork": set[str](),

@@ -78,6 +78,15 @@ def test_options(command: str, kind: type[cli.Serve | cli.Check], arguments: lis
     assert cli.parse([command, *arguments]) == kind(sources)
 
 
+def test_options_of_serve() -> None:
+    """How the process runs is asked of `serve` alone."""
+    arguments = ["--daemon", "--pidfile", "FILE", "--user", "U", "--group", "G"]
+    asked = cli.Serve(cli.Sources(None, ()), is_daemon=True, pidfile="FILE", user="U", group="G")
+    assert cli.parse(["serve", *arguments]) == asked
+    with pytest.raises(SystemExit):
+        cli.parse(["check", "--daemon"])
+
+
 def test_config_has_no_options() -> None:
     """`config` prints the defaults, so nothing can be told to it."""
     assert cli.parse(["config"]) == cli.ShowDefaults()
@@ -96,6 +105,11 @@ def test_config_has_no_options() -> None:
         ["serve", "--log", "debug"],
         ["serve", "-c"],
         ["serve", "--listen"],
+        ["serve", "--pidfile"],
+        ["serve", "--pidfile", ""],
+        ["serve", "--user", ""],
+        ["serve", "--daemon=yes"],
+        ["check", "--pidfile", "FILE"],
         ["check", "--set", "a.b"],
         ["check", "--set"],
         ["config", "extra"],

@@ -1,0 +1,153 @@
+"""The pid file: its lock is what counts, whatever is written in it."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from echod import pidfile
+from tests.daemon import DEADLINE_S
+
+
+def test_it_holds_our_pid_while_we_run(tmp_path: Path) -> None:
+    """The pid and a newline, for anybody to read whatever the umask; removed at the end."""
+    path = tmp_path / "pid"
+    before = os.umask(0o077)
+    try:
+        held = pidfile.acquire(str(path))
+    finally:
+        os.umask(before)
+    assert path.read_text() == f"{os.getpid()}\n"
+    assert path.stat().st_mode & 0o777 == 0o644
+    held.release()
+    assert not path.exists()
+
+
+def test_a_second_one_is_refused_with_the_first_one_s_pid(tmp_path: Path) -> None:
+    """Whoever comes second is told who was first, and changes nothing."""
+    path = tmp_path / "pid"
+    held = pidfile.acquire(str(path))
+    with pytest.raises(pidfile.PidFileError, match=f"already running, pid {os.getpid()}$"):
+        pidfile.acquire(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    held.release()
+
+
+@pytest.mark.parametrize("stale", ["", "1\n", f"{os.getppid()}\n", "4194305\n", "\0" * 8, "a torn write", "9" * 60])
+def test_what_was_left_behind_is_no_obstacle(stale: str, tmp_path: Path) -> None:
+    """An unlocked file is stale, even if it is empty or names another program that runs."""
+    path = tmp_path / "pid"
+    path.write_text(stale)
+    held = pidfile.acquire(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    held.release()
+
+
+def test_what_is_no_pid_file_is_not_overwritten(tmp_path: Path) -> None:
+    """A slip of the pen, such as --pidfile echod.toml, destroys nothing; nor does a link or a FIFO lead astray."""
+    document = tmp_path / "echod.toml"
+    document.write_text("# " + "x" * 100)
+    (tmp_path / "link").symlink_to(document)
+    (tmp_path / "dangling").symlink_to(tmp_path / "made through a link")
+    os.mkfifo(tmp_path / "fifo")
+    for name, words in (
+        ("echod.toml", "not a pid file"),
+        ("link", "a symbolic link"),
+        ("dangling", "a symbolic link"),
+        ("fifo", "not a pid file"),
+        ("", "is a directory"),
+        ("nowhere/pid", "no such file or directory"),
+    ):
+        with pytest.raises(pidfile.PidFileError, match=words):
+            pidfile.acquire(f"{tmp_path}/{name}")
+    assert document.read_text() == "# " + "x" * 100
+    assert not (tmp_path / "made through a link").exists()
+
+
+def test_refusals_and_releases_leave_no_descriptor(tmp_path: Path) -> None:
+    """Nothing stays open."""
+    before = os.listdir("/proc/self/fd")
+    held = pidfile.acquire(f"{tmp_path}/pid")
+    with pytest.raises(pidfile.PidFileError):
+        pidfile.acquire(f"{tmp_path}/pid")
+    held.release()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_file_that_somebody_else_put_there_is_not_removed(tmp_path: Path) -> None:
+    """At the end only our own file goes."""
+    path = tmp_path / "pid"
+    held = pidfile.acquire(str(path))
+    path.unlink()
+    later = pidfile.acquire(str(path))
+    held.release()
+    assert path.exists()
+    later.release()
+
+
+def test_nobody_gets_the_lock_of_a_file_that_is_being_removed(tmp_path: Path) -> None:
+    """Threads that take and release without a pause: at no moment do two of them hold it."""
+    holders: list[int] = []
+    most: list[int] = []
+    taken = 0
+
+    def compete() -> None:
+        nonlocal taken
+        while taken < 300:
+            try:
+                held = pidfile.acquire(f"{tmp_path}/pid")
+            except pidfile.PidFileError:
+                continue
+            holders.append(held.descriptor)
+            most.append(len(holders))
+            taken += 1
+            holders.remove(held.descriptor)
+            held.release()
+
+    threads = [threading.Thread(target=compete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert len(most) >= 300
+    assert max(most) == 1
+
+
+HEIR = """
+import sys
+from echod.pidfile import PidFile
+print(flush=True)
+input()
+PidFile(sys.argv[1], int(sys.argv[2])).release()
+"""
+
+
+def test_the_lock_is_handed_on_with_its_descriptor(tmp_path: Path) -> None:
+    """A program that inherits the descriptor holds the lock, and can release the file: an upgrade in place needs it."""
+    path = str(tmp_path / "pid")
+    held = pidfile.acquire(path)
+    assert not os.get_inheritable(held.descriptor), "a child of ours would hold it against our successor"
+    heir = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            HEIR,
+            path,
+            str(held.descriptor),
+        ],
+        pass_fds=[held.descriptor],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with heir:
+        assert heir.stdout
+        heir.stdout.readline()
+        os.close(held.descriptor)
+        with pytest.raises(pidfile.PidFileError, match="already running"):
+            pidfile.acquire(path)
+        heir.communicate(b"\n", DEADLINE_S)
+    assert heir.returncode == 0
+    assert not os.path.exists(path)
