@@ -232,6 +232,7 @@ class Connection(asyncio.BufferedProtocol):
         """End the connection if a timeout is over; to be called again and again while serving."""
         self._look(now)
         if timeouts.write and self._owed and now - self._taken_since >= timeouts.write:
+            sockets.reset_on_close(self._descriptor)
             self.cut_off("write timeout")
         elif self.reason is not None:
             return
