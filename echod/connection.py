@@ -240,6 +240,7 @@ class Connection(asyncio.BufferedProtocol):
         self._look(now)
         pace = self._pace
         if timeouts.write and pace.owed and now - pace.taken_since >= timeouts.write:
+            sockets.reset_on_close(self._descriptor)
             self.cut_off("write timeout")
         elif self.reason is not None:
             return

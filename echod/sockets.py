@@ -117,6 +117,18 @@ def welcome(sock: socket.socket) -> None:
 # -- established connections -------------------------------------------------------------------------------------------
 
 
+def reset_on_close(descriptor: int) -> None:
+    """Make the close of a connection reset it, and forget what the peer has not acknowledged (socket(7), SO_LINGER).
+
+    Else the kernel keeps megabytes of it for a peer that takes none, for minutes, in which the peer isn't told either.
+    """
+    sock = socket.socket(fileno=descriptor)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    finally:
+        sock.detach()
+
+
 def unacknowledged_bytes(descriptor: int) -> int:
     """Bytes written that the peer's kernel has not acknowledged (SIOCOUTQ, tcp(7)); a FIN counts as one.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from echod import binding, logs, privileges
+from echod import binding, logs, privileges, sockets
 from echod.address import UnixAddress
 from tests.daemon import DEADLINE_S
 

@@ -1,8 +1,10 @@
 """What a client sees of a serving echod, on every kind of address, at every limit and timeout."""
 
 import contextlib
+import errno
 import os
 import resource
+import select
 import signal
 import socket
 import stat
@@ -283,6 +285,17 @@ def test_a_client_that_takes_no_replies_is_cut_off() -> None:
         closed = echod.wait_for("connection closed")
         assert closed["reason"] == "write timeout"
         assert echod.stats()["connections"]["closed"]["write timeout"] == 1
+
+
+def test_a_client_that_is_cut_off_learns_it_at_once() -> None:
+    """`write`: with every line read and the replies in the kernel's hands too, the end is a reset, not a queue."""
+    with serving(*settings(timeouts_write=0.5)) as echod, connect(echod.port, receive_buffer=4096) as client:
+        client.sendall(b"all of it is read\n" * 10_000)
+        assert echod.wait_for("connection closed")["reason"] == "write timeout"
+        watch = select.poll()
+        watch.register(client, 0)  # which leaves POLLERR and POLLHUP
+        assert watch.poll(1000 * DEADLINE_S)
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
 
 
 def test_a_slow_reader_that_takes_something_is_not_cut_off() -> None:

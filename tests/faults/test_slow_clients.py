@@ -95,7 +95,7 @@ def test_200_clients_that_never_read_are_cut_off_and_nobody_else_is_harmed(
         assert it.grown_bytes <= STUCK * STUCK_BYTES
         assert closed["write timeout"] == len(ends) == STUCK
         assert shortest_s >= WRITE_S
-        assert longest_s < WRITE_S + 3
+        assert longest_s < 3 * WRITE_S
         assert {ask(client, b"after\n") for client in quiet} == {b"AFTER\n"}
         assert after.descriptors == idle.descriptors
         it.assert_bystander_unaffected()
