@@ -22,6 +22,7 @@ class Pipeliner(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self.sockname: tuple[str, int] | str = transport.get_extra_info("sockname")
         self._send(WINDOW)
 
     def data_received(self, data: bytes) -> None:
