@@ -57,9 +57,12 @@ class Scene:
         return self.peak_rss_bytes - self.usage_before.rss_bytes
 
     def assert_bystander_unaffected(self, *, slack_ms: float = 25.0) -> None:
-        """Half of the round trips as before, 99 of 100 within `slack_ms` more: two cores are shared with the attack."""
+        """Half of the round trips as before, 99 of 100 within `slack_ms` more: two cores are shared with the attack.
+
+        As before is give or take a time slice or two of a busy neighbour, 4 ms each.
+        """
         assert self.during
-        assert self.during.p50_ms <= 5 * self.before.p50_ms + 2, (self.before, self.during)
+        assert self.during.p50_ms <= 5 * self.before.p50_ms + 8, (self.before, self.during)
         assert self.during.p99_ms <= 5 * self.before.p99_ms + slack_ms, (self.before, self.during)
 
     def row(self) -> Figures:
