@@ -16,10 +16,10 @@ ACCEPT_BATCH = 64
 """Accepts in a row, before established connections get their turn."""
 
 QUIET_S = 0.05
-"""A closing listener that has had no new client for this long has none left: a handshake takes one round trip."""
+"""A closing listener that has had no new client for this long, and no handshake is under way, has none left."""
 
 CLOSE_S = 0.5
-"""A closing listener ends here, where the kernel can't hold new handshakes back."""
+"""A closing listener ends here: a handshake takes a round trip, but may never end, or a new one come each moment."""
 
 STARVED_S = 0.2
 """Pause after an accept for which descriptors or memory were missing; the clients wait in the backlog."""
@@ -97,7 +97,9 @@ class Listener:
         while self._is_open and left_s > 0:
             wait_s = QUIET_S if self._pauses else self._last_client_at + QUIET_S - self._loop.time()
             if wait_s <= 0:
-                break
+                if not sockets.has_handshakes_under_way(self._socket):
+                    break
+                wait_s = QUIET_S
             await asyncio.sleep(min(wait_s, left_s))
             if self._pauses:
                 self._last_client_at = self._loop.time()

@@ -14,6 +14,12 @@ from typing import Any
 
 _IP_MINTTL = 21  # linux/in.h
 _IPV6_MINHOPCOUNT = 73  # linux/in6.h
+_SO_BINDTOIFINDEX = 62  # asm-generic/socket.h
+_NO_INTERFACE = 2**31 - 1
+_NETLINK_SOCK_DIAG = 4  # linux/netlink.h
+_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
+_SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
+_TCP_SYN_RECV = 3  # netinet/tcp.h
 
 
 SockAddr = tuple[Any, ...] | str
@@ -89,20 +95,48 @@ Key = tuple[Endpoint, int]
 def refuse_new_handshakes(sock: socket.socket) -> None:
     """Let no new client in, while those whose handshake is under way or complete can still be accepted.
 
-    TCP: with a minimum TTL of 255 the kernel drops each SYN that crossed a router or comes from loopback (TTL 64),
-    so the sender retries a second later and is refused then; measured: none of 15 000 late clients reset. What is
-    accepted meanwhile inherits the option: see `welcome`. A Unix listener is shut down for reading: connect(2) is
-    refused at once, and what is queued can be accepted until EINVAL.
+    TCP: bound to an interface that doesn't exist the listener is found by no SYN, so later clients are refused at once;
+    a handshake under way has been given its interface already and goes on. Before Linux 5.7 that takes a privilege, and
+    where other processes share the port (SO_REUSEPORT) the kernel may choose this listener all the same: there a
+    minimum TTL of 255 drops each SYN that crossed a router or comes from loopback (TTL 64), and the sender retries a
+    second later; what is accepted meanwhile inherits that: see `welcome`. A Unix listener is shut down for reading:
+    connect(2) is refused at once, and what is queued can be accepted until EINVAL.
     """
     with suppress(OSError):
-        match sock.family:
-            case socket.AF_UNIX:
-                sock.shutdown(socket.SHUT_RD)
-            case socket.AF_INET:
-                sock.setsockopt(socket.IPPROTO_IP, _IP_MINTTL, 255)
-            case socket.AF_INET6:
+        if sock.family == socket.AF_UNIX:
+            sock.shutdown(socket.SHUT_RD)
+        elif sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) or not _bind_to_no_interface(sock):
+            if sock.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MINHOPCOUNT, 255)
-                sock.setsockopt(socket.IPPROTO_IP, _IP_MINTTL, 255)  # IPv4 clients of a dual-stack listener
+            sock.setsockopt(socket.IPPROTO_IP, _IP_MINTTL, 255)  # also for IPv4 clients of a dual-stack listener
+
+
+def _bind_to_no_interface(sock: socket.socket) -> bool:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_INTERFACE)
+    except OSError:
+        return False
+    return True
+
+
+def has_handshakes_under_way(sock: socket.socket) -> bool:
+    """Whether some client of a TCP listener has still to acknowledge that it is let in; False if nobody can tell.
+
+    Asks sock_diag(7) for sockets of the listener's port in SYN_RECV; the first message of the answer is one of them,
+    or the end of the list.
+    """
+    if sock.family == socket.AF_UNIX:
+        return False
+    port = socket.htons(sock.getsockname()[1])
+    head = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 0, 0)
+    query = struct.pack("=BBxxIH46x", sock.family, socket.IPPROTO_TCP, 1 << _TCP_SYN_RECV, port)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diagnosis:
+            diagnosis.send(head + query)
+            answer: int = struct.unpack_from("=4xH", diagnosis.recv(8192))[0]
+    except OSError:
+        return False
+    return answer == _SOCK_DIAG_BY_FAMILY
 
 
 def welcome(sock: socket.socket) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 import uvloop
 
-from echod import binding, sockets
+from echod import binding, listener, sockets
 from echod.address import TcpAddress, UnixAddress, parse_address
-from echod.listener import CLOSE_S, Listener
+from echod.listener import CLOSE_S, QUIET_S, Listener
 from echod.listeners import Listeners
 from tests.daemon import DEADLINE_S
 from tests.test_binding import wanted
 
 IP_MINTTL = 21  # linux/in.h
+IPV6_MINHOPCOUNT = 73  # linux/in6.h
 
 
 def _run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -29,9 +31,11 @@ def _run(scenario: Coroutine[Any, Any, None]) -> None:
 class Door:
     """A listener and those who came through it."""
 
-    def __init__(self, address: str = "127.0.0.1:0") -> None:
+    def __init__(self, address: str = "127.0.0.1:0", *, is_shared: bool = False) -> None:
         (bound,) = binding.listen_all(wanted(parse_address(address))).values()
         assert bound
+        if is_shared:
+            bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self.came: asyncio.Queue[socket.socket] = asyncio.Queue()
         self.starved: list[OSError] = []
         self.listener = Listener(bound, lambda sock, _: self.came.put_nowait(sock), self.starved.append)
@@ -94,11 +98,59 @@ def test_a_paused_listener_leaves_clients_in_the_backlog() -> None:
     _run(scenario())
 
 
-def test_accepted_while_closing_a_socket_is_no_different() -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:0"])
+def test_a_handshake_under_way_is_waited_for_and_later_clients_are_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is far away, or loses a packet, gets in when it began in time; who comes later is refused at once."""
+    monkeypatch.setattr(listener, "CLOSE_S", 5.0)  # SYN is sent again after a second
+
+    async def scenario() -> None:
+        door = Door(address)
+        is_v6 = address.startswith("[")
+        option = (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT) if is_v6 else (socket.IPPROTO_IP, IP_MINTTL)
+        with socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET) as client:
+            client.setblocking(False)
+            client.setsockopt(*option, 255)  # the answer to its SYN doesn't arrive
+            assert client.connect_ex(door.listener.listening_socket.getsockname()) == errno.EINPROGRESS
+            closing = asyncio.ensure_future(door.listener.close())
+            await asyncio.sleep(4 * QUIET_S)  # longer than a close takes without it
+            assert not closing.done()
+            began_at = time.monotonic()
+            with pytest.raises(ConnectionRefusedError):
+                door.client()
+            assert time.monotonic() - began_at < 0.9, "not when its SYN is sent again"
+            client.setsockopt(*option, 0)
+            with await door.came.get() as sock:
+                client.send(b"x")
+                assert await asyncio.get_running_loop().sock_recv(sock, 10) == b"x"
+            await closing
+
+    _run(scenario())
+
+
+def test_a_handshake_that_never_ends_holds_no_close_up() -> None:
+    """As in a flood of SYNs: half a second, and the listener is closed."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        door = Door()
+        with socket.socket() as client:
+            client.setblocking(False)
+            client.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 255)
+            client.connect_ex(door.listener.listening_socket.getsockname())
+            began_at = loop.time()
+            await door.listener.close()
+            assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 1
+
+    _run(scenario())
+
+
+def test_accepted_while_a_shared_port_is_closed_a_socket_is_no_different() -> None:
     """What `refuse_new_handshakes` sets on the listener is undone on what is accepted from it."""
 
     async def scenario() -> None:
-        door = Door()
+        door = Door(is_shared=True)
         port = int(door.listener.address.rpartition(":")[2])
         closing = asyncio.ensure_future(door.listener.close())
         await asyncio.sleep(0)  # it has begun

@@ -1,0 +1,33 @@
+"""Clients that aren't on the same machine: each packet is under way for a while."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.daemon import DEADLINE_S, UNMEASURED, clean_environment
+from tests.faults.distance import CLIENTS
+from tests.faults.scene import Figures
+
+CAN_LAY_A_WIRE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and shutil.which("ip") and shutil.which("unshare")
+
+
+@pytest.mark.skipif(not CAN_LAY_A_WIRE, reason="needs root, a TUN device, ip and unshare")
+@pytest.mark.parametrize("round_trip_s", [0.02, 0.1, 0.3])
+def test_a_stop_resets_nobody_far_away(round_trip_s: float, report: Callable[[Figures], None]) -> None:
+    """A handshake under way when the stop comes is finished, its client served; the next are refused; none is reset."""
+    ended = subprocess.run(
+        ["unshare", "--net", sys.executable, "-m", "tests.faults.distance", str(round_trip_s / 2)],
+        capture_output=True,
+        timeout=2 * DEADLINE_S,
+        env=clean_environment() | UNMEASURED,
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    fares = json.loads(ended.stdout)
+    report({"fault": f"a stop, clients {round_trip_s * 1000:.0f} ms away", **fares})
+    assert fares.keys() == {"served", "refused"}
+    assert sum(fares.values()) == CLIENTS
