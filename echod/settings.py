@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from echod.address import Address, TcpAddress, parse_address
-from echod.config import KEYS, RESERVED_FILES, SECTIONS, Config, Limits, Listen, Log, Timeouts
+from echod.config import KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
 
 
 class ConfigError(Exception):
@@ -63,7 +63,9 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
         limits=Limits(**_section(values, "limits")),
         timeouts=Timeouts(**_section(values, "timeouts")),
         log=Log(**_section(values, "log")),
+        admin=Admin(**_section(values, "admin")),
     )
+    _hold_apart(config, last.get("admin.listen"))
     return _fit(config, last.get("limits.connections"), open_files)
 
 
@@ -147,6 +149,9 @@ def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> Non
         values[setting.key] = msgspec.convert(setting.value, KEYS[setting.key], strict=not setting.is_text)
     except msgspec.ValidationError as error:
         wrong = _explain(KEYS[setting.key], setting.value, error)
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        return
+    if setting.key == "admin.listen" and setting.value and (wrong := _wrong_address(setting.value, set())):
         faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
 
 
@@ -236,6 +241,16 @@ def _got(value: Any) -> str:
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def _hold_apart(config: Config, setting: Setting | None) -> None:
+    """Refuse an admin endpoint where clients are served: the two can't share an address."""
+    if not setting or not setting.value:
+        return
+    admin = parse_address(setting.value)
+    is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
+    if not is_any_port and admin in [parse_address(entry.address) for entry in config.listen]:
+        raise ConfigError([f"{setting.source}: admin.listen: clients are served there{_got(setting.value)}"])
 
 
 def _fit(config: Config, setting: Setting | None, open_files: int) -> Loaded:
