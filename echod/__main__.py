@@ -101,15 +101,22 @@ def _serve(load: "partial[settings.Loaded]") -> int:
     mailbox = signals.Mailbox()
     guard = Guard(mailbox.put, unserved=OK, cut_off=CUT_OFF)
     with signals.delivered(guard.deliver, guard.seconds_left):
+        prepare = partial(generation.prepare, load, _runtime_admin())
         try:
-            first = generation.prepare(load)
+            first = prepare()
         except generation.PrepareError as error:
             if error.is_configuration:
                 _complain(error.faults)
                 return BAD_CONFIG
             _complain([f"echod: could not start: {fault}" for fault in error.faults])
             return COULD_NOT_START
-        return _run(first, partial(generation.prepare, load), mailbox, guard)
+        return _run(first, lambda kept: prepare(kept=kept), mailbox, guard)
+
+
+def _runtime_admin() -> str | None:
+    """The admin endpoint that there is whatever the configuration says: in the folder that systemd makes for us."""
+    folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return f"unix:{folder}/admin" if folder else None
 
 
 def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard") -> int:

@@ -98,9 +98,12 @@ Key = tuple[Endpoint, int]
 """Names a listener across reloads: its endpoint, and a number that tells several of `host:0` apart."""
 
 
-def listen_all(addresses: Iterable[Address], kept: Collection[Key] = ()) -> dict[Key, Bound | None]:
+def listen_all(
+    addresses: Iterable[Address], kept: Collection[Key] = (), *, is_private: bool = False
+) -> dict[Key, Bound | None]:
     """A listening socket for every endpoint of the addresses, in order, but None for those that are `kept`.
 
+    A private Unix socket is for its user and root alone.
     All or nothing: raises BindErrors with every fault, and nothing stays bound then.
     """
     sockets: dict[Key, Bound | None] = {}
@@ -109,7 +112,7 @@ def listen_all(addresses: Iterable[Address], kept: Collection[Key] = ()) -> dict
         try:
             for endpoint in resolve(address):
                 key = next(key for number in count() if (key := (endpoint, number)) not in sockets)
-                sockets[key] = None if key in kept else listen(endpoint)
+                sockets[key] = None if key in kept else listen(endpoint, is_private=is_private)
         except BindError as error:
             faults.append(str(error))
     if faults:
@@ -125,7 +128,7 @@ def discard(sockets: Mapping[Key, Bound | None]) -> None:
             bound.close()
 
 
-def listen(endpoint: Endpoint) -> Bound:
+def listen(endpoint: Endpoint, *, is_private: bool = False) -> Bound:
     """A socket that listens on the endpoint; raises BindError."""
     try:
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -136,6 +139,8 @@ def listen(endpoint: Endpoint) -> Bound:
             with _stale_file_removed(endpoint.sockaddr):
                 sock.bind(endpoint.sockaddr)
                 file = _identity(endpoint.sockaddr)
+                if is_private:
+                    os.chmod(endpoint.sockaddr, 0o600)  # before anyone can connect: nobody listens yet
                 sock.listen(BACKLOG)
                 return Bound(sock, file)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
