@@ -19,6 +19,7 @@ from echod import cli, process, settings, toml  # noqa: E402
 from echod.config import Config  # noqa: E402
 
 if TYPE_CHECKING:
+    from echod.address import Address
     from echod.generation import Generation
     from echod.guard import Guard
     from echod.reload import Prepare, Reloads
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 OK = 0
 COULD_NOT_START = 1
+NO_ANSWER = 1  # of a running daemon, or one that refuses
 CUT_OFF = 3
 BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 
@@ -58,7 +60,7 @@ def _output_failed(error: OSError) -> int:
     return COULD_NOT_START
 
 
-def _answer(invocation: "cli.Check | cli.ShowDefaults") -> int:
+def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.AskStats | cli.AskReload") -> int:
     # Held only for a daemon; whoever started this with them blocked, as an entry point in a container may, means so.
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _HELD)
@@ -68,6 +70,43 @@ def _answer(invocation: "cli.Check | cli.ShowDefaults") -> int:
         case cli.ShowDefaults():
             _print(toml.render(Config(), with_comments=True))
             return OK
+        case cli.AskStats() | cli.AskReload():
+            return _ask(invocation)
+
+
+def _ask(question: cli.AskStats | cli.AskReload) -> int:
+    import json
+
+    from echod import ask
+    from echod.table import table
+
+    try:
+        match question:
+            case cli.AskStats(target, as_json):
+                stats = ask.stats(_admin(target))
+                _print(json.dumps(stats) + "\n" if as_json else table(stats))
+            case cli.AskReload(target):
+                changed = ask.reload(_admin(target, for_reload=True))
+                _print(f"reload applied: {', '.join(changed) or 'nothing'} changed\n")
+    except settings.ConfigError as error:
+        _complain(error.faults)
+    except ask.RefusedError as error:
+        _complain([f"echod: reload refused: {fault}" for fault in error.faults])
+    except ask.UnansweredError as error:
+        _complain([f"echod: {error}"])
+    else:
+        return OK
+    return NO_ANSWER
+
+
+def _admin(target: cli.Target, *, for_reload: bool = False) -> "list[Address]":
+    from echod import ask
+
+    if target.admin:
+        return [target.admin]
+    # What the daemon may open is its own business, not that of the shell here.
+    loaded = _loader(cli.Sources(target.file, ()), process.UNLIMITED)()
+    return ask.candidates(loaded.config.admin.listen, _runtime_admin(), for_reload=for_reload)
 
 
 def _loader(sources: cli.Sources, open_files: int) -> "partial[settings.Loaded]":

@@ -42,6 +42,7 @@ ROOMS = {
     "address": room(unknown=EVERYTHING),
     "protocol": room(unknown=EVERYTHING | {"msgspec"}),
     "greeting": room(unknown=EVERYTHING),
+    "table": room(unknown=EVERYTHING),
     "config": room(unknown=EVERYTHING),
     "settings": room("address", "config", unknown=EVERYTHING - {"os", "tomllib"}),
     "toml": room("config", unknown=EVERYTHING),
@@ -62,6 +63,7 @@ ROOMS = {
     "admin": room(
         "exchange", "listeners", "sockets", unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"}
     ),
+    "ask": room("address", unknown=EVERYTHING - {"socket"}),
     "server": room(
         "config",
         "connection",
@@ -98,8 +100,9 @@ ROOMS = {
         "watch",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading", "time"},
     ),
-    "cli": room("__init__", "settings", unknown=EVERYTHING - {"argparse"}),
+    "cli": room("__init__", "address", "settings", unknown=EVERYTHING - {"argparse"}),
     "__main__": room(
+        "ask",
         "cli",
         "config",
         "generation",
@@ -111,13 +114,14 @@ ROOMS = {
         "settings",
         "signals",
         "stats",
+        "table",
         "toml",
         unknown=NETWORK | FILES | PROCESSES | {"argparse"},
     ),
 }
 
 # For the annotations of the composition root, which hands all of them around.
-NAMED_IN_TYPES = {"__main__": {"generation", "guard", "reload", "server", "signals"}}
+NAMED_IN_TYPES = {"__main__": {"address", "generation", "guard", "reload", "server", "signals"}}
 
 # Who may do what ends, replaces or doubles the process, or reads how it was called.
 RESERVED = {
