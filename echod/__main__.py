@@ -13,24 +13,22 @@ import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from contextlib import ExitStack, suppress  # noqa: E402
 from functools import partial  # noqa: E402
-from importlib import import_module  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
-from msgspec.structs import replace  # noqa: E402
-
-from echod import cli, process, settings, toml  # noqa: E402
-from echod.config import Config, Log  # noqa: E402
+from echod import cli, process, settings, startup, toml  # noqa: E402
+from echod.config import Config  # noqa: E402
 
 if TYPE_CHECKING:
+    from echod.address import Address
     from echod.generation import Generation
     from echod.guard import Guard
-    from echod.privileges import Identity
     from echod.reload import Prepare, Reloads
     from echod.server import Server
     from echod.signals import Mailbox
 
 OK = 0
 COULD_NOT_START = 1
+NO_ANSWER = 1  # of a running daemon, or one that refuses
 CUT_OFF = 3
 BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 
@@ -69,7 +67,7 @@ def _output_failed(error: OSError) -> int:
     return COULD_NOT_START
 
 
-def _answer(invocation: "cli.Check | cli.ShowDefaults") -> int:
+def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.AskStats | cli.AskReload") -> int:
     _end_by(_HELD)  # held only for a daemon
     match invocation:
         case cli.Check(sources):
@@ -77,6 +75,43 @@ def _answer(invocation: "cli.Check | cli.ShowDefaults") -> int:
         case cli.ShowDefaults():
             _print(toml.render(Config(), with_comments=True))
             return OK
+        case cli.AskStats() | cli.AskReload():
+            return _ask(invocation)
+
+
+def _ask(question: cli.AskStats | cli.AskReload) -> int:
+    import json
+
+    from echod import ask
+    from echod.table import table
+
+    try:
+        match question:
+            case cli.AskStats(target, as_json):
+                stats = ask.stats(_admin(target))
+                _print(json.dumps(stats) + "\n" if as_json else table(stats))
+            case cli.AskReload(target):
+                changed = ask.reload(_admin(target, for_reload=True))
+                _print(f"reload applied: {', '.join(changed) or 'nothing'} changed\n")
+    except settings.ConfigError as error:
+        _complain(error.faults)
+    except ask.RefusedError as error:
+        _complain([f"echod: reload refused: {fault}" for fault in error.faults])
+    except ask.UnansweredError as error:
+        _complain([f"echod: {error}"])
+    else:
+        return OK
+    return NO_ANSWER
+
+
+def _admin(target: cli.Target, *, for_reload: bool = False) -> "list[Address]":
+    from echod import ask
+
+    if target.admin:
+        return [target.admin]
+    # What the daemon may open is its own business, not that of the shell here.
+    loaded = startup.loader(cli.Sources(target.file, ()), os.environ, process.UNLIMITED)()
+    return ask.candidates(loaded.config.admin.listen, startup.runtime_admin(os.environ), for_reload=for_reload)
 
 
 def _end_by(signals: Sequence[int]) -> None:
@@ -85,24 +120,9 @@ def _end_by(signals: Sequence[int]) -> None:
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, signals)
 
 
-def _loader(sources: cli.Sources, open_files: int, folder: str = "") -> "partial[settings.Loaded]":
-    """What reads the configuration, again and again; relative paths are meant from `folder`."""
-    file = (os.environ.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
-    path = os.path.join(folder, file) if file else file
-    return partial(_load, folder, partial(settings.load, path, os.environ, sources.flags, open_files))
-
-
-def _load(folder: str, load: "partial[settings.Loaded]") -> settings.Loaded:
-    loaded = load()
-    log = loaded.config.log
-    if log.file:
-        log = replace(log, file=os.path.join(folder, log.file))
-    return settings.Loaded(replace(loaded.config, log=log), loaded.warnings, loaded.is_listen_set)
-
-
 def _check(sources: cli.Sources) -> int:
     try:
-        loaded = _loader(sources, process.allowed_open_files())()
+        loaded = startup.loader(sources, os.environ, process.allowed_open_files())()
     except settings.ConfigError as error:
         _complain(error.faults)
         return BAD_CONFIG
@@ -120,8 +140,6 @@ def _print(text: str) -> None:
 
 Tell = Callable[[int, Sequence[str]], bool]
 """Says how the start went, to whoever asked for it: a status and lines to show. False if nobody waits any more."""
-
-_IMPORTED_LATE = ("asyncio", "difflib", "structlog", "traceback", "uvloop", "echod.greeting", "echod.lifecycle")
 
 
 def _detach(serve: cli.Serve) -> int:
@@ -157,7 +175,7 @@ def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
     from echod import generation, inheritance, pidfile, privileges, signals, systemd
     from echod.guard import Guard
 
-    load = _loader(serve.sources, process.raise_open_files(), folder)
+    load = startup.loader(serve.sources, os.environ, process.raise_open_files(), folder)
     if signals.stop_is_pending():
         return OK
     mailbox = signals.Mailbox()
@@ -167,8 +185,8 @@ def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
             if serve.pidfile is not None:
                 at_end.callback(pidfile.acquire(os.path.join(folder, serve.pidfile)).release)
             heirs = inheritance.adopt(systemd.take_sockets(os.environ, os.getpid()))
-            prepare = partial(generation.prepare, load, heirs)
-            first = _prepare(prepare, privileges.find(serve.user, serve.group))
+            prepare = partial(generation.prepare, load, generation.Given(heirs, startup.runtime_admin(os.environ)))
+            first = startup.prepare_as(privileges.find(serve.user, serve.group), prepare)
             return _run(first, prepare, mailbox, guard, tell)
     except generation.PrepareError as error:
         if not error.is_configuration:
@@ -179,29 +197,6 @@ def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
         return _refuse(tell, [f"--pidfile: {error}"])
     except (privileges.PrivilegeError, inheritance.UnfitSocketError) as error:
         return _refuse(tell, [str(error)])
-
-
-def _prepare(prepare: "partial[Generation]", user: "Identity | None") -> "Generation":
-    """The first generation; what it needed root for is done, and we are the user for good."""
-    from echod import privileges
-
-    if user is None:
-        return prepare()
-    first = prepare(open_log=partial(_open_log, user))
-    try:
-        for module in _IMPORTED_LATE:  # the user need not be allowed to read them
-            import_module(module)
-        privileges.drop(user, first.give)
-    except BaseException:
-        first.discard()
-        raise
-    return first
-
-
-def _open_log(user: "Identity", log: Log) -> int | None:
-    from echod import logs, privileges
-
-    return privileges.open_for(user, partial(logs.open_path, log.file)) if log.file else None
 
 
 def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard", tell: Tell) -> int:

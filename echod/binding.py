@@ -36,6 +36,8 @@ class Wanted:
 
     address: Address
     reuse_port: bool = False
+    is_private: bool = False
+    """A Unix socket's file is for its user and root alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def bind_all(
     unclaimed = list(heirs)
     faults: list[str] = []
 
-    def add(endpoint: Endpoint, *, reuse_port: bool = False) -> None:
+    def add(endpoint: Endpoint, how: Wanted | None = None) -> None:
         key = next(key for number in count() if (key := (endpoint, number)) not in sockets)
         heir = next((heir for heir in unclaimed if heir.endpoint == endpoint), None)
         if heir:
@@ -67,12 +69,12 @@ def bind_all(
         if key in kept:
             sockets[key] = None
         else:
-            sockets[key] = Bound(heir.socket, is_inherited=True) if heir else bind(endpoint, reuse_port=reuse_port)
+            sockets[key] = Bound(heir.socket, is_inherited=True) if heir else bind(endpoint, how)
 
     for entry in entries:
         try:
             for endpoint in _endpoints(entry.address, heirs):
-                add(endpoint, reuse_port=entry.reuse_port)
+                add(endpoint, entry)
         except BindError as error:
             faults.append(str(error))
     for heir in [*unclaimed]:
@@ -115,7 +117,7 @@ def discard(sockets: Mapping[Key, Bound | None]) -> None:
             bound.close()
 
 
-def bind(endpoint: Endpoint, *, reuse_port: bool = False) -> Bound:
+def bind(endpoint: Endpoint, how: Wanted | None = None) -> Bound:
     """A socket bound to the endpoint; raises BindError."""
     try:
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -125,9 +127,11 @@ def bind(endpoint: Endpoint, *, reuse_port: bool = False) -> Bound:
         if isinstance(endpoint.sockaddr, str):
             with _stale_file_removed(endpoint.sockaddr):
                 sock.bind(endpoint.sockaddr)
+                if how and how.is_private:
+                    os.chmod(endpoint.sockaddr, 0o600)  # before anyone can connect: nobody listens yet
                 return Bound(sock, identity(endpoint.sockaddr))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
+        if how and how.reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if endpoint.family == socket.AF_INET6:
             # [::] then means IPv6 alone, and 0.0.0.0 can be listed beside it.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from echod import __version__
+from echod.address import Address, parse_address
 from echod.settings import Setting
 
 
@@ -40,7 +41,30 @@ class ShowDefaults:
     """`echod config`"""
 
 
-Invocation = Serve | Check | ShowDefaults
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which daemon to ask: at an address, or the one that a configuration file tells of."""
+
+    admin: Address | None
+    file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AskStats:
+    """`echod stats`"""
+
+    target: Target
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AskReload:
+    """`echod reload`"""
+
+    target: Target
+
+
+Invocation = Serve | Check | ShowDefaults | AskStats | AskReload
 
 
 def parse(arguments: Sequence[str]) -> Invocation:
@@ -52,6 +76,10 @@ def parse(arguments: Sequence[str]) -> Invocation:
             return Serve(_sources(options), options.daemon, options.pidfile, options.user, options.group)
         case "check":
             return Check(_sources(options))
+        case "stats":
+            return AskStats(Target(options.admin, options.config), options.json)
+        case "reload":
+            return AskReload(Target(options.admin, options.config))
         case _:
             return ShowDefaults()
 
@@ -78,9 +106,26 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands.add_parser("config", help="print the default configuration, every key with a comment", allow_abbrev=False)
+    stats = commands.add_parser(
+        "stats",
+        help="print the statistics of a running echod",
+        description="Print the statistics of a running echod.",
+        epilog="exit status: 0, 1 nobody answers, 2 usage",
+        allow_abbrev=False,
+    )
+    stats.add_argument("--json", action="store_true", help="one line of JSON")
+    reload = commands.add_parser(
+        "reload",
+        help="have a running echod reload its configuration; print what changed, or every fault",
+        description="Have a running echod reload its configuration, wait for the verdict and print it.",
+        epilog="exit status: 0 in force, 1 refused or nobody answers, 2 usage",
+        allow_abbrev=False,
+    )
     for command in (serve, check):
         _add_sources(command)
     _add_process(serve)
+    for command in (stats, reload):
+        _add_target(command)
     for command in commands.choices.values():
         command.add_argument("--version", action="version", version=f"echod {__version__}")
     return parser
@@ -142,6 +187,23 @@ def _name(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a name (got {text!r})")
     return text
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--admin",
+        metavar="ADDRESS",
+        type=_address,
+        help="its admin endpoint, unix:/path or host:port (else admin.listen in FILE, else $RUNTIME_DIRECTORY/admin)",
+    )
+    command.add_argument("-c", "--config", metavar="FILE", help="its TOML file (else ECHOD_CONFIG, else none)")
+
+
+def _address(text: str) -> Address:
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} (got {text!r})") from error
 
 
 def _assignment(text: str) -> Setting:

@@ -69,6 +69,14 @@ class Log(Struct, frozen=True, kw_only=True):
     file: Annotated[str, Meta(description='"" = standard error; reopened on a reload')] = ""
 
 
+class Admin(Struct, frozen=True, kw_only=True):
+    """The endpoint for operators and monitoring."""
+
+    listen: Annotated[
+        str, Meta(description='host:port or unix:/path; "" = only `admin` in $RUNTIME_DIRECTORY, if that is set')
+    ] = ""
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """Everything echod is told, valid as a whole."""
 
@@ -76,9 +84,15 @@ class Config(Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     log: Log = Log()
+    admin: Admin = Admin()
 
 
-SECTIONS: dict[str, type[Limits] | type[Timeouts] | type[Log]] = {"limits": Limits, "timeouts": Timeouts, "log": Log}
+SECTIONS: dict[str, type[Limits] | type[Timeouts] | type[Log] | type[Admin]] = {
+    "limits": Limits,
+    "timeouts": Timeouts,
+    "log": Log,
+    "admin": Admin,
+}
 
 LISTEN_KEYS = frozenset(Listen.__struct_fields__)
 

@@ -1,13 +1,14 @@
 """One generation: a configuration and everything it needs to be put in force without a failure.
 
 A start and a reload prepare it alike, and only here can they fail: the configuration is read and valid, the log file
-is open, the listeners are bound. Until it is put in force nothing else has changed.
+is open, the listeners are bound, those of the admin endpoint too. Until it is put in force nothing else has changed.
 """
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from echod import binding, logs, sockets
 from echod.address import parse_address
@@ -32,50 +33,85 @@ class Generation:
     warnings: tuple[str, ...]
     listeners: Mapping[sockets.Key, sockets.Bound | None]
     """The listeners of the configuration, in its order; None is one that exists already."""
+    admin: Mapping[sockets.Key, sockets.Bound | None]
+    """The listeners of the admin endpoint, likewise."""
     log_descriptor: int | None
 
     def give(self, uid: int, gid: int) -> None:
         """Make the files of Unix sockets another user's, who will have to remove them; raises OSError."""
-        for bound in self.listeners.values():
-            if bound:
-                bound.give(uid, gid)
+        for bound in self._sockets:
+            bound.give(uid, gid)
+
+    def listen(self) -> None:
+        """Let clients come, on all of its sockets; raises ListenError, and the generation is fit to be discarded."""
+        for bound in self._sockets:
+            bound.listen()
+
+    @property
+    def _sockets(self) -> list[sockets.Bound]:
+        return [bound for bound in (*self.listeners.values(), *self.admin.values()) if bound]
 
     def discard(self) -> None:
         """Close what was opened for it."""
         binding.discard(self.listeners)
+        binding.discard(self.admin)
         if self.log_descriptor is not None:
             os.close(self.log_descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the process was given at its start, whatever the configuration says."""
+
+    heirs: Sequence[binding.Heir] = ()
+    """Listening sockets that a service manager handed over."""
+    runtime_admin: str | None = None
+    """Where the admin endpoint answers, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The listeners that exist: those that a new configuration wants too are not bound again."""
+
+    listeners: Collection[sockets.Key] = ()
+    admin: Collection[sockets.Key] = ()
+
+
+NOTHING_GIVEN = Given()
+NOTHING_KEPT = Kept()
+
+
 def prepare(
     load: Callable[[], Loaded],
-    heirs: Sequence[binding.Heir] = (),
-    kept: Collection[sockets.Key] = (),
+    given: Given = NOTHING_GIVEN,
+    kept: Kept = NOTHING_KEPT,
     open_log: Callable[[Log], int | None] = logs.open_file,
 ) -> Generation:
-    """Do everything that can fail; may block on files and name servers. Raises PrepareError with every fault.
-
-    `heirs` are the sockets that a service manager handed over. `kept` are the listeners that exist: those that the new
-    configuration wants too are not bound again.
-    """
+    """Do everything that can fail; may block on files and name servers. Raises PrepareError with every fault."""
     try:
         loaded = load()
     except ConfigError as error:
         raise PrepareError(error.faults, is_configuration=True) from error
-    log = loaded.config.log
+    config = loaded.config
     try:
-        descriptor = open_log(log)
+        descriptor = open_log(config.log)
     except OSError as error:
-        raise PrepareError([f"log.file: {log.file}: {(error.strerror or str(error)).lower()}"]) from error
+        raise PrepareError([f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]) from error
     with ExitStack() as undo:
         if descriptor is not None:
             undo.callback(os.close, descriptor)
-        try:
-            listeners = binding.bind_all(_wanted(loaded, heirs), kept, heirs)
-        except binding.BindErrors as error:
-            raise PrepareError([f"listen: {fault}" for fault in error.faults]) from error
+        faults: list[str] = []
+        listeners = _bound("listen", partial(_wanted, loaded, given.heirs), kept.listeners, faults, given.heirs)
+        undo.callback(binding.discard, listeners)
+        admin = _admin(config.admin.listen, given.runtime_admin, kept.admin, faults)
+        undo.callback(binding.discard, admin)
+        if faults:
+            raise PrepareError(faults)
         undo.pop_all()
-    return Generation(loaded.config, loaded.warnings, listeners, descriptor)
+    return Generation(config, loaded.warnings, listeners, admin, descriptor)
+
+
+Sockets = dict[sockets.Key, sockets.Bound | None]
 
 
 def _wanted(loaded: Loaded, heirs: Sequence[binding.Heir]) -> list[binding.Wanted]:
@@ -83,3 +119,35 @@ def _wanted(loaded: Loaded, heirs: Sequence[binding.Heir]) -> list[binding.Wante
     if heirs and not loaded.is_listen_set:
         return []
     return [binding.Wanted(parse_address(entry.address), entry.reuse_port) for entry in loaded.config.listen]
+
+
+def _admin(configured: str, runtime: str | None, kept: Collection[sockets.Key], faults: list[str]) -> Sockets:
+    bound: Sockets = {}
+    if configured:
+        bound |= _bound("admin.listen", partial(_private, configured), kept, faults)
+    if runtime and runtime != configured:
+        bound |= _bound("$RUNTIME_DIRECTORY", partial(_private, runtime), kept, faults)
+    if bound:
+        import h11  # noqa: F401 (17 ms; here a reload takes them aside, and not clients from the loop)
+    return bound
+
+
+def _private(address: str) -> list[binding.Wanted]:
+    return [binding.Wanted(parse_address(address), is_private=True)]
+
+
+def _bound(
+    name: str,
+    wanted: Callable[[], list[binding.Wanted]],
+    kept: Collection[sockets.Key],
+    faults: list[str],
+    heirs: Sequence[binding.Heir] = (),
+) -> Sockets:
+    """The sockets of what is wanted; what is wrong goes to `faults`, under the name of who wants them."""
+    try:
+        return binding.bind_all(wanted(), kept, heirs)
+    except ValueError as error:
+        faults.append(f"{name}: {error}")  # no key of the configuration, for that is valid
+    except binding.BindErrors as error:
+        faults += [f"{name}: {fault}" for fault in error.faults]
+    return {}

@@ -12,9 +12,10 @@ from typing import assert_never
 
 import structlog
 
+from echod.admin import Endpoint, Verdict
 from echod.generation import Generation
 from echod.logs import Logs
-from echod.reload import Prepare, Reloads
+from echod.reload import Parts, Prepare, Reloads
 from echod.server import Drained, Server
 from echod.signals import Command, Order
 from echod.stats import Stats
@@ -70,13 +71,21 @@ async def _beat(watch: Watch) -> None:
 
 async def _run(first: Generation, around: Surroundings) -> Outcome:
     server = Server(first.config, around.stats, around.open_files)
+
+    async def reload() -> Verdict:
+        log.info("reload started", by="admin endpoint")
+        return await reloads.verdict()
+
+    endpoint = Endpoint(server.snapshot, reload)
+    first.listen()
+    endpoint.apply(first.admin)
     server.apply(first.config, first.listeners)
     notifier = around.notifier
 
     def status() -> str:
         return _status(server, around.stats)
 
-    reloads = Reloads(first, around.prepare, server, around.logs, around.stats)
+    reloads = Reloads(first, around.prepare, Parts(server, endpoint, around.logs), around.stats)
     reloads.on_begin, reloads.on_end = notifier.reloading, lambda: notifier.ready(status())
     for warning in first.warnings:
         log.warning("configuration", warning=warning)
@@ -89,9 +98,11 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     finally:
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
+    endpoint.start_draining()
     await reloads.close()
     drained = await _drain(stop, reloads.config.timeouts.drain, server, around)
     log.info("drain finished", clean=drained.clean, cut=drained.cut, unacknowledged=drained.unacknowledged)
+    await endpoint.close()
     return Outcome.CUT_OFF if drained.cut else Outcome.STOPPED
 
 

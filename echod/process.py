@@ -4,19 +4,22 @@ import os
 import resource
 from functools import cache
 
+UNLIMITED = 2**31 - 1
+"""As many open files as there can be."""
+
 
 def raise_open_files() -> int:
     """Raise the soft limit of open files (RLIMIT_NOFILE) to the hard one; return what is then in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else 2**31 - 1
+    return hard if hard != resource.RLIM_INFINITY else UNLIMITED
 
 
 def allowed_open_files() -> int:
     """How many files this process could open: the hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return hard if hard != resource.RLIM_INFINITY else 2**31 - 1
+    return hard if hard != resource.RLIM_INFINITY else UNLIMITED
 
 
 def fill_standard_streams() -> None:

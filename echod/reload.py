@@ -1,39 +1,58 @@
 """Reloads, one after the other: prepare a generation aside, then put it in force, or say why not.
 
-Requests that come while one is under way become one more, never a queue.
+Requests that come while one is under way become one more, never a queue; who wants to know gets the verdict of a reload
+that began after the request.
 """
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import structlog
 
+from echod.admin import Endpoint, Verdict
 from echod.config import changed_keys, restart_needed
-from echod.generation import Generation, PrepareError
+from echod.generation import Generation, Kept, PrepareError
 from echod.logs import Logs
 from echod.server import Server
-from echod.sockets import Key, ListenError
+from echod.sockets import ListenError
 from echod.stats import Stats
 
-Prepare = Callable[[Collection[Key]], Generation]
+Prepare = Callable[[Kept], Generation]
+
+DRAINING = Verdict(faults=("draining",))
+"""What is told to who asks for a reload once a stop has begun, or whose reload it has interrupted."""
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a generation is put in force in."""
+
+    server: Server
+    endpoint: Endpoint
+    logs: Logs
+
+    def kept(self) -> Kept:
+        """What a further generation finds in place."""
+        return Kept(self.server.keys, self.endpoint.keys)
 
 
 class Reloads:
     """Owns the configuration in force from the first generation on."""
 
-    def __init__(self, first: Generation, prepare: Prepare, server: Server, logs: Logs, stats: Stats) -> None:
+    def __init__(self, first: Generation, prepare: Prepare, parts: Parts, stats: Stats) -> None:
         self.config = first.config
         self.on_begin: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
         self._prepare = prepare
-        self._server = server
-        self._logs = logs
+        self._parts = parts
         self._stats = stats
         self._wanted = asyncio.Event()
+        self._asked: list[asyncio.Future[Verdict]] = []
         self._is_closing = False
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="reloads")
 
@@ -41,59 +60,83 @@ class Reloads:
         """Reload, soon: after the one under way, if one is."""
         self._wanted.set()
 
+    async def verdict(self) -> Verdict:
+        """Reload as `request` does, and return what came of it."""
+        if self._is_closing:
+            return DRAINING
+        asked: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._asked.append(asked)
+        self.request()
+        return await asked
+
     async def close(self) -> None:
         """Reload no more; one that is only being prepared is given up."""
         self._is_closing = True
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
+        _tell(self._asked, DRAINING)
 
     async def _work(self) -> None:
         while not self._is_closing:
             await self._wanted.wait()
             self._wanted.clear()
+            asked, self._asked = self._asked, []
+            verdict = DRAINING
             self.on_begin()
             try:
-                await self._reload()
+                verdict = await self._reload()
             finally:
                 self.on_end()
+                _tell(asked, verdict)
 
-    async def _reload(self) -> None:
+    async def _reload(self) -> Verdict:
         try:
-            await self._put_in_force(await _aside(lambda: self._prepare(self._server.keys)))
+            changed = await self._put_in_force(await _aside(lambda: self._prepare(self._parts.kept())))
         except PrepareError as error:
-            self._refuse(error.faults)
+            return self._refuse(error.faults)
         except ListenError as error:
-            self._refuse([f"listen: {error}"])
+            return self._refuse([f"listen: {error}"])
         except asyncio.CancelledError:
-            self._refuse(["stopping"])
+            self._refuse(DRAINING.faults)
             raise
         except Exception as error:  # whatever it is, the old configuration serves on
             log.exception("reload failed")
-            self._refuse([repr(error)])
+            return self._refuse([repr(error)])
+        return Verdict(changed=tuple(changed))
 
-    def _refuse(self, faults: Collection[str]) -> None:
+    def _refuse(self, faults: Collection[str]) -> Verdict:
         self._stats.reloads_refused += 1
         self._stats.reload_error = "; ".join(faults)
         log.error("reload refused", errors=[*faults])
+        return Verdict(faults=tuple(faults))
 
-    async def _put_in_force(self, generation: Generation) -> None:
+    async def _put_in_force(self, generation: Generation) -> list[str]:
         try:
-            self._server.apply(generation.config, generation.listeners)
+            generation.listen()
+            self._parts.endpoint.apply(generation.admin)
+            self._parts.server.apply(generation.config, generation.listeners)
         except BaseException:
             generation.discard()
             raise
         changed = changed_keys(self.config, generation.config)
         restart = restart_needed(self.config, generation.config)
         self.config = generation.config
-        self._logs.apply(generation.config.log, generation.log_descriptor)
+        self._parts.logs.apply(generation.config.log, generation.log_descriptor)
         self._stats.config_generation += 1
         self._stats.reloads_applied += 1
         self._stats.reload_error = ""
         for warning in generation.warnings:
             log.warning("configuration", warning=warning)
         with suppress(asyncio.CancelledError):  # a stop, which waits for those listeners itself
-            await self._server.retired()
-        log.info("reload applied", changed=changed, restart_needed=restart, listen=self._server.addresses)
+            await asyncio.gather(self._parts.server.retired(), self._parts.endpoint.retired())
+        log.info("reload applied", changed=changed, restart_needed=restart, listen=self._parts.server.addresses)
+        return changed
+
+
+def _tell(asked: Iterable["asyncio.Future[Verdict]"], verdict: Verdict) -> None:
+    for each in asked:
+        if not each.done():  # who asked may be gone
+            each.set_result(verdict)
 
 
 async def _aside(prepare: Callable[[], Generation]) -> Generation:

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
-from echod.address import Address, TcpAddress, parse_address
-from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Config, Limits, Listen, Log, Timeouts
+from echod.address import Address, HandedOver, TcpAddress, parse_address
+from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
 
 
 class ConfigError(Exception):
@@ -70,7 +70,9 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
         limits=Limits(**_section(values, "limits")),
         timeouts=Timeouts(**_section(values, "timeouts")),
         log=Log(**_section(values, "log")),
+        admin=Admin(**_section(values, "admin")),
     )
+    _hold_apart(config, last.get("admin.listen"))
     fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
     return Loaded(fitting, warnings, is_listen_set="listen" in values)
 
@@ -155,6 +157,9 @@ def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> Non
         values[setting.key] = msgspec.convert(setting.value, KEYS[setting.key], strict=not setting.is_text)
     except msgspec.ValidationError as error:
         wrong = _explain(KEYS[setting.key], setting.value, error)
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        return
+    if setting.key == "admin.listen" and setting.value and (wrong := _wrong_address(setting.value, set())):
         faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
 
 
@@ -247,6 +252,18 @@ def _got(value: Any) -> str:
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def _hold_apart(config: Config, setting: Setting | None) -> None:
+    """Refuse an admin endpoint where clients are served: the two can't share an address."""
+    if not setting or not setting.value:
+        return
+    admin = parse_address(setting.value)
+    if isinstance(admin, HandedOver):
+        raise ConfigError([f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}"])
+    is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
+    if not is_any_port and admin in [parse_address(entry.address) for entry in config.listen]:
+        raise ConfigError([f"{setting.source}: admin.listen: clients are served there{_got(setting.value)}"])
 
 
 def _fit(config: Config, setting: Setting | None, open_files: int) -> tuple[Config, tuple[str, ...]]:

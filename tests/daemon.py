@@ -148,7 +148,8 @@ def _matches(found: Event, name: str, fields: Mapping[str, Any]) -> bool:
 
 def clean_environment() -> dict[str, str]:
     """The environment without echod's own variables, and with warnings as errors."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_")}
+    strange = ("ECHOD_", "RUNTIME_DIRECTORY")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
     return kept | {"PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": ""}
 
 

@@ -12,13 +12,14 @@ import msgspec
 import pytest
 
 from echod import __version__, cli
+from echod.address import TcpAddress, UnixAddress
 from echod.config import Config
 from echod.settings import Setting
 
 PYTHON_M_ECHOD = (sys.executable, "-m", "echod")
 
 WITH_SOURCES = [("serve", cli.Serve), ("check", cli.Check)]
-COMMANDS = ["serve", "check", "config"]
+COMMANDS = ["serve", "check", "config", "stats", "reload"]
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -90,6 +91,23 @@ def test_options_of_serve() -> None:
 def test_config_has_no_options() -> None:
     """`config` prints the defaults, so nothing can be told to it."""
     assert cli.parse(["config"]) == cli.ShowDefaults()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target"),
+    [
+        ([], cli.Target(None, None)),
+        (["-c", "FILE"], cli.Target(None, "FILE")),
+        (["--config=FILE"], cli.Target(None, "FILE")),
+        (["--admin", "unix:/a"], cli.Target(UnixAddress("/a"), None)),
+        (["--admin=[::1]:9", "-c", "FILE"], cli.Target(TcpAddress("::1", 9), "FILE")),
+    ],
+)
+def test_questions(arguments: list[str], target: cli.Target) -> None:
+    """`stats` and `reload` are told whom to ask; `stats` how to print."""
+    assert cli.parse(["stats", *arguments]) == cli.AskStats(target, as_json=False)
+    assert cli.parse(["stats", "--json", *arguments]) == cli.AskStats(target, as_json=True)
+    assert cli.parse(["reload", *arguments]) == cli.AskReload(target)
 
 
 @pytest.mark.parametrize(

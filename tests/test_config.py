@@ -13,6 +13,7 @@ from echod.config import (
     KEYS,
     LISTEN_KEYS,
     RESERVED_FILES,
+    Admin,
     Config,
     Limits,
     Listen,
@@ -70,6 +71,7 @@ def test_defaults() -> None:
         "limits": {"connections": 10_000, "connections_per_address": 0, "line_bytes": 65_536},
         "timeouts": {"idle": 300, "line": 30, "write": 30, "drain": 8, "drain_quiet": 0.5},
         "log": {"level": "info", "format": "auto", "file": ""},
+        "admin": {"listen": ""},
     }
 
 
@@ -83,6 +85,12 @@ def test_precedence(file: Path) -> None:
     timeouts = load(str(file), environment, [flag("timeouts.write", "3")], PLENTY).config.timeouts
     assert timeouts == Timeouts(idle=1, line=2, write=3)
     assert timeouts.drain == 8
+
+
+def test_the_admin_endpoint_may_take_any_port_beside_the_clients(file: Path) -> None:
+    """Port 0 is any free one, so it never stands for the same one twice."""
+    text = "[[listen]]\naddress = 'a:0'\n[admin]\nlisten = 'a:0'\n"
+    assert from_file(text, file).config.admin == Admin(listen="a:0")
 
 
 def test_listen_is_replaced_as_a_whole(file: Path) -> None:
@@ -103,7 +111,7 @@ def addresses(loaded: Loaded) -> list[str]:
 def test_each_key_from_each_source(key: str, file: Path) -> None:
     """Each key can be set by the file, as ECHOD_<SECTION>_<KEY>, and by a flag."""
     section, _, name = key.partition(".")
-    text = {"log.level": "error", "log.format": "json", "log.file": "/x"}.get(key, "7")
+    text = {"log.level": "error", "log.format": "json", "log.file": "/x", "admin.listen": "unix:/x"}.get(key, "7")
     file.write_text(f"[{section}]\n{name} = {text if text == '7' else repr(text)}\n")
     variable = f"ECHOD_{section}_{name}".upper()
     loaded = [load(str(file), {}, (), PLENTY), load(None, {variable: text}, (), PLENTY)]
@@ -142,6 +150,15 @@ FILE_FAULTS = [
     ),
     ("[log]\nlevel = 'INFO'", "log.level: expected one of debug, info, warning, error (got 'INFO')"),
     ("[log]\nformat = 1", "log.format: expected one of auto, console, json (got 1)"),
+    ("[admin]\nlisten = 3", "admin.listen: expected str (got 3)"),
+    ("[admin]\nlisten = '9000'", "admin.listen: expected host:port, [v6]:port or unix:/path (got '9000')"),
+    ("[admin]\nlisten = 'unix:a'", "admin.listen: expected an absolute path, unix:/path (got 'unix:a')"),
+    ("[admin]\nlisten = ''\nport = 1", "admin.port: unknown key (got 1)"),
+    ("[admin]\nlisten = '127.0.0.1:8888'", "admin.listen: clients are served there (got '127.0.0.1:8888')"),
+    (
+        "[[listen]]\naddress = 'unix:/a'\n[admin]\nlisten = 'unix:/a'",
+        "admin.listen: clients are served there (got 'unix:/a')",
+    ),
     ("[limits]\nconection = 3", "limits.conection: unknown key, did you mean limits.connections? (got 3)"),
     ("[timeouts]\nxyzzy = 3", "timeouts.xyzzy: unknown key (got 3)"),
     ("[timeout]\nidle = 3", "timeout: unknown key, did you mean timeouts? (got {'idle': 3})"),
@@ -451,6 +468,7 @@ configs = st.builds(
         format=st.sampled_from(["auto", "console", "json"]),
         file=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
     ),
+    admin=st.builds(Admin, listen=st.sampled_from(["", "b:1", "[::1]:0", "unix:/ß"])),
 )
 
 

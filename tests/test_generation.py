@@ -15,6 +15,7 @@ def _load(folder: Path) -> settings.Loaded:
     flags = [
         settings.Setting("test", "listen", f"unix:{folder}/sock"),
         settings.Setting("test", "log.file", f"{folder}/log"),
+        settings.Setting("test", "admin.listen", f"unix:{folder}/admin"),
     ]
     return settings.load(None, {}, flags, 20_000)
 
@@ -39,6 +40,7 @@ def test_a_generation_that_comes_too_late_is_discarded(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert not (tmp_path / "sock").exists()
+    assert not (tmp_path / "admin").exists()
     assert (tmp_path / "log").exists(), "it was prepared"
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -63,3 +65,4 @@ def test_a_generation_for_a_loop_that_is_closed_is_discarded(tmp_path: Path) -> 
     may_go_on.set()
     thread.join(DEADLINE_S)
     assert not (tmp_path / "sock").exists()
+    assert not (tmp_path / "admin").exists()
