@@ -214,6 +214,7 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
     from echod.greeting import greeting
     from echod.logs import STANDARD_ERROR, Logs
     from echod.signals import Command, Order
+    from echod.sockets import ListenError
     from echod.stats import Stats
     from echod.systemd import Notifier, watchdog_s
 
@@ -253,6 +254,8 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             outcome = runner.run(lifecycle.run(first, around))
         status = CUT_OFF if outcome is lifecycle.Outcome.CUT_OFF else OK
+    except ListenError as error:
+        _refuse(tell, [f"listen: {error}"])
     except Exception:
         structlog.get_logger().exception("crashed")
     structlog.get_logger().info("stopped", exit_status=status)

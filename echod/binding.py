@@ -1,6 +1,7 @@
-"""From addresses to listening sockets: resolve, bind, or take what a service manager handed over; all or nothing.
+"""From addresses to sockets: resolve, bind, or take what a service manager handed over; all or nothing.
 
-Knows no event loop and no configuration file.
+None of them listens yet: a client that came while the rest still fails would be reset. Knows no event loop and no
+configuration file.
 """
 
 import errno
@@ -15,9 +16,6 @@ from itertools import count
 
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress
 from echod.sockets import Bound, Endpoint, Key, identity
-
-BACKLOG = 4096
-"""Handshakes that may wait for an accept; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4."""
 
 
 class BindError(Exception):
@@ -49,10 +47,10 @@ class Heir:
     socket: socket.socket
 
 
-def listen_all(
+def bind_all(
     entries: Iterable[Wanted], kept: Collection[Key] = (), heirs: Sequence[Heir] = ()
 ) -> dict[Key, Bound | None]:
-    """A listening socket for every endpoint of the entries, in order, but None for those that are `kept`.
+    """A bound socket for every endpoint of the entries, in order, but None for those that are `kept`.
 
     An heir is taken for the endpoint it listens on; heirs that no entry wants come behind, for who waits in them waits
     for us. All or nothing: raises BindErrors with every fault, and nothing stays bound then.
@@ -69,7 +67,7 @@ def listen_all(
         if key in kept:
             sockets[key] = None
         else:
-            sockets[key] = Bound(heir.socket, is_inherited=True) if heir else listen(endpoint, reuse_port=reuse_port)
+            sockets[key] = Bound(heir.socket, is_inherited=True) if heir else bind(endpoint, reuse_port=reuse_port)
 
     for entry in entries:
         try:
@@ -111,14 +109,14 @@ def resolve(address: TcpAddress | UnixAddress) -> list[Endpoint]:
 
 
 def discard(sockets: Mapping[Key, Bound | None]) -> None:
-    """Close listeners that will not be used after all, and remove their socket files."""
+    """Close sockets that will not be listened on after all, and remove their files."""
     for bound in sockets.values():
         if bound:
             bound.close()
 
 
-def listen(endpoint: Endpoint, *, reuse_port: bool = False) -> Bound:
-    """A socket that listens on the endpoint; raises BindError."""
+def bind(endpoint: Endpoint, *, reuse_port: bool = False) -> Bound:
+    """A socket bound to the endpoint; raises BindError."""
     try:
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
@@ -127,9 +125,7 @@ def listen(endpoint: Endpoint, *, reuse_port: bool = False) -> Bound:
         if isinstance(endpoint.sockaddr, str):
             with _stale_file_removed(endpoint.sockaddr):
                 sock.bind(endpoint.sockaddr)
-                file = identity(endpoint.sockaddr)
-                sock.listen(BACKLOG)
-                return Bound(sock, file)
+                return Bound(sock, identity(endpoint.sockaddr))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -137,7 +133,6 @@ def listen(endpoint: Endpoint, *, reuse_port: bool = False) -> Bound:
             # [::] then means IPv6 alone, and 0.0.0.0 can be listed beside it.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(endpoint.sockaddr)
-        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
@@ -173,7 +168,7 @@ def _stale_file_removed(path: str) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise BindError(f"unix:{path}: a file that is no socket is in the way")
-            if _is_answered(path):
+            if _is_answered(path) or _is_about_to_listen(path):
                 raise BindError(f"unix:{path}: address already in use; `ss -lxp` shows by whom")
             os.unlink(path)
         yield
@@ -200,3 +195,14 @@ def _is_answered(path: str) -> bool:
             # A full backlog is somebody's; so is a socket of another type or one we may not write to.
             return error.errno != errno.ENOENT
     return True
+
+
+def _is_about_to_listen(path: str) -> bool:
+    """Whether a socket is bound there that doesn't listen yet (unix(7), /proc/net/unix: no flag, unconnected)."""
+    name = os.fsencode(path)
+    with suppress(OSError), open("/proc/net/unix", "rb") as table:
+        for line in table:
+            columns = line.rstrip(b"\n").split(None, 7)
+            if columns[7:] == [name] and columns[3] == b"00000000" and columns[5] == b"01":
+                return True
+    return False

@@ -71,7 +71,7 @@ def prepare(
         if descriptor is not None:
             undo.callback(os.close, descriptor)
         try:
-            listeners = binding.listen_all(_wanted(loaded, heirs), kept, heirs)
+            listeners = binding.bind_all(_wanted(loaded, heirs), kept, heirs)
         except binding.BindErrors as error:
             raise PrepareError([f"listen: {fault}" for fault in error.faults]) from error
         undo.pop_all()

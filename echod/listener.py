@@ -28,7 +28,10 @@ _STARVED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Listener:
-    """Hands each accepted socket and its peer's address to `on_accept`, which must not raise."""
+    """Hands each accepted socket and its peer's address to `on_accept`, which must not raise.
+
+    Listens from the beginning on; making one raises ListenError if that can't be.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Listener:
         self._is_closing = False
         self._retry: asyncio.TimerHandle | None = None
         self._last_client_at = 0.0
+        bound.listen()
         self._loop.add_reader(self._socket, self._accept_some)
 
     @property
@@ -105,7 +109,10 @@ class Listener:
                 self._last_client_at = self._loop.time()
             else:
                 left_s -= wait_s
-        self._leave()
+        while self._is_open and (self._accept_some() or self._pauses):
+            if self._pauses:
+                await asyncio.sleep(QUIET_S)
+        self.close_now()
 
     def _leave(self) -> None:
         """Accept who waits now, then close."""

@@ -46,7 +46,10 @@ class Listeners:
         return bool(self._retiring)
 
     def apply(self, sockets: Mapping[Key, Bound | None], bound_s: float) -> None:
-        """Change over to these: a socket is a new one, None stays as it is, the others retire within `bound_s`."""
+        """Change over to these: a socket is a new one, None stays as it is, the others retire within `bound_s`.
+
+        Raises ListenError, and nothing has changed then.
+        """
         listeners = self._with_new(sockets)  # all that can fail
         for key in self._in_force.keys() - sockets.keys():
             self._retire(self._in_force[key], bound_s)

@@ -14,7 +14,7 @@ from echod.config import changed_keys, restart_needed
 from echod.generation import Generation, PrepareError
 from echod.logs import Logs
 from echod.server import Server
-from echod.sockets import Key
+from echod.sockets import Key, ListenError
 from echod.stats import Stats
 
 Prepare = Callable[[Collection[Key]], Generation]
@@ -62,6 +62,8 @@ class Reloads:
             await self._put_in_force(await _aside(lambda: self._prepare(self._server.keys)))
         except PrepareError as error:
             self._refuse(error.faults)
+        except ListenError as error:
+            self._refuse([f"listen: {error}"])
         except asyncio.CancelledError:
             self._refuse(["stopping"])
             raise

@@ -12,6 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+BACKLOG = 4096
+"""Handshakes that may wait for an accept; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4."""
+
 _IP_MINTTL = 21  # linux/in.h
 _IPV6_MINHOPCOUNT = 73  # linux/in6.h
 _SO_BINDTOIFINDEX = 62  # asm-generic/socket.h
@@ -47,14 +50,28 @@ def peer_name(family: int, sockaddr: SockAddr | bytes | None) -> str:
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
+class ListenError(Exception):
+    """Why a socket that is bound can't be listened on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A socket that listens, and for a Unix one device and inode of its file: a later file isn't ours to remove."""
+    """A socket to listen on, and for a Unix one device and inode of its file: a later file isn't ours to remove."""
 
     socket: socket.socket
     file: tuple[int, int] | None = None
     is_inherited: bool = False
     """A service manager holds it too: later clients wait in it for the next process."""
+
+    def listen(self) -> None:
+        """Let clients come; raises ListenError if another process was quicker."""
+        if self.is_inherited:
+            return  # it is listened on, with the backlog that its unit says
+        try:
+            self.socket.listen(BACKLOG)
+        except OSError as error:
+            name = peer_name(self.socket.family, self.socket.getsockname())
+            raise ListenError(f"{name}: {(error.strerror or str(error)).lower()}") from error
 
     def close(self) -> None:
         """Close the socket and remove its file, if it is still the same."""

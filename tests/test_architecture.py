@@ -129,6 +129,7 @@ ROOMS = {
         "process",
         "settings",
         "signals",
+        "sockets",
         "stats",
         "systemd",
         "toml",

@@ -41,13 +41,25 @@ def _names(found: Sockets) -> list[str]:
 
 def test_several_free_ports_can_be_asked_for(opened: Sockets) -> None:
     """Port 0 twice means two listeners; a kept one is not bound again."""
-    opened |= binding.listen_all(wanted(ANY, ANY))
+    opened |= binding.bind_all(wanted(ANY, ANY))
     assert len(set(_names(opened))) == 2
-    again = binding.listen_all(wanted(ANY, ANY, ANY), kept=opened)
+    again = binding.bind_all(wanted(ANY, ANY, ANY), kept=opened)
     try:
         assert [bound is None for bound in again.values()] == [True, True, False]
     finally:
         binding.discard(again)
+
+
+def test_nobody_is_let_in_before_all_is_sure(opened: Sockets, tmp_path: Path) -> None:
+    """What is only bound refuses clients: were the rest to fail, those let in would be reset."""
+    opened |= binding.bind_all(wanted(ANY, UnixAddress(str(tmp_path / "sock"))))
+    for bound in opened.values():
+        assert bound
+        with socket.socket(bound.socket.family) as client, pytest.raises(ConnectionRefusedError):
+            client.connect(bound.socket.getsockname())
+        bound.listen()
+        with socket.socket(bound.socket.family) as client:
+            client.connect(bound.socket.getsockname())
 
 
 def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
@@ -56,9 +68,7 @@ def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(binding.BindErrors) as raised:
-            binding.listen_all(
-                wanted(UnixAddress(str(path)), TcpAddress("127.0.0.1", port), TcpAddress("192.0.2.1", 1))
-            )
+            binding.bind_all(wanted(UnixAddress(str(path)), TcpAddress("127.0.0.1", port), TcpAddress("192.0.2.1", 1)))
     assert not path.exists()
     assert [fault.partition("; ")[0] for fault in raised.value.faults] == [
         f"127.0.0.1:{port}: address already in use",
@@ -79,9 +89,9 @@ def test_a_host_name_stands_for_each_of_its_addresses() -> None:
 
 def test_both_wildcards_can_be_listed(opened: Sockets) -> None:
     """[::] means IPv6 alone, so 0.0.0.0 can be listed beside it."""
-    opened |= binding.listen_all(wanted(TcpAddress("0.0.0.0", 0)))
+    opened |= binding.bind_all(wanted(TcpAddress("0.0.0.0", 0)))
     port = int(_names(opened)[0].rpartition(":")[2])
-    opened |= binding.listen_all(wanted(TcpAddress("::", port)))
+    opened |= binding.bind_all(wanted(TcpAddress("::", port)))
     assert len(opened) == 2
 
 
@@ -90,7 +100,7 @@ def test_a_low_port_without_the_privilege_says_what_is_needed() -> None:
     unprivileged = (
         "import os; from echod import binding; from echod.address import TcpAddress\n"
         "os.setgid(65534); os.setuid(65534)\n"
-        "try: binding.listen_all([binding.Wanted(TcpAddress('127.0.0.1', 7))])\n"
+        "try: binding.bind_all([binding.Wanted(TcpAddress('127.0.0.1', 7))])\n"
         "except binding.BindErrors as error: print(error)"
     )
     if os.geteuid() != 0 or int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 7:
@@ -105,11 +115,11 @@ def test_a_socket_file_in_a_folder_that_another_binds_in_is_left_to_it(tmp_path:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         with pytest.raises(binding.BindErrors, match="another process is binding in this folder"):
-            binding.listen_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+            binding.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
     finally:
         os.close(folder)
     with pytest.raises(binding.BindErrors, match="no such file or directory"):
-        binding.listen_all(wanted(UnixAddress(str(tmp_path / "missing" / "sock"))))
+        binding.bind_all(wanted(UnixAddress(str(tmp_path / "missing" / "sock"))))
 
 
 def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
@@ -120,18 +130,21 @@ def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
         busy.listen(0)
         waiting.connect(path)
         with pytest.raises(binding.BindErrors, match="already in use"):
-            binding.listen_all(wanted(UnixAddress(path)))
+            binding.bind_all(wanted(UnixAddress(path)))
 
 
 def test_instances_share_a_port(opened: Sockets) -> None:
     """With reuse_port several sockets listen on one port; one without it can't join them."""
-    opened |= binding.listen_all([Wanted(ANY, reuse_port=True)])
+    opened |= binding.bind_all([Wanted(ANY, reuse_port=True)])
     port = int(_names(opened)[0].rpartition(":")[2])
-    second = binding.listen_all([Wanted(TcpAddress("127.0.0.1", port), reuse_port=True)])
+    second = binding.bind_all([Wanted(TcpAddress("127.0.0.1", port), reuse_port=True)])
     try:
         assert _names(second) == _names(opened)
+        for bound in opened.values():
+            assert bound
+            bound.listen()
         with pytest.raises(binding.BindErrors, match="already in use"):
-            binding.listen_all(wanted(TcpAddress("127.0.0.1", port)))
+            binding.bind_all(wanted(TcpAddress("127.0.0.1", port)))
     finally:
         binding.discard(second)
 
@@ -155,7 +168,7 @@ def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_t
     by_address, by_name, unwanted = handed_over("a"), handed_over("web", str(tmp_path / "web")), handed_over("b")
     host, port = by_address.socket.getsockname()
     entries = wanted(HandedOver("web"), TcpAddress(host, port), ANY)
-    opened |= binding.listen_all(entries, heirs=[by_address, by_name, unwanted])
+    opened |= binding.bind_all(entries, heirs=[by_address, by_name, unwanted])
     bounds = [bound for bound in opened.values() if bound]
     assert [bound.is_inherited for bound in bounds] == [True, True, False, True]
     assert [bounds[0].socket, bounds[1].socket, bounds[3].socket] == [
@@ -163,13 +176,13 @@ def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_t
         by_address.socket,
         unwanted.socket,
     ]
-    assert set(binding.listen_all(entries, kept=opened, heirs=[by_address, by_name, unwanted]).values()) == {None}
+    assert set(binding.bind_all(entries, kept=opened, heirs=[by_address, by_name, unwanted]).values()) == {None}
 
 
 def test_several_sockets_of_one_name(opened: Sockets) -> None:
     """All sockets of one unit bear its name unless it says otherwise: an entry takes each of them."""
     heirs = [handed_over("echod.socket"), handed_over("echod.socket")]
-    opened |= binding.listen_all(wanted(HandedOver("echod.socket")), heirs=heirs)
+    opened |= binding.bind_all(wanted(HandedOver("echod.socket")), heirs=heirs)
     assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
 
 
@@ -180,13 +193,13 @@ def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
         closing(heir.socket),
         pytest.raises(binding.BindErrors, match=re.escape("systemd:wbe: no socket of that name")),
     ):
-        binding.listen_all(wanted(HandedOver("wbe")), heirs=[heir])
+        binding.bind_all(wanted(HandedOver("wbe")), heirs=[heir])
 
 
 def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Path) -> None:
     """Closing what was handed over removes no path: the socket is still listened on."""
     path = tmp_path / "sock"
-    for bound in binding.listen_all([], heirs=[handed_over("a", str(path))]).values():
+    for bound in binding.bind_all([], heirs=[handed_over("a", str(path))]).values():
         assert bound
         bound.close()
     assert path.exists()
@@ -209,6 +222,16 @@ def test_a_descriptor_that_is_no_socket_is_a_fault() -> None:
 
 
 # -- the kernel's side -------------------------------------------------------------------------------------------------
+
+
+def test_a_unix_socket_that_doesn_t_listen_yet_is_alive(tmp_path: Path) -> None:
+    """Bound, and about to be listened on: its file isn't taken for a stale one; a dead one's is."""
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as starting:
+        starting.bind(path)
+        with pytest.raises(binding.BindErrors, match="already in use"):
+            binding.bind_all(wanted(UnixAddress(path)))
+    binding.discard(binding.bind_all(wanted(UnixAddress(path))))
 
 
 def test_names_of_peers() -> None:

@@ -343,6 +343,21 @@ def test_no_room_for_a_process(processes: int, words: str, tmp_path: Path) -> No
     assert words in report.read_text()
 
 
+def _detach_with_a_fault() -> None:
+    def fail() -> None:
+        raise OSError
+
+    detach.detach(fail, silent_end=9)
+
+
+def test_a_caller_with_a_fault_of_its_own_does_not_say_that_all_is_well() -> None:
+    """Whatever happens to it while it waits, status 0 means that clients are served."""
+    child = multiprocessing.get_context("spawn").Process(target=_detach_with_a_fault)
+    child.start()
+    child.join(DEADLINE_S)
+    assert child.exitcode == 9
+
+
 # -- paths and logs ----------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ class Door:
     """A listener and those who came through it."""
 
     def __init__(self, address: str = "127.0.0.1:0", *, is_shared: bool = False) -> None:
-        (bound,) = binding.listen_all(wanted(parse_address(address))).values()
+        (bound,) = binding.bind_all(wanted(parse_address(address))).values()
         assert bound
         if is_shared:
             bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -169,7 +169,7 @@ def test_listeners_that_are_closed_at_once_are_gone() -> None:
 
     async def scenario() -> None:
         listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
-        listeners.apply(binding.listen_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
+        listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         (port,) = (int(address.rpartition(":")[2]) for address in listeners.addresses)
         listeners.apply({}, bound_s=8)
         listeners.close_now()
@@ -186,9 +186,9 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
 
     async def scenario() -> None:
         listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
-        listeners.apply(binding.listen_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
+        listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.addresses
-        new = binding.listen_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
+        new = binding.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
         *_, last = new.values()
         assert last
         last.socket.close()
@@ -240,5 +240,29 @@ def test_starvation_pauses_and_ends() -> None:
         door.listener.close_now()
         door.listener.close_now()
         door.listener.resume("full")
+
+    _run(scenario())
+
+
+def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None:
+    """Bound is not yet listened on: who is quicker in between keeps the port, and the listeners stay as they were."""
+
+    async def scenario() -> None:
+        listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
+        listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
+        before = listeners.keys
+        new = binding.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0)))
+        (_, second) = new.values()
+        assert second
+        with socket.socket() as quicker:
+            quicker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            quicker.bind(second.socket.getsockname())
+            quicker.listen()
+            with pytest.raises(sockets.ListenError, match="address already in use"):
+                listeners.apply(new, bound_s=8)
+        binding.discard(new)
+        assert listeners.keys == before
+        listeners.apply({}, bound_s=8)
+        await listeners.retired()
 
     _run(scenario())

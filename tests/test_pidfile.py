@@ -1,9 +1,9 @@
 """The pid file: its lock is what counts, whatever is written in it."""
 
+import fcntl
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -88,32 +88,26 @@ def test_a_file_that_somebody_else_put_there_is_not_removed(tmp_path: Path) -> N
     later.release()
 
 
-def test_nobody_gets_the_lock_of_a_file_that_is_being_removed(tmp_path: Path) -> None:
-    """Threads that take and release without a pause: at no moment do two of them hold it."""
-    holders: list[int] = []
-    most: list[int] = []
-    taken = 0
+def test_nobody_gets_the_lock_of_a_file_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner ends in the very moment between our opening its file and locking it: we lock a new one."""
+    path = str(tmp_path / "pid")
+    first = pidfile.acquire(path)
+    flock = fcntl.flock
+    tried: list[int] = []
 
-    def compete() -> None:
-        nonlocal taken
-        while taken < 300:
-            try:
-                held = pidfile.acquire(f"{tmp_path}/pid")
-            except pidfile.PidFileError:
-                continue
-            holders.append(held.descriptor)
-            most.append(len(holders))
-            taken += 1
-            holders.remove(held.descriptor)
-            held.release()
+    def lock_once_the_first_is_gone(descriptor: int, operation: int) -> None:
+        if not tried:
+            first.release()
+        tried.append(descriptor)
+        flock(descriptor, operation)
 
-    threads = [threading.Thread(target=compete) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-    assert len(most) >= 300
-    assert max(most) == 1
+    monkeypatch.setattr(fcntl, "flock", lock_once_the_first_is_gone)
+    second = pidfile.acquire(path)
+    assert len(tried) == 2
+    assert os.path.exists(path), "whoever comes third would find nobody there"
+    with pytest.raises(pidfile.PidFileError, match="already running"):
+        pidfile.acquire(path)
+    second.release()
 
 
 HEIR = """

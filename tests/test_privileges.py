@@ -245,7 +245,7 @@ def test_a_device_stays_root_s() -> None:
 def test_a_socket_s_file_is_given_away_and_nothing_else(open_path: Path) -> None:
     """The user gets the file of a Unix socket, but not one that was put in its place."""
     path = open_path / "sock"
-    (bound,) = binding.listen_all([binding.Wanted(UnixAddress(str(path)))]).values()
+    (bound,) = binding.bind_all([binding.Wanted(UnixAddress(str(path)))]).values()
     assert bound
     bound.give(NOBODY.pw_uid, NOBODY.pw_gid)
     assert _owner(path) == (NOBODY.pw_uid, NOBODY.pw_gid)

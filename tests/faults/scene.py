@@ -68,12 +68,13 @@ class Scene:
     def assert_bystander_unaffected(self, *, slack_ms: float = 25.0) -> None:
         """Half of the round trips as before, 99 of 100 within `slack_ms` more: two cores are shared with the attack.
 
-        On a machine that hardly let the daemon run, round trips say nothing about it.
+        As before is give or take a time slice or two of a busy neighbour, 4 ms each. On a machine that hardly let the
+        daemon run, round trips say nothing about it.
         """
         assert self.during
         if self.starved_share > STARVED:
             return
-        assert self.during.p50_ms <= 5 * self.before.p50_ms + max(2, slack_ms / 25), (self.before, self.during)
+        assert self.during.p50_ms <= 5 * self.before.p50_ms + max(8, slack_ms / 25), (self.before, self.during)
         assert self.during.p99_ms <= 5 * self.before.p99_ms + slack_ms, (self.before, self.during)
 
     def row(self) -> Figures:

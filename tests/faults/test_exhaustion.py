@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from statistics import median
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_each_of_2_000_clients_too_many_is_told_and_nobody_else_notices(
         assert it.peak_descriptors <= it.usage_before.descriptors + room + TOLD_AT_ONCE
         assert Usage.of(echod.pid).descriptors == it.usage_before.descriptors - 1 + room
         assert not echod.events_named("accepting paused")
-        assert _slowest_ms(alone) < 500
+        assert median(seconds for _, seconds in alone) < 0.1
         it.assert_bystander_unaffected()
 
 

