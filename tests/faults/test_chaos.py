@@ -24,7 +24,7 @@ SECONDS = 30
 """How long a play lasts before the stop."""
 
 CLIENTS = 30
-PIPELINERS = 4
+PIPELINERS = 2
 """Clients that talk from the beginning to the stop: so many on TCP, and on a Unix socket that comes and goes."""
 
 LINE_BYTES = (1000, 20_000, 65_536)
