@@ -107,15 +107,23 @@ def _serve(load: "partial[settings.Loaded]") -> int:
             )
             first = prepare()
         except inheritance.UnfitSocketError as error:
-            _complain([f"echod: could not start: {error}"])
-            return COULD_NOT_START
+            return _could_not_start([f"echod: could not start: {error}"])
         except generation.PrepareError as error:
             if error.is_configuration:
-                _complain(error.faults)
-                return BAD_CONFIG
-            _complain([f"echod: could not start: {fault}" for fault in error.faults])
-            return COULD_NOT_START
+                return _could_not_start(error.faults, BAD_CONFIG)
+            return _could_not_start([f"echod: could not start: {fault}" for fault in error.faults])
         return _run(first, prepare, mailbox, guard)
+
+
+def _could_not_start(faults: Sequence[str], status: int = COULD_NOT_START) -> int:
+    from echod.systemd import Notifier
+
+    _complain(faults)
+    # Beside the log: of a service that will be tried again, `systemctl status` shows no line from before the failure.
+    notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
+    notifier.status("; ".join(faults))
+    notifier.close()
+    return status
 
 
 def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard") -> int:
