@@ -1,4 +1,4 @@
-"""What `make install` and `make uninstall` do: echod in a virtual environment of its own, and what the system needs of it.
+"""What `make install` and `make uninstall` do: echod in a virtual environment of its own, its units, its configuration.
 
 All is made aside and put in place by renaming, so that an echod that is running, or was there before, is never half of
 one. What was made is written down beside the program; removing it removes just that.
@@ -169,11 +169,10 @@ def _build(staged: Path, final: str, pip_options: Sequence[str]) -> None:
         wheels = f"{work}/wheels"
         _run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, str(PROJECT))
         _run(sys.executable, "-m", "venv", "--without-pip", str(staged))
-        pip = (*pip, "--python", f"{staged}/bin/python")
-        quiet = ("--no-compile", "--no-warn-script-location")
-        _run(*pip, "install", *quiet, *pip_options, "--require-hashes", "-r", f"{locks}/run.lock")
+        into = (*pip, "--python", f"{staged}/bin/python", "install", "--no-compile", "--no-warn-script-location")
+        _run(*into, *pip_options, "--require-hashes", "-r", f"{locks}/run.lock")
         # By name: what is installed from a path writes that path down.
-        _run(*pip, "install", *quiet, "--no-deps", "--no-index", "--find-links", wheels, "echod")
+        _run(*into, "--no-deps", "--no-index", "--find-links", wheels, "echod")
     for activate in (staged / "bin").glob("[Aa]ctivate*"):
         activate.unlink()
     for file in (staged / "pyvenv.cfg", staged / "bin/echod"):
@@ -196,7 +195,9 @@ def _texts(places: Places) -> dict[str, str]:
     texts = {path: source.read_text() for path, source in sources.items() if source.exists()}
     for unit in UNITS:
         path = f"{places.unitdir}/{unit}"
-        texts[path] = texts[path].replace("/usr/local", places.prefix).replace("/etc/echod", f"{places.sysconfdir}/echod")
+        texts[path] = (
+            texts[path].replace("/usr/local", places.prefix).replace("/etc/echod", f"{places.sysconfdir}/echod")
+        )
     return texts
 
 
@@ -248,7 +249,9 @@ def uninstall(places: Places) -> None:
     """Remove exactly what was installed; a configuration that was changed is kept."""
     record = Record.read(places)
     if not record:
-        raise RefusedError(f"no echod in {places.on_disk(places.program)}: give the same PREFIX and DESTDIR as to install")
+        raise RefusedError(
+            f"no echod in {places.on_disk(places.program)}: give the same PREFIX and DESTDIR as to install"
+        )
     for path in record.files:
         places.on_disk(path).unlink(missing_ok=True)
     config = places.on_disk(places.config)
