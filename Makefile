@@ -51,7 +51,7 @@ test-faults: $(VENV)/.echod $(VENV)/.dev ## do to a real echod what can go wrong
 
 .PHONY: test-systemd
 test-systemd: $(VENV)/.echod $(VENV)/.dev ## install it on a machine booted by systemd (ECHOD_TEST_MACHINE="...", see CONTRIBUTING) and test it there
-	@$(BIN)/python -m pytest tests/systemd $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/systemd --timeout 300 $(PYTEST_ARGS)
 
 .PHONY: check
 check: lint types ## what CI runs: lint, types, and the tests with their coverage

@@ -13,7 +13,6 @@ CLIENTS = 8
 PATIENCE_MS = 1000
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("with_socket", [True, False], ids=["with the socket unit", "without"])
 def test_20_restarts_under_a_stream_of_short_connections(machine: Machine, report: Report, with_socket: bool) -> None:
     """Nobody is reset; with the socket unit nobody is refused or kept waiting a second either."""
