@@ -19,7 +19,12 @@ def test_start_returns_when_clients_are_served(machine: Machine, report: Report,
         machine("systemctl", "stop", "echod.socket", "echod.service")
     assert {answer["reply"] for answer in answers} == {"HELLO\n"}
     start_ms, ask_ms = (statistics.median(answer[name] for answer in answers) for name in ("start_ms", "ask_ms"))
-    report(f"1 start {unit}", served_at_once=f"{ROUNDS} of {ROUNDS}", start_ms=round(start_ms), first_reply_ms=round(ask_ms))
+    report(
+        f"1 start {unit}",
+        served_at_once=f"{ROUNDS} of {ROUNDS}",
+        start_ms=round(start_ms),
+        first_reply_ms=round(ask_ms),
+    )
 
 
 def test_start_fails_with_every_fault_of_the_configuration(machine: Machine, report: Report) -> None:
