@@ -21,12 +21,12 @@ def test_several_sockets_under_names_and_one_of_its_own(machine: Machine, report
     """An entry takes the socket of its name or of its address, one more is bound, and the rest is served too."""
     machine.write("/run/systemd/system/echod-other.socket", OTHER)
     machine.drop_in("echod.socket", "[Socket]\nListenStream=7777\n")
-    machine.configure("[[listen]]\naddress = 'systemd:other'\n[[listen]]\naddress = '127.0.0.1:9999'\n")
+    machine.configure("[[listen]]\naddress = 'systemd:echod'\n[[listen]]\naddress = '127.0.0.1:9999'\n")
     try:
         machine("systemctl", "start", "echod.socket", "echod-other.socket")
         cursor = machine.cursor()
         machine("systemctl", "start", "echod")
-        assert listening(machine, cursor) == ["unix:/run/other.sock", "127.0.0.1:9999", ADDRESS, "[::]:7777"]
+        assert listening(machine, cursor) == [ADDRESS, "[::]:7777", "127.0.0.1:9999", "unix:/run/other.sock"]
         addresses = (ADDRESS, "127.0.0.1:7777", "127.0.0.1:9999", "/run/other.sock")
         for address in addresses:
             assert machine.ask("say_line", address, 5) == {"reply": "XXXXX\n"}
