@@ -9,14 +9,23 @@ UPGRADE ?=
 COVERAGE_MIN ?= 95
 FUZZ_S ?= 300
 
-# The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it.
+# Where `make install` puts what; DESTDIR goes before all of them, for packagers.
+DESTDIR ?=
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+MANDIR ?= $(PREFIX)/share/man
+PIP_OPTIONS ?=
+
+# The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it. The
+# systemd suite needs a machine of its own.
 FAULTS = tests/faults tests/fuzz
-TESTS = -n $(WORKERS) --dist worksteal $(FAULTS:%=--ignore=%)
+TESTS = -n $(WORKERS) --dist worksteal $(FAULTS:%=--ignore=%) --ignore=tests/systemd
 
 BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
-SOURCES := echod tests
+SOURCES := echod tests tools
 LOCKS := requirements/run.lock requirements/build.lock requirements/dev.lock
 
 MAKEFLAGS += --no-print-directory
@@ -59,6 +68,10 @@ WITH_ATHERIS = [ -d "$(VENV)/atheris" ] \
   || $(PIP) install --retries 1 --only-binary :all: --target "$(VENV)/atheris" "atheris>=3" >/dev/null 2>&1 \
   || echo "atheris can't be installed here: hypothesis alone looks for findings, without knowing what it reaches"
 
+.PHONY: test-systemd
+test-systemd: $(VENV)/.echod $(VENV)/.dev ## install it on a machine booted by systemd (ECHOD_TEST_MACHINE="...", see CONTRIBUTING) and test it there
+	@$(BIN)/python -m pytest tests/systemd --timeout 300 $(PYTEST_ARGS)
+
 .PHONY: check
 check: lint types ## what CI runs: lint, types, and the tests with their coverage
 	@$(BIN)/coverage erase
@@ -86,6 +99,25 @@ clean: ## remove what make, the tests and the tools have made
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
 	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- installation -----------------------------------------------------------------------------------------------------
+# By the interpreter itself, not a venv around it; the program gets a venv of its own from it.
+
+.PHONY: install
+install: ## install for the system: PREFIX, DESTDIR; pip's options in PIP_OPTIONS="--no-index --find-links DIR"
+	@set -eu; $(ASK); "$$(echo "$$said" | head -n 1)" tools/install.py install $(PLACES) --pip-options="$(PIP_OPTIONS)"
+	@if [ -z "$(DESTDIR)" ]; then echo "next: systemctl daemon-reload && systemctl enable --now echod"; fi
+
+.PHONY: uninstall
+uninstall: ## remove what `make install` made, with the same PREFIX and DESTDIR; a changed configuration is kept
+	@set -eu; $(ASK); "$$(echo "$$said" | head -n 1)" tools/install.py uninstall $(PLACES)
+
+PLACES = --destdir="$(DESTDIR)" --prefix="$(PREFIX)" --sysconfdir="$(SYSCONFDIR)" --unitdir="$(UNITDIR)" --mandir="$(MANDIR)"
+
+.PHONY: config
+config: $(VENV)/.echod ## renew systemd/echod.toml from the keys and their defaults
+	@{ sed '/^$$/q' systemd/echod.toml; $(BIN)/echod config | sed -E '/^(\[[a-z]+\].*)?$$/!s/^/#/'; } >systemd/echod.toml.new
+	@mv systemd/echod.toml.new systemd/echod.toml
 
 # -- the locks --------------------------------------------------------------------------------------------------------
 # Each is constrained by those before it, so that one environment can hold all three. uv itself comes and goes.
@@ -123,10 +155,12 @@ print(sys.version.replace("\n", " "))
 endef
 export ASK_PYTHON
 
+# Sets the shell's `said`: the interpreter in the first line, its release in the second.
+ASK = command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer (Debian: apt-get install python3-venv), or say which with \`make PYTHON=...\`" >&2; exit 1; }; \
+	said=$$("$(PYTHON)" -c "$$ASK_PYTHON")
+
 $(VENV)/.python: FORCE
-	@set -eu; \
-	command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer (Debian: apt-get install python3-venv), or say which with \`make PYTHON=...\`" >&2; exit 1; }; \
-	said=$$("$(PYTHON)" -c "$$ASK_PYTHON"); \
+	@set -eu; $(ASK); \
 	wanted="$$said in $(CURDIR)"; \
 	if [ "$$(cat $@ 2>/dev/null)" != "$$wanted" ]; then \
 	  echo "Setting up $(VENV) ..."; \

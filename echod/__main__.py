@@ -11,7 +11,7 @@ import gc  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
-from contextlib import ExitStack, suppress  # noqa: E402
+from contextlib import ExitStack, closing, suppress  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
@@ -160,8 +160,13 @@ def _detach(serve: cli.Serve) -> int:
 
 
 def _tell_here(status: int, lines: Sequence[str]) -> bool:
+    from echod.systemd import Notifier
+
     if status != OK:  # that all is well is in the log, which is here too
         _complain(lines)
+        # Beside it: of a service that will be tried again, `systemctl status` shows no line from before the failure.
+        with closing(Notifier(os.environ.get("NOTIFY_SOCKET"))) as notifier:
+            notifier.status("; ".join(lines))
     return True
 
 

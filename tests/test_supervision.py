@@ -57,6 +57,22 @@ def test_ready_comes_once_clients_are_served(manager: Manager, tmp_path: Path) -
         assert echod.stop() == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        (("--set", "limits.connections=0"), 78, "--set: limits.connections: expected int >= 1 (got '0')"),
+        (("-l", "unix:/"), 1, "echod: could not start: listen: unix:/: "),
+    ],
+)
+def test_a_failed_start_leaves_its_reason(
+    manager: Manager, arguments: tuple[str, ...], status: int, reason: str
+) -> None:
+    """The last status is what was wrong."""
+    with Daemon(*arguments, environment=manager.environment) as echod:
+        assert manager.next().startswith(f"STATUS={reason}")
+        assert echod.process.wait(DEADLINE_S) == status
+
+
 def test_a_reload_is_framed_and_its_fault_shown(manager: Manager, tmp_path: Path) -> None:
     """RELOADING=1, then READY=1 whatever comes of it; the status names the fault until a reload succeeds."""
     file = tmp_path / "echod.toml"
@@ -66,13 +82,13 @@ def test_a_reload_is_framed_and_its_fault_shown(manager: Manager, tmp_path: Path
         file.write_text("[limits]\nline_bytes = 0\n")
         echod.send(signal.SIGHUP)
         assert manager.wait_for("RELOADING=1").startswith("RELOADING=1\nMONOTONIC_USEC=")
-        refused = manager.next()
+        refused = manager.wait_for("READY=1")
         assert refused.startswith("READY=1\nSTATUS=0 connections open, 0 accepted; last reload refused: ")
         assert "limits.line_bytes" in refused
         file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
         echod.send(signal.SIGHUP)
         manager.wait_for("RELOADING=1")
-        assert manager.next() == "READY=1\nSTATUS=0 connections open, 0 accepted"
+        assert manager.wait_for("READY=1") == "READY=1\nSTATUS=0 connections open, 0 accepted"
         assert echod.stop() == 0
 
 
@@ -111,7 +127,7 @@ def test_signs_of_life_come_in_time_and_their_round_trips_are_counted_nowhere(ma
 def test_the_round_trip_goes_through_any_kind_of_listener(manager: Manager, tmp_path: Path, address: str) -> None:
     """IPv6, all addresses, Unix sockets."""
     address = f"unix:{tmp_path}/sock" if address == "unix:" else address
-    environment = manager.environment | {"WATCHDOG_USEC": "300000"}
+    environment = manager.environment | {"WATCHDOG_USEC": "1500000"}
     with Daemon("-l", address, environment=environment) as echod:
         for _ in range(3):
             manager.wait_for("WATCHDOG=1")
