@@ -133,7 +133,10 @@ def _admin(configured: str, runtime: str | None, kept: Collection[sockets.Key], 
 
 
 def _private(address: str) -> list[binding.Wanted]:
-    return [binding.Wanted(parse_address(address), is_private=True)]
+    try:
+        return [binding.Wanted(parse_address(address), is_private=True)]
+    except ValueError as error:
+        raise ValueError(f"{address}: {error}") from error
 
 
 def _bound(
