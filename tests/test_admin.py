@@ -661,12 +661,12 @@ def _ask_all_sorts(address: str, count: int) -> None:
 
 
 def _settled(echod: Daemon) -> Event:
-    """The statistics once descriptors have stopped going down."""
+    """The statistics once descriptors have stopped going down, and no reload is under way."""
     seen = echod.stats()
     end = time.monotonic() + DEADLINE_S
     while time.monotonic() < end:
         threading.Event().wait(1.2)  # longer than the last half-close
         last, seen = seen, echod.stats()
-        if seen["open_files"] == last["open_files"]:
+        if all(seen[name] == last[name] for name in ("open_files", "reloads")):
             return seen
     raise AssertionError(seen)

@@ -20,7 +20,7 @@ from tests.daemon import DEADLINE_S, Daemon
 from tests.faults.hostile import HOSTILE, POLITE, Behaviour, Crowd, Rules
 from tests.faults.scene import Figures, assert_adds_up, scene
 
-SECONDS = 30
+SECONDS = 20
 """How long a play lasts before the stop."""
 
 CLIENTS = 30
