@@ -216,7 +216,7 @@ def _check_counts(echod: Daemon, operator: Operator, status: int, *, is_all_logg
                 applied += 1
             case "reload refused":
                 refused += 1
-                reasons = [*FAULTS.values(), "stopping"]
+                reasons = [*FAULTS.values(), "draining"]
                 assert all(any(reason in error for reason in reasons) for error in event["errors"]), event
             case "stats":
                 assert_adds_up(event)
