@@ -74,10 +74,11 @@ class Scene:
 
     def clean_up(self) -> None:
         """Kill what a failed test has left."""
-        text = self.pidfile.read_text().strip() if self.pidfile.exists() else ""
-        with contextlib.suppress(OSError, ValueError):
-            if str(self.pidfile).encode() in Path(f"/proc/{int(text)}/cmdline").read_bytes():
-                os.kill(int(text), signal.SIGKILL)
+        with contextlib.suppress(OSError, ValueError):  # there is none
+            pid = self.pid
+            opened = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+            if pid != os.getpid() and str(self.pidfile) in opened:
+                os.kill(pid, signal.SIGKILL)
 
 
 def run(command: list[str], more: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
