@@ -113,8 +113,7 @@ class Connection(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (asyncio's signature)
         """Where the loop is to put what it reads (asyncio.BufferedProtocol); less of it after a line begun.
 
-        So what a client that takes no replies makes us hold is at most three times (upper-casing can triple UTF-8) the
-        larger of a chunk and the line limit with the least chunk: 240 KiB by default.
+        So one client makes us hold three times (upper-casing can triple UTF-8) 64 KiB and the least chunk at most.
         """
         begun = self._echo.unfinished_bytes
         return _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
@@ -130,6 +129,10 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(replies)  # type: ignore[union-attr]
             if self._echo.fault:
                 self.finish(self._echo.fault.value)
+        if nbytes >= LEAST_CHUNK_BYTES:
+            # Others come first: libuv would read from this client up to 32 times in a row.
+            self._transport.pause_reading()  # type: ignore[union-attr]
+            asyncio.get_running_loop().call_soon(self._read_on)
 
     def pause_writing(self) -> None:
         """Read no more from a client that doesn't take its replies (asyncio.Protocol)."""
@@ -138,12 +141,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """Read on: the kernel has taken every reply (asyncio.Protocol)."""
-        if not self._transport:
-            return
-        if self.reason != "client":  # whose end of stream would be read a second time
-            self._transport.resume_reading()
-        if self.reason is not None:
+        self._read_on()
+        if self._transport and self.reason is not None:
             self._start_linger()
+
+    def _read_on(self) -> None:  # if replies are unsent `resume_writing` comes; an end of stream is read once
+        if self._transport and not self.unsent_bytes and self.reason != "client":
+            self._transport.resume_reading()
 
     # -- beginning and end -----------------------------------------------------------------------------------------
 

@@ -55,3 +55,56 @@ def test_one_client_holds_at_most_the_line_limit_and_three_chunks(begun: int) ->
     with _full_pair() as (ours, client), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         held = runner.run(_held(ours, client, begun, rest))
     assert 0 < held <= LINE_BYTES + 3 * CHUNK_BYTES
+
+
+class Noted(Connection):
+    """A connection that notes each of its reads."""
+
+    name: str
+    reads: list[str]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.reads.append(self.name)
+        super().buffer_updated(nbytes)
+
+
+async def _order_of_reads(pairs: dict[str, tuple[socket.socket, socket.socket]]) -> list[str]:
+    """Whose turn it was, read by read, when all of them have something to read at once."""
+    loop = asyncio.get_running_loop()
+    reads: list[str] = []
+    gone = asyncio.Semaphore(0)
+    connections = []
+    for name, (ours, client) in pairs.items():
+        connection = Noted(ours, "", LINE_BYTES, loop.time(), lambda _: gone.release())
+        connection.name, connection.reads = name, reads
+        connections.append(connection)
+        client.shutdown(socket.SHUT_WR)
+    await asyncio.gather(
+        *(
+            loop.connect_accepted_socket(lambda it=it: it, pair[0])  # type: ignore[misc]
+            for it, pair in zip(connections, pairs.values(), strict=True)
+        )
+    )
+    for _ in connections:
+        await gone.acquire()
+    return reads
+
+
+def test_a_client_that_sends_much_at_once_leaves_others_their_turn() -> None:
+    """After a chunk it is the next one's turn, however much more there is."""
+    with contextlib.ExitStack() as opened:
+        pairs = {}
+        for name, sent in (("much", b"x" * 1023 + b"\n"), ("little", b"")):
+            ours, client = (opened.enter_context(end) for end in socket.socketpair())
+            ours.setblocking(False)
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while sent:
+                    client.send(sent)
+            if not sent:
+                client.send(b"line\n")
+            pairs[name] = (ours, client)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            reads = runner.run(_order_of_reads(pairs))
+    assert reads.count("much") >= 2
+    assert "little" in reads[:2]
