@@ -127,7 +127,7 @@ def test_everybody_may_read_what_is_installed(installation: Installation) -> Non
 
 def test_only_the_pinned_packages_are_installed(installation: Installation) -> None:
     """Echod and the run lock, no pip, in their exact versions."""
-    pinned = re.findall(r"^([a-z-]+)==(\S+)", (PROJECT / "requirements/run.lock").read_text(), re.MULTILINE)
+    pinned = re.findall(r"^([a-z0-9-]+)==(\S+)", (PROJECT / "requirements/run.lock").read_text(), re.MULTILINE)
     found = [path.name.removesuffix(".dist-info") for path in installation.program.rglob("*.dist-info")]
     assert sorted(found) == sorted([f"{n.replace('-', '_')}-{v}" for n, v in pinned] + [f"echod-{__version__}"])
 
