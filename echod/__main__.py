@@ -177,7 +177,7 @@ def _refuse(tell: Tell, faults: Sequence[str]) -> int:
 
 def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
     # Imported here, for the other commands don't need them.
-    from echod import generation, inheritance, pidfile, privileges, signals, systemd
+    from echod import generation, inheritance, pidfile, privileges, signals
     from echod.guard import Guard
 
     load = startup.loader(serve.sources, os.environ, process.raise_open_files(), folder)
@@ -189,7 +189,7 @@ def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
         with signals.delivered(guard.deliver, guard.seconds_left), ExitStack() as at_end:
             if serve.pidfile is not None:
                 at_end.callback(pidfile.acquire(os.path.join(folder, serve.pidfile)).release)
-            heirs = inheritance.adopt(systemd.take_sockets(os.environ, os.getpid()))
+            heirs = inheritance.inherit(os.environ, os.getpid())
             prepare = partial(generation.prepare, load, generation.Given(heirs, startup.runtime_admin(os.environ)))
             first = startup.prepare_as(privileges.find(serve.user, serve.group), prepare)
             return _run(first, prepare, mailbox, guard, tell)

@@ -87,12 +87,13 @@ class Endpoint:
     async def close(self) -> None:
         """Answer who is there already, and close."""
         self._listeners.apply({}, END_S)
-        await self.retired()
         with suppress(TimeoutError):
             async with asyncio.timeout(END_S):
+                await self.retired()
                 while self._exchanges:
                     self._gone.clear()
                     await self._gone.wait()
+        self._listeners.close_now()
         for exchange in [*self._exchanges]:
             exchange.close()
 

@@ -120,10 +120,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Answer what has arrived (asyncio.BufferedProtocol)."""
-        if self.reason is not None:
-            return  # after the half-close: read on to the end of the stream, answer nothing
-        self.bytes_in += nbytes
-        replies = self._echo.receive(_chunk[:nbytes].tobytes())
+        replies = b""
+        if self.reason is None:  # after the half-close: read on to the end of the stream, answer nothing
+            self.bytes_in += nbytes
+            replies = self._echo.receive(_chunk[:nbytes].tobytes())
         if replies:
             self.bytes_out += len(replies)
             self._transport.write(replies)  # type: ignore[union-attr]

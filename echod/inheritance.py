@@ -1,15 +1,23 @@
 """Listening sockets that a service manager handed over, made ready to be served."""
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 
 from echod.binding import Heir
-from echod.sockets import Endpoint
-from echod.systemd import Inherited
+from echod.sockets import Endpoint, SockAddr
+from echod.systemd import Inherited, take_sockets
 
 
 class UnfitSocketError(Exception):
     """Why a descriptor that was handed over can't be served."""
+
+
+def inherit(environment: MutableMapping[str, str], pid: int) -> tuple[Heir, ...]:
+    """The sockets that a service manager handed over to this process; raises UnfitSocketError."""
+    try:
+        return adopt(take_sockets(environment, pid))
+    except (ValueError, OSError) as error:
+        raise UnfitSocketError(f"LISTEN_FDS: {error}: not the descriptors of a service manager") from error
 
 
 def adopt(handed: Iterable[Inherited]) -> tuple[Heir, ...]:
@@ -20,7 +28,10 @@ def adopt(handed: Iterable[Inherited]) -> tuple[Heir, ...]:
 def _adopt(handed: Inherited) -> Heir:
     try:
         sock = socket.socket(fileno=handed.descriptor)
-        is_fit = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        is_known = sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+        is_fit = (
+            is_known and sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        )
     except OSError as error:
         raise UnfitSocketError(f"systemd:{handed.name}: {(error.strerror or str(error)).lower()}") from error
     if not is_fit:
@@ -29,4 +40,12 @@ def _adopt(handed: Inherited) -> Heir:
             f"systemd:{handed.name}: no listening stream socket; its unit needs ListenStream= and Accept=no"
         )
     sock.setblocking(False)
-    return Heir(handed.name, Endpoint(socket.AddressFamily(sock.family), sock.getsockname()), sock)
+    return Heir(handed.name, Endpoint(socket.AddressFamily(sock.family), _name(sock)), sock)
+
+
+def _name(sock: socket.socket) -> SockAddr:
+    """Its address; one for IPv6 and IPv4 alike has a name that no address of the configuration has."""
+    name: SockAddr = sock.getsockname()
+    if sock.family == socket.AF_INET6 and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        return (*name, "and IPv4")
+    return name

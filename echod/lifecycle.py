@@ -18,6 +18,7 @@ from echod.logs import Logs
 from echod.reload import Parts, Prepare, Reloads
 from echod.server import Drained, Server
 from echod.signals import Command, Order
+from echod.sockets import ListenError
 from echod.stats import Stats
 from echod.supervision import supervise
 from echod.systemd import Notifier
@@ -77,7 +78,11 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
         return await reloads.verdict()
 
     endpoint = Endpoint(server.snapshot, reload)
-    first.listen()
+    try:
+        first.listen()
+    except ListenError:
+        first.discard()
+        raise
     endpoint.apply(first.admin)
     server.apply(first.config, first.listeners)
     notifier = around.notifier

@@ -116,8 +116,9 @@ class Listener:
 
     def _leave(self) -> None:
         """Accept who waits now, then close."""
-        while self._is_open and self._accept_some():
-            pass
+        for _ in range(sockets.BACKLOG // ACCEPT_BATCH):  # no longer, for a storm of clients may never end
+            if not (self._is_open and self._accept_some()):
+                break
         self.close_now()
 
     def close_now(self) -> None:

@@ -63,7 +63,8 @@ def _open(path: str) -> int:
             raise PidFileError(f"{path}: a symbolic link, which is not followed") from error
         raise PidFileError(f"{path}: {_words(error)}") from error
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _LONGEST:
+    content = os.pread(descriptor, _LONGEST + 1, 0) if stat.S_ISREG(status.st_mode) else b"no file"
+    if status.st_nlink != 1 or len(content) > _LONGEST or content.strip(b"0123456789 \n\0"):
         os.close(descriptor)
         raise PidFileError(f"{path}: not a pid file; it would be overwritten")
     return descriptor

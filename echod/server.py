@@ -55,6 +55,7 @@ class Server:
         self._openings: set[asyncio.Task[object]] = set()
         self._emptied = asyncio.Event()
         self._unacknowledged = 0
+        self._is_full = False
         self._is_draining = False
         self._is_cutting = False
         self._forget_connection = self._on_closed  # one bound method for all, not one a connection
@@ -97,7 +98,7 @@ class Server:
         self._config = config
         for connection in self._connections:
             connection.limit_lines(config.limits.line_bytes)
-        self._pause_if_full()
+        self._pause_or_resume()
 
     async def retired(self) -> None:
         """Return when each listener that went away has served its backlog and is closed."""
@@ -115,7 +116,7 @@ class Server:
         elif refusal := self._admission.refusal(host, len(self._connections), self._config.limits):
             connection = Connection(sock, peer, line_bytes, now, self._forget_uncounted)
             self._admission.turn_away(connection, *refusal)
-            self._pause_if_full()
+            self._pause_or_resume()
         else:
             connection = Connection(sock, peer, line_bytes, now, self._forget_connection)
             self._connections.add(connection)
@@ -130,25 +131,27 @@ class Server:
     async def _open(self, connection: Connection, sock: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: connection, sock)
-        except OSError as error:  # such as no memory for a socket: the client sees a reset, the log says why
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # such as no memory for a socket: the client sees a reset, the log says why
             sock.close()
             connection.connection_lost(error)
             log.warning("connection not opened", peer=connection.peer, error=str(error))
 
     def _on_uncounted_closed(self, connection: Connection) -> None:
-        was_full = self._is_full
         self._admission.forget(connection)
-        if was_full and not self._is_full:
-            self._listeners.resume("turning away")
+        if self._is_full:
+            self._pause_or_resume()
         self._check_emptied()
 
-    def _pause_if_full(self) -> None:
+    def _pause_or_resume(self) -> None:
+        """Accept or not, as there are descriptors to turn clients away with: to be called whenever that may change."""
+        self._is_full = self._admission.is_full(self._config.limits, len([*self._listeners]))
         if self._is_full:
             self._listeners.pause("turning away")
-
-    @property
-    def _is_full(self) -> bool:
-        return self._admission.is_full(self._config.limits, len(self.keys))
+        else:
+            self._listeners.resume("turning away")
 
     def _on_closed(self, connection: Connection) -> None:
         reason = connection.reason
@@ -203,6 +206,7 @@ class Server:
         for connection in self._connections:
             connection.start_draining(started_at)
         self._listeners.apply({}, self._config.timeouts.drain)
+        self._pause_or_resume()
         await self._settle(started_at, report)
         while self._connections or self._admission.uncounted:  # cut off, which takes a turn of the loop or two
             await asyncio.sleep(0)

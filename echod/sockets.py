@@ -21,6 +21,7 @@ _SO_BINDTOIFINDEX = 62  # asm-generic/socket.h
 _NO_INTERFACE = 2**31 - 1
 _NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
+_NLMSG_DONE = 3
 _SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 _TCP_SYN_RECV = 3  # netinet/tcp.h
 
@@ -158,8 +159,10 @@ def _diagnose_handshakes(family: int, port: int) -> bool:
     query = struct.pack("=BBxxIH46x", family, socket.IPPROTO_TCP, 1 << _TCP_SYN_RECV, socket.htons(port))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diagnosis:
         diagnosis.send(head + query)
-        answer: int = struct.unpack_from("=4xH", diagnosis.recv(8192))[0]
-    return answer == _SOCK_DIAG_BY_FAMILY
+        kind, code = struct.unpack_from("=4xH10xi", diagnosis.recv(8192))
+    if kind != _SOCK_DIAG_BY_FAMILY and (kind, code) != (_NLMSG_DONE, 0):
+        raise OSError(-code, "no diagnosis")
+    return bool(kind == _SOCK_DIAG_BY_FAMILY)
 
 
 def _is_handshake_listed(table: str, port: int) -> bool:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
+STATUS_BYTES = 1000
+"""Longest status: a message of more than 4096 bytes is ignored as a whole, with what else it says."""
+
 SEND_S = 1.0
 """How long an important message may wait for a service manager that is busy."""
 
@@ -28,7 +31,8 @@ class Inherited:
 def take_sockets(environment: MutableMapping[str, str], pid: int) -> tuple[Inherited, ...]:
     """The sockets handed over to this process; their variables are removed, and no child inherits them.
 
-    What is meant for another process is left alone but for its variables. Raises ValueError if the count is no number.
+    What is meant for another process is left alone but for its variables. Raises ValueError if the count is no number,
+    OSError if there is no such descriptor.
     """
     said = {name: environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
     if said["LISTEN_PID"] != str(pid):
@@ -60,7 +64,7 @@ class Notifier:
 
     def ready(self, status: str) -> None:
         """Clients are served with the configuration in force; ends what `reloading` began."""
-        self._send(f"READY=1\nSTATUS={status}", SEND_S)
+        self._send(f"READY=1\n{_status(status)}", SEND_S)
 
     def reloading(self) -> None:
         """A reload has begun; `ready` must follow, whatever comes of it."""
@@ -69,11 +73,11 @@ class Notifier:
 
     def stopping(self, status: str) -> None:
         """The drain has begun."""
-        self._send(f"STOPPING=1\nSTATUS={status}", SEND_S)
+        self._send(f"STOPPING=1\n{_status(status)}", SEND_S)
 
     def extend(self, seconds: float, status: str) -> None:
         """The drain goes on: the stop may take so long from now, whatever the unit's limit is."""
-        self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}\nSTATUS={status}")
+        self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}\n{_status(status)}")
 
     def alive(self) -> None:
         """Feed the watchdog."""
@@ -81,7 +85,7 @@ class Notifier:
 
     def status(self, status: str) -> None:
         """A line for `systemctl status`."""
-        self._send(f"STATUS={status}")
+        self._send(_status(status))
 
     def close(self) -> None:
         """Say nothing more."""
@@ -95,3 +99,10 @@ class Notifier:
         with suppress(OSError):
             self._socket.settimeout(wait_s)
             self._socket.sendto(message.encode(errors="replace"), address)
+
+
+def _status(text: str) -> str:
+    """One line, whatever the text holds: a line feed would begin another assignment."""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    short = line.encode(errors="replace")[:STATUS_BYTES].decode(errors="ignore")
+    return f"STATUS={short if short == line else short + ' ...'}"

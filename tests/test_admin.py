@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from echod.admin import EXCHANGES, WAITING
 from echod.exchange import REQUEST_BYTES, REQUEST_S
-from tests.daemon import DEADLINE_S, Daemon, Event, ask, connect, read_to_end, serving
+from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, ask, connect, read_to_end, serving
 
 LISTEN = "[[listen]]\naddress = '127.0.0.1:0'\n"
 
@@ -630,7 +630,7 @@ def test_1_000_silent_clients(endpoint: tuple[Daemon, str]) -> None:
 
 def test_nothing_is_left_of_1_000_questions(endpoint_address: str) -> None:
     """After questions of all sorts, those of clients that left in the middle too: descriptors and memory as before."""
-    with serving("--set", f"admin.listen={endpoint_address}") as echod:
+    with serving("--set", f"admin.listen={endpoint_address}", environment=UNMEASURED) as echod:
         [address] = endpoints(echod)
         descriptors = echod.stats()["open_files"]
         _ask_all_sorts(address, 200)  # the allocator's first growth is no leak

@@ -115,6 +115,7 @@ ROOMS = {
         "reload",
         "server",
         "signals",
+        "sockets",
         "stats",
         "supervision",
         "systemd",

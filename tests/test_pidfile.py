@@ -36,7 +36,7 @@ def test_a_second_one_is_refused_with_the_first_one_s_pid(tmp_path: Path) -> Non
     held.release()
 
 
-@pytest.mark.parametrize("stale", ["", "1\n", f"{os.getppid()}\n", "4194305\n", "\0" * 8, "a torn write", "9" * 60])
+@pytest.mark.parametrize("stale", ["", "1\n", f"{os.getppid()}\n", "4194305\n", "\0" * 8, "47\0\0", "9" * 60])
 def test_what_was_left_behind_is_no_obstacle(stale: str, tmp_path: Path) -> None:
     """An unlocked file is stale, even if it is empty or names another program that runs."""
     path = tmp_path / "pid"
@@ -145,3 +145,17 @@ def test_the_lock_is_handed_on_with_its_descriptor(tmp_path: Path) -> None:
         heir.communicate(b"\n", DEADLINE_S)
     assert heir.returncode == 0
     assert not os.path.exists(path)
+
+
+def test_what_is_no_pid_file_is_left_alone(tmp_path: Path) -> None:
+    """A name given by mistake, such as /etc/hostname, and a file that has another name too, are not overwritten."""
+    file, link = tmp_path / "hostname", tmp_path / "link"
+    file.write_text("example\n")
+    with pytest.raises(pidfile.PidFileError, match="not a pid file"):
+        pidfile.acquire(str(file))
+    assert file.read_text() == "example\n"
+    file.write_text("4711\n")
+    link.hardlink_to(file)
+    with pytest.raises(pidfile.PidFileError, match="not a pid file"):
+        pidfile.acquire(str(link))
+    assert file.read_text() == "4711\n"

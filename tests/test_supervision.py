@@ -14,9 +14,14 @@ from tests.daemon import DEADLINE_S, Daemon, ask, connect, connect_once_open, se
 
 DEAF = (
     "import sys; from echod import __main__, listener\n"
-    "listener.Listener._accept_some = lambda self: self._loop.remove_reader(self._socket)\n"
+    "accept, served = listener.Listener._accept_some, []\n"
+    "def accept_once(self):\n"
+    "    served.append(1)\n"
+    "    return accept(self) if len(served) == 1 else self._loop.remove_reader(self._socket)\n"
+    "listener.Listener._accept_some = accept_once\n"
     "sys.exit(__main__.main(sys.argv[1:]))"
 )
+"""Serves one client, which is the first round trip of its own, and none after it."""
 
 
 class Manager:
@@ -137,15 +142,32 @@ def test_the_round_trip_goes_through_any_kind_of_listener(manager: Manager, tmp_
 
 
 def test_a_daemon_that_serves_nobody_is_not_alive(manager: Manager) -> None:
-    """A loop that turns but accepts nobody gives no sign of life, and says why."""
+    """A loop that turns but accepts nobody any more gives no sign of life, and says why."""
     environment = manager.environment | {"WATCHDOG_USEC": "300000"}
     with Daemon("-l", "127.0.0.1:0", command=(sys.executable, "-c", DEAF), environment=environment) as echod:
         echod.wait_for("self-check failed")
-        manager.wait_for("READY=1")
         echod.process.kill()
         manager.socket.settimeout(0.1)
         with pytest.raises(TimeoutError):
-            manager.wait_for("WATCHDOG=1")
+            manager.wait_for("nothing begins like this")
+        assert manager.heard.count("WATCHDOG=1") == 1, "the first"
+
+
+def test_a_long_fault_is_cut_and_stays_one_line(manager: Manager, tmp_path: Path) -> None:
+    """More than 4096 bytes would be ignored, and READY=1 with them; a line feed would begin an assignment."""
+    file = tmp_path / "echod.toml"
+    file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
+    with Daemon("-c", str(file), environment=manager.environment) as echod:
+        manager.wait_for("READY=1")
+        file.write_text("".join(f"[unknown-{number}]\n" for number in range(200)))
+        echod.send(signal.SIGHUP)
+        manager.wait_for("RELOADING=1")
+        assert len(manager.wait_for("READY=1").encode()) < 1100
+        file.write_text('[[listen]]\naddress = "127.0.0.1:0"\n[log]\nfile = "/nowhere/\\nMAINPID=1"\n')
+        echod.send(signal.SIGHUP)
+        manager.wait_for("RELOADING=1")
+        assert manager.wait_for("READY=1").count("\n") == 1
+        assert echod.stop() == 0
 
 
 def test_at_the_connection_limit_a_sign_of_life_needs_no_round_trip(manager: Manager) -> None:

@@ -234,3 +234,41 @@ def test_a_bad_line_behind_unsent_replies_ends_within_bounds() -> None:
         ended_at = time.monotonic()
         assert echod.wait_for("connection closed")["reason"] == "invalid utf-8"
         assert time.monotonic() - ended_at < 3, "though this side is still open"
+
+
+TIGHT = ("prlimit", "--nofile=132:132", sys.executable, "-m", "echod")
+"""With as few descriptors as 67 connections need: 32 more clients can be told that they are too many, at a time."""
+
+
+def _crowd(port: int, count: int) -> list[socket.socket]:
+    return [connect(port) for _ in range(count)]
+
+
+def test_a_reload_at_the_limit_leaves_no_listener_deaf(tmp_path: Path) -> None:
+    """Accepting pauses while clients are told that they are too many; a lower limit doesn't make that last."""
+    file = tmp_path / "echod.toml"
+    file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n[limits]\nconnections = 67\n")
+    with serving("-c", str(file), command=TIGHT) as echod:
+        clients = _crowd(echod.port, 67 + 40)
+        while echod.stats()["connections"]["rejected"]["limit"] < 32:
+            pass
+        file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n[limits]\nconnections = 60\n")
+        echod.reload("reload applied")
+        for client in clients:
+            client.close()
+        with connect(echod.port) as late:
+            assert ask(late, b"late\n") == b"LATE\n"
+
+
+def test_a_stop_at_the_limit_resets_nobody_in_the_backlog() -> None:
+    """Who waits in the backlog to be told that there are too many is told so before the end."""
+    options = settings(limits_connections=67, timeouts_drain=4, timeouts_drain_quiet=0)
+    with Daemon("-l", "127.0.0.1:0", *options, command=TIGHT) as echod:
+        clients = _crowd(echod.port, 67 + 60)
+        while echod.stats()["connections"]["rejected"]["limit"] < 32:
+            pass
+        echod.send(signal.SIGTERM)
+        for client in clients:
+            with client:
+                assert read_to_end(client) in (b"", b"ERROR too many connections\n")
+        assert echod.exit_status() == 0
