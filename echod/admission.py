@@ -18,7 +18,7 @@ AT_ONCE = range(RESERVED_FILES // 2, 1024)
 as the descriptors allow that are left beside the open connections."""
 
 TELL_S = 10.0
-"""At most this often a line says how many clients were turned away, or wait: a flood is no flood of the log."""
+"""At most this often a line says how many clients were turned away: a flood is no flood of the log."""
 
 log = structlog.get_logger()
 
@@ -34,7 +34,7 @@ class Admission:
         self._open_files = open_files
         self._per_host: Counter[str | None] = Counter()
         self._told = dict(stats.rejected)
-        self._told_at = self._starved_told_at = float("-inf")
+        self._told_at = float("-inf")
 
     def refusal(self, host: str | None, connections: int, limits: Limits) -> tuple[str, str] | None:
         """Why one client more from there is too many: under which name it is counted, and what it is told."""
@@ -79,9 +79,6 @@ class Admission:
             log.warning("connections rejected", connections=connections, **counts)
 
     def starved(self, error: OSError) -> None:
-        """Log, if it is time, that clients wait in the backlog for want of descriptors or memory."""
-        now = time.monotonic()
-        if now - self._starved_told_at >= TELL_S:
-            self._starved_told_at = now
-            advice = "raise the limit of open files, or lower limits.connections"
-            log.warning("accepting paused", error=error.strerror, advice=advice)
+        """Log that clients wait in the backlog for want of descriptors or memory."""
+        advice = "raise the limit of open files, or lower limits.connections"
+        log.warning("accepting paused", error=error.strerror, advice=advice)

@@ -8,6 +8,9 @@ from contextlib import ExitStack, suppress
 from echod.listener import CLOSE_S, Listener
 from echod.sockets import Bound, Key, SockAddr
 
+TELL_STARVED_S = 10.0
+"""At most this often the owner hears that clients wait for want of descriptors or memory: each pause is only 0.2 s."""
+
 
 class Listeners:
     """Hands each socket that any of them accepts, and its peer's address, to `on_accept`, which must not raise."""
@@ -17,6 +20,7 @@ class Listeners:
     ) -> None:
         self._on_accept = on_accept
         self._on_starved = on_starved
+        self._starved_told_at = float("-inf")
         self._in_force: dict[Key, Listener] = {}
         self._retiring: dict[Listener, asyncio.Task[None]] = {}
 
@@ -81,12 +85,18 @@ class Listeners:
         with ExitStack() as undo:
             for key, bound in sockets.items():
                 if bound:
-                    listeners[key] = Listener(bound, self._on_accept, self._on_starved)
+                    listeners[key] = Listener(bound, self._on_accept, self._starved)
                     undo.callback(listeners[key].close_now)
                 else:
                     listeners[key] = self._in_force[key]
             undo.pop_all()
         return listeners
+
+    def _starved(self, error: OSError) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._starved_told_at >= TELL_STARVED_S:
+            self._starved_told_at = now
+            self._on_starved(error)
 
     def _retire(self, listener: Listener, bound_s: float) -> None:
         async def close() -> None:

@@ -15,7 +15,7 @@ import uvloop
 from echod import binding, listener, sockets
 from echod.address import TcpAddress, UnixAddress, parse_address
 from echod.listener import CLOSE_S, QUIET_S, Listener
-from echod.listeners import Listeners
+from echod.listeners import TELL_STARVED_S, Listeners
 from tests.daemon import DEADLINE_S
 from tests.test_binding import wanted
 
@@ -247,6 +247,26 @@ def test_starvation_pauses_and_ends() -> None:
         door.listener.close_now()
         door.listener.close_now()
         door.listener.resume("full")
+
+    _run(scenario())
+
+
+def test_a_long_starvation_is_told_once() -> None:
+    """Whoever owns the listeners hears of it every ten seconds at most, though each tries again five times a second."""
+
+    async def scenario() -> None:
+        starved: list[OSError] = []
+        listeners = Listeners(lambda sock, _: sock.close(), starved.append)
+        listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0))), bound_s=8)
+        for listener_of_them in [*listeners, *listeners]:
+            listener_of_them._accept_failed(OSError(errno.EMFILE, "Too many open files"))
+        assert len(starved) == 1
+        listeners._starved_told_at -= TELL_STARVED_S
+        next(iter(listeners))._accept_failed(OSError(errno.EMFILE, "Too many open files"))
+        assert len(starved) == 2
+        listeners.apply({}, bound_s=8)
+        listeners.close_now()
+        await listeners.retired()
 
     _run(scenario())
 
