@@ -2,8 +2,8 @@
 
 The way of a line through here is `buffer_updated` alone: no task, no timer, no log call and no look at the clock.
 Time is the business of `tend` and `settle`, which the owner calls now and then: a timeout is at most two of those
-intervals late and never early. Other connections, signals and
-the server are not known here; the end is told through `on_closed`.
+intervals late and never early. Other connections, signals and the server are not known here; the end is told through
+`on_closed`.
 """
 
 import asyncio
@@ -15,9 +15,6 @@ from echod import sockets
 from echod.config import Timeouts
 from echod.pace import Pace
 from echod.protocol import Echo, error_line
-
-LINGER_S = 1.0
-"""How long to read on after a half-close for the client's end of stream: closing on unread input would reset it."""
 
 CHUNK_BYTES = 65_536
 """The most that one read brings; the loop's own buffer of 256 000 bytes would multiply by the clients that stall."""
@@ -223,7 +220,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _start_linger(self) -> None:
         if not self._linger:
-            self._linger = asyncio.get_running_loop().call_later(LINGER_S, self._give_up)
+            self._linger = asyncio.get_running_loop().call_later(sockets.LINGER_S, self._give_up)
 
     def _give_up(self) -> None:
         self._measure(0.0)

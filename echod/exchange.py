@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from echod.sockets import LINGER_S
+
 if TYPE_CHECKING:
     import h11
 
@@ -20,9 +22,6 @@ REQUEST_BYTES = 8192
 
 REQUEST_S = 5.0
 """How long a client may take to ask, and again to take its answer."""
-
-LINGER_S = 1.0
-"""How long to read on after the answer for the client's end of stream: closing on unread input would reset it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,9 @@ def welcome(sock: socket.socket) -> None:
 
 # -- established connections -------------------------------------------------------------------------------------------
 
+LINGER_S = 1.0
+"""How long to read on after a half-close for the peer's end of stream: closing on unread input would reset it."""
+
 
 def reset_on_close(descriptor: int) -> None:
     """Make the close of a connection reset it, and forget what the peer has not acknowledged (socket(7), SO_LINGER).

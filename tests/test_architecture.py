@@ -73,7 +73,7 @@ ROOMS = {
         unknown=(LOOP | NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM) - {"time"},
     ),
     "selfcheck": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
-    "exchange": room(unknown=EVERYTHING - {"asyncio", "socket"}),
+    "exchange": room("sockets", unknown=EVERYTHING - {"asyncio", "socket"}),
     "admin": room(
         "exchange", "listeners", "sockets", unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"}
     ),
