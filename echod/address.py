@@ -95,8 +95,7 @@ def _unix(path: str) -> UnixAddress:
 
 
 def _handed_over(name: str) -> HandedOver:
-    if (
-        not name or ":" in name or not name.isascii() or not name.isprintable()
-    ):  # systemd.socket(5), FileDescriptorName=
+    # systemd.socket(5), FileDescriptorName=
+    if not name or ":" in name or not name.isascii() or not name.isprintable():
         raise ValueError("expected a name, as FileDescriptorName= in the socket unit gives it")
     return HandedOver(name)
