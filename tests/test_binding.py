@@ -186,6 +186,19 @@ def test_several_sockets_of_one_name(opened: Sockets) -> None:
     assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
 
 
+def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None:
+    """[::]:PORT means IPv6 alone; `ListenStream=PORT` is both, so only its name takes it."""
+    sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    port = sock.getsockname()[1]
+    (heir,) = inheritance.adopt([Inherited("web", sock.detach())])
+    with closing(heir.socket):
+        with pytest.raises(binding.BindErrors, match="already in use"):
+            binding.bind_all(wanted(TcpAddress("::", port)), heirs=[heir])
+    (again,) = inheritance.adopt([Inherited("web", socket.create_server(("::1", 0), family=socket.AF_INET6).detach())])
+    opened |= binding.bind_all(wanted(HandedOver("web")), heirs=[again])
+    assert [bound and bound.socket for bound in opened.values()] == [again.socket]
+
+
 def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
     """The fault says which names there are."""
     heir = handed_over("web")
