@@ -32,9 +32,11 @@ def test_a_stuck_loop_is_killed_by_the_watchdog_and_replaced(machine: Machine, r
 def test_a_stopped_process_is_killed_by_the_watchdog_and_replaced(machine: Machine, report: Report) -> None:
     machine.drop_in("echod.service", f"[Service]\nWatchdogSec={WATCHDOG_S}\n")
     machine("systemctl", "start", "echod")
+    began = time.monotonic()
     machine("systemctl", "kill", "--signal=STOP", "--kill-whom=main", "echod")
-    seconds = machine.ask("until_served", ADDRESS)["seconds"]
-    assert machine.show("echod", "NRestarts") == {"NRestarts": "1"}
+    _wait_until_replaced(machine)
+    machine.ask("until_served", ADDRESS)
+    seconds = time.monotonic() - began
     report("5 watchdog, stopped process", watchdog_s=WATCHDOG_S, serving_again_after_s=round(seconds, 1))
 
 
@@ -43,8 +45,19 @@ def test_a_killed_process_is_replaced(machine: Machine, report: Report, with_soc
     if with_socket:
         machine("systemctl", "start", "echod.socket")
     machine("systemctl", "start", "echod")
+    began = time.monotonic()
     machine("systemctl", "kill", "--signal=KILL", "--kill-whom=main", "echod")
-    seconds = machine.ask("until_served", ADDRESS)["seconds"]
-    about = machine.show("echod", "NRestarts", "ActiveState")
-    assert about == {"NRestarts": "1", "ActiveState": "active"}
-    report(f"5 kill -9 {'with' if with_socket else 'without'} the socket unit", serving_again_after_s=seconds)
+    _wait_until_replaced(machine)
+    machine.ask("until_served", ADDRESS)
+    seconds = time.monotonic() - began
+    report(f"5 kill -9 {'with' if with_socket else 'without'} the socket unit", serving_again_after_s=round(seconds, 1))
+
+
+def _wait_until_replaced(machine: Machine) -> None:
+    """Wait for the next process: the one that is killed may answer a last client.
+
+    Behind the watchdog's SIGABRT systemd sends SIGCONT: the main thread of a stopped process goes on for the
+    milliseconds in which another writes the stacks, and serves who waits in the backlog.
+    """
+    after = {"NRestarts": "1", "ActiveState": "active"}
+    machine.wait_for(lambda: machine.show("echod", *after) == after, "the process was not replaced")
