@@ -7,24 +7,20 @@ import _signal  # type: ignore[import-not-found]
 _HELD = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGUSR1, _signal.SIGUSR2)
 _signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
 
-import gc  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
-from contextlib import ExitStack, closing, suppress  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from contextlib import closing, suppress  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
-from echod import cli, process, settings, startup, toml  # noqa: E402
+from echod import __version__, cli, handover, process, settings, startup, toml  # noqa: E402
 from echod.config import Config  # noqa: E402
 
 if TYPE_CHECKING:
     from echod.address import Address
-    from echod.generation import Generation
-    from echod.guard import Guard
-    from echod.reload import Prepare, Reloads
-    from echod.server import Server
-    from echod.signals import Mailbox
+    from echod.crossing import Legacy
+    from echod.serving import Tell
 
 OK = 0
 COULD_NOT_START = 1
@@ -32,14 +28,10 @@ NO_ANSWER = 1  # of a running daemon, or one that refuses
 CUT_OFF = 3
 BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 
-LOG_FLUSH_S = 1.0
-"""How long the end waits for a log reader that is behind."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     process.fill_standard_streams()
-    _name_standard_streams()
     try:
         try:
             invocation = cli.parse(sys.argv[1:] if arguments is None else arguments)
@@ -49,15 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _output_failed(error)
     if isinstance(invocation, cli.Serve):
-        return _detach(invocation) if invocation.is_daemon else _serve(invocation, _tell_here)
+        is_to_detach = invocation.is_daemon and not _is_upgraded()
+        return _detach(invocation) if is_to_detach else _serve(invocation, _tell_here)
     return status
-
-
-def _name_standard_streams() -> None:
-    """Python names a stream None if its descriptor was closed."""
-    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 (as long as the process)
 
 
 def _output_failed(error: OSError) -> int:
@@ -67,9 +53,11 @@ def _output_failed(error: OSError) -> int:
     return COULD_NOT_START
 
 
-def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.AskStats | cli.AskReload") -> int:
+def _answer(invocation: "cli.Preflight | cli.Check | cli.ShowDefaults | cli.AskStats | cli.AskReload") -> int:
     _end_by(_HELD)  # held only for a daemon
     match invocation:
+        case cli.Preflight(serve):
+            return _rehearse(serve)
         case cli.Check(sources):
             return _check(sources)
         case cli.ShowDefaults():
@@ -138,9 +126,6 @@ def _print(text: str) -> None:
 
 # -- serve -------------------------------------------------------------------------------------------------------------
 
-Tell = Callable[[int, Sequence[str]], bool]
-"""Says how the start went, to whoever asked for it: a status and lines to show. False if nobody waits any more."""
-
 
 def _detach(serve: cli.Serve) -> int:
     from echod.detach import DetachError, detach
@@ -170,29 +155,19 @@ def _tell_here(status: int, lines: Sequence[str]) -> bool:
     return True
 
 
-def _refuse(tell: Tell, faults: Sequence[str]) -> int:
+def _refuse(tell: "Tell", faults: Sequence[str]) -> int:
     tell(COULD_NOT_START, [f"echod: could not start: {fault}" for fault in faults])
     return COULD_NOT_START
 
 
-def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
+def _serve(serve: cli.Serve, tell: "Tell", folder: str = "") -> int:
     # Imported here, for the other commands don't need them.
     from echod import generation, inheritance, pidfile, privileges, signals
-    from echod.guard import Guard
 
-    load = startup.loader(serve.sources, os.environ, process.raise_open_files(), folder)
-    if signals.stop_is_pending():
+    if not _is_upgraded() and signals.stop_is_pending():
         return OK
-    mailbox = signals.Mailbox()
-    guard = Guard(mailbox.put, unserved=OK, cut_off=CUT_OFF)
-    try:  # around all, for who hears that there is no daemon may start the next one at once
-        with signals.delivered(guard.deliver, guard.seconds_left), ExitStack() as at_end:
-            if serve.pidfile is not None:
-                at_end.callback(pidfile.acquire(os.path.join(folder, serve.pidfile)).release)
-            heirs = inheritance.inherit(os.environ, os.getpid())
-            prepare = partial(generation.prepare, load, generation.Given(heirs, startup.runtime_admin(os.environ)))
-            first = startup.prepare_as(privileges.find(serve.user, serve.group), prepare)
-            return _run(first, prepare, mailbox, guard, tell)
+    try:
+        return _start(serve, tell, folder)
     except generation.PrepareError as error:
         if not error.is_configuration:
             return _refuse(tell, error.faults)
@@ -200,73 +175,57 @@ def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
         return BAD_CONFIG
     except pidfile.PidFileError as error:
         return _refuse(tell, [f"--pidfile: {error}"])
-    except (privileges.PrivilegeError, inheritance.UnfitSocketError) as error:
+    except (privileges.PrivilegeError, inheritance.UnfitSocketError, handover.HandoverError) as error:
         return _refuse(tell, [str(error)])
 
 
-def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Guard", tell: Tell) -> int:
-    import asyncio
+def _start(serve: cli.Serve, tell: "Tell", folder: str) -> int:
+    from echod import serving, successor
 
-    import structlog
-    import uvloop
-
-    from echod import lifecycle
-    from echod.greeting import greeting
-    from echod.logs import STANDARD_ERROR, Logs
-    from echod.signals import Command, Order
-    from echod.sockets import ListenError
-    from echod.stats import Stats
-    from echod.systemd import Notifier, watchdog_s
-
-    process.rss_bytes()  # opens what it needs as long as there are descriptors
-    logs = Logs(first.config.log, first.log_descriptor)
-    stats = Stats(
-        {
-            "log_dropped": lambda: logs.sink.dropped,
-            "rss_bytes": process.rss_bytes,
-            "open_files": process.open_files,
-        }
+    legacy = _legacy(os.getpid())
+    if legacy:
+        folder = legacy.state.process.folder
+    arguments = sys.argv[1:]
+    start = serving.Start(
+        serve,
+        os.environ,
+        folder or os.getcwd(),
+        serving.Statuses(OK, COULD_NOT_START, CUT_OFF),
+        tell,
+        legacy,
+        successor.command_line(sys.orig_argv, arguments, sys.executable, folder or os.getcwd()),
+        os.execve,
     )
+    return serving.serve(start)
 
-    def on_serving(server: "Server", reloads: "Reloads") -> None:
-        guard.serving(lambda: reloads.config.timeouts.drain, last_words=lambda: logs.sink.close(LOG_FLUSH_S))
-        if logs.is_at_terminal:
-            logs.sink.write(greeting(server.addresses, os.getpid()).encode())
-        elif os.isatty(STANDARD_ERROR):  # the log is a file, the person is here
-            os.write(STANDARD_ERROR, greeting(server.addresses, os.getpid()).encode())
-        if not tell(OK, [f"warning: {warning}" for warning in (*first.warnings, *_warnings_of_a_daemon(first.config))]):
-            structlog.get_logger().warning("start called off", why="whoever asked for it doesn't wait any more")
-            mailbox.put(Order(Command.STOP, "PIPE", 0))
 
-    notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
-    around = lifecycle.Surroundings(
-        mailbox.get,
-        prepare,
-        logs,
-        stats,
-        process.allowed_open_files(),
-        notifier,
-        watchdog_s(os.environ, os.getpid()),
-        on_serving,
-    )
-    status = COULD_NOT_START
+def _is_upgraded() -> bool:
+    return handover.VARIABLE in os.environ
+
+
+def _legacy(pid: int) -> "Legacy | None":
+    from echod import crossing
+
+    left = handover.received(os.environ, pid)
+    os.environ.pop(handover.VARIABLE, None)  # not meant for children
+    return crossing.legacy(*left) if left else None
+
+
+def _rehearse(serve: cli.Serve) -> int:
+    from echod import generation, inheritance, serving
+
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            outcome = runner.run(lifecycle.run(first, around))
-        status = CUT_OFF if outcome is lifecycle.Outcome.CUT_OFF else OK
-    except ListenError as error:
-        _refuse(tell, [f"listen: {error}"])
-    except Exception:
-        structlog.get_logger().exception("crashed")
-    structlog.get_logger().info("stopped", exit_status=status)
-    logs.sink.close(LOG_FLUSH_S)
-    notifier.close()
-    gc.freeze()  # the interpreter's end would look at every object once more: 40 ms in which nothing happens
-    return status
-
-
-def _warnings_of_a_daemon(config: Config) -> list[str]:
-    return [] if config.log.file else ["log.file is empty: a daemon has no standard error, so its log goes nowhere"]
+        legacy = _legacy(os.getppid())
+        if not legacy:
+            return _refuse(_tell_here, ["preflight is for an upgrade alone, which USR2 asks for"])
+        serving.rehearse(serve, os.environ, legacy)
+    except generation.PrepareError as error:
+        _complain(error.faults)
+        return BAD_CONFIG if error.is_configuration else COULD_NOT_START
+    except (inheritance.UnfitSocketError, handover.HandoverError) as error:
+        return _refuse(_tell_here, [str(error)])
+    _print(f"echod {__version__}\n")
+    return OK
 
 
 def _complain(faults: Sequence[str]) -> None:

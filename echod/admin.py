@@ -65,20 +65,32 @@ class Endpoint:
     # -- what the lifecycle asks -----------------------------------------------------------------------------------
 
     @property
-    def keys(self) -> frozenset[Key]:
-        """The listeners in force."""
-        return self._listeners.keys
+    def listening(self) -> dict[Key, Bound]:
+        """The sockets of the listeners in force."""
+        return self._listeners.bound
 
     def apply(self, sockets: Mapping[Key, Bound | None]) -> None:
         """Answer on these from now on: a socket is a new one, None stays as it is, the others retire."""
-        before = self.keys
+        before = self.listening.keys()
         self._listeners.apply(sockets, END_S)
-        if self.keys != before:
+        if self.listening.keys() != before:
             log.info("admin endpoint", listen=self._listeners.addresses)
 
     async def retired(self) -> None:
         """Return when each listener that went away has served its backlog and is closed."""
         await self._listeners.retired()
+
+    async def rest(self) -> None:
+        """Accept nobody until `wake`, and return when the clients that are there have their answers, or had the time.
+
+        None of them is to wait for a reload then.
+        """
+        self._listeners.pause("resting")
+        await self._emptied()
+
+    def wake(self) -> None:
+        """Accept clients again."""
+        self._listeners.resume("resting")
 
     def start_draining(self) -> None:
         """Tell whoever asks that echod isn't ready for new clients any more."""
@@ -90,10 +102,15 @@ class Endpoint:
         with suppress(TimeoutError):
             async with asyncio.timeout(END_S):
                 await self.retired()
+        await self._emptied()
+        self._listeners.close_now()
+
+    async def _emptied(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
                 while self._exchanges:
                     self._gone.clear()
                     await self._gone.wait()
-        self._listeners.close_now()
         for exchange in [*self._exchanges]:
             exchange.close()
 

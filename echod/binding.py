@@ -9,13 +9,13 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress
-from echod.sockets import Bound, Endpoint, Key, identity
+from echod.sockets import Bound, Endpoint, Key, identity, share_port
 
 
 class BindError(Exception):
@@ -49,13 +49,17 @@ class Heir:
     socket: socket.socket
 
 
+NONE_KEPT: Mapping[Key, Bound | None] = {}
+
+
 def bind_all(
-    entries: Iterable[Wanted], kept: Collection[Key] = (), heirs: Sequence[Heir] = ()
+    entries: Iterable[Wanted], kept: Mapping[Key, Bound | None] = NONE_KEPT, heirs: Sequence[Heir] = ()
 ) -> dict[Key, Bound | None]:
     """A bound socket for every endpoint of the entries, in order, but None for those that are `kept`.
 
     An heir is taken for the endpoint it listens on; heirs that no entry wants come behind, for who waits in them waits
-    for us. All or nothing: raises BindErrors with every fault, and nothing stays bound then.
+    for us. Of a kept one that comes with its socket the options are changed too. All or nothing: raises BindErrors with
+    every fault, and nothing stays bound then.
     """
     sockets: dict[Key, Bound | None] = {}
     unclaimed = list(heirs)
@@ -68,6 +72,8 @@ def bind_all(
             unclaimed.remove(heir)
         if key in kept:
             sockets[key] = None
+            if (bound := kept[key]) and how and not heir:
+                share_port(bound.socket, is_shared=how.reuse_port)
         else:
             sockets[key] = Bound(heir.socket, is_inherited=True) if heir else bind(endpoint, how)
 

@@ -30,6 +30,13 @@ class Serve:
 
 
 @dataclass(frozen=True, slots=True)
+class Preflight:
+    """`echod preflight serve`: what an upgrade runs first, in a child; not for people"""
+
+    serve: Serve
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """`echod check`"""
 
@@ -64,11 +71,15 @@ class AskReload:
     target: Target
 
 
-Invocation = Serve | Check | ShowDefaults | AskStats | AskReload
+Invocation = Serve | Preflight | Check | ShowDefaults | AskStats | AskReload
 
 
 def parse(arguments: Sequence[str]) -> Invocation:
     """What the arguments ask for. Wrong ones, --help and --version end the process as argparse does: 2, 0, 0."""
+    if [*arguments[:1]] == ["preflight"]:
+        serve = parse(arguments[1:])
+        if isinstance(serve, Serve):
+            return Preflight(serve)
     parser = _parser()
     options = parser.parse_args(arguments)
     match options.command:

@@ -5,9 +5,9 @@ is open, the listeners are bound, those of the admin endpoint too. Until it is p
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from echod import binding, logs, sockets
@@ -71,10 +71,13 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The listeners that exist: those that a new configuration wants too are not bound again."""
+    """The listeners that exist: those that a new configuration wants too are not bound again.
 
-    listeners: Collection[sockets.Key] = ()
-    admin: Collection[sockets.Key] = ()
+    With their sockets where an option may be changed that otherwise only a bind sets: nobody serves with them yet.
+    """
+
+    listeners: Mapping[sockets.Key, sockets.Bound | None] = field(default_factory=dict)
+    admin: Mapping[sockets.Key, sockets.Bound | None] = field(default_factory=dict)
 
 
 NOTHING_GIVEN = Given()
@@ -111,6 +114,17 @@ def prepare(
     return Generation(config, loaded.warnings, listeners, admin, descriptor)
 
 
+def unchanged(config: Config, kept: Kept, faults: Sequence[str]) -> Generation:
+    """What goes on with a configuration that was in force, because of the faults of the one that was to be."""
+    try:
+        descriptor = logs.open_file(config.log)
+    except OSError as error:
+        faults = [*faults, f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]
+        descriptor = None
+    warnings = tuple(f"the configuration of before goes on: {fault}" for fault in faults)
+    return Generation(config, warnings, dict.fromkeys(kept.listeners), dict.fromkeys(kept.admin), descriptor)
+
+
 Sockets = dict[sockets.Key, sockets.Bound | None]
 
 
@@ -121,7 +135,9 @@ def _wanted(loaded: Loaded, heirs: Sequence[binding.Heir]) -> list[binding.Wante
     return [binding.Wanted(parse_address(entry.address), entry.reuse_port) for entry in loaded.config.listen]
 
 
-def _admin(configured: str, runtime: str | None, kept: Collection[sockets.Key], faults: list[str]) -> Sockets:
+def _admin(
+    configured: str, runtime: str | None, kept: Mapping[sockets.Key, sockets.Bound | None], faults: list[str]
+) -> Sockets:
     bound: Sockets = {}
     if configured:
         bound |= _bound("admin.listen", partial(_private, configured), kept, faults)
@@ -142,7 +158,7 @@ def _private(address: str) -> list[binding.Wanted]:
 def _bound(
     name: str,
     wanted: Callable[[], list[binding.Wanted]],
-    kept: Collection[sockets.Key],
+    kept: Mapping[sockets.Key, sockets.Bound | None],
     faults: list[str],
     heirs: Sequence[binding.Heir] = (),
 ) -> Sockets:

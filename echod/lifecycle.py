@@ -5,6 +5,7 @@ What each command means in each phase is decided here and nowhere else.
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -12,16 +13,22 @@ from typing import assert_never
 
 import structlog
 
+from echod import __version__, crossing
 from echod.admin import Endpoint, Verdict
+from echod.config import Config
+from echod.crossing import Legacy
 from echod.generation import Generation
+from echod.handover import Process, Service
 from echod.logs import Logs
 from echod.reload import Parts, Prepare, Reloads
 from echod.server import Drained, Server
 from echod.signals import Command, Order
 from echod.sockets import ListenError
 from echod.stats import Stats
+from echod.successor import Successor
 from echod.supervision import supervise
 from echod.systemd import Notifier
+from echod.upgrade import Steps, Upgrades
 from echod.watch import BEAT_S, Watch
 
 EXTENSION_S = 3.0
@@ -49,6 +56,9 @@ class Surroundings:
     notifier: Notifier
     watchdog_s: float | None
     """How often the service manager wants a sign of life."""
+    successor: Successor
+    legacy: Legacy | None
+    """What the program before us in this process has left, if there was one."""
     on_serving: Callable[[Server, Reloads], None]
 
 
@@ -83,6 +93,8 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     except ListenError:
         first.discard()
         raise
+    if around.legacy:
+        _adopt(around.legacy, first.config, server, endpoint)
     endpoint.apply(first.admin)
     server.apply(first.config, first.listeners)
     notifier = around.notifier
@@ -94,13 +106,19 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     reloads.on_begin, reloads.on_end = notifier.reloading, lambda: notifier.ready(status())
     for warning in first.warnings:
         log.warning("configuration", warning=warning)
-    log.info("ready", listen=server.addresses, pid=os.getpid())
+    if around.legacy:
+        await server.opened()
+        _tell_upgrade(around.legacy.state.process, server)
+    else:
+        log.info("ready", listen=server.addresses, pid=os.getpid())
+        notifier.ready(status())
     around.on_serving(server, reloads)
-    notifier.ready(status())
+    upgrades = Upgrades(_steps(server, endpoint, reloads, around))
     supervising = asyncio.ensure_future(supervise(notifier, around.watchdog_s, status, server.is_well))
     try:
-        stop = await _serve(server, reloads, around)
+        stop = await _serve(server, reloads, upgrades, around)
     finally:
+        await upgrades.close()
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
     endpoint.start_draining()
@@ -111,7 +129,55 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     return Outcome.CUT_OFF if drained.cut else Outcome.STOPPED
 
 
-async def _serve(server: Server, reloads: Reloads, around: Surroundings) -> Order:
+def _adopt(legacy: Legacy, config: Config, server: Server, endpoint: Endpoint) -> None:
+    """Go on where the program before us stopped: with its listeners first, whatever the configuration says now."""
+    server.selfcheck.recognize(legacy.ourselves)
+    endpoint.apply(legacy.admin)
+    server.apply(config, legacy.listeners)
+    for sock, peer, past in legacy.clients:
+        server.adopt(sock, peer, past)
+
+
+def _tell_upgrade(before: Process, server: Server) -> None:
+    log.info(
+        "upgrade done",
+        version=__version__,
+        previous_version=before.version,
+        connections=server.open_connections,
+        gap_ms=round((time.monotonic() - before.left_at) * 1000, 1),
+        listen=server.addresses,
+        pid=os.getpid(),
+    )
+
+
+def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroundings) -> Steps:
+    def service() -> Service:
+        return Service(
+            listeners=crossing.listening(server.listening),
+            admin=crossing.listening(endpoint.listening),
+            config=crossing.config(reloads.config),
+            stats=around.stats.past(),
+            ourselves=[crossing.address_of(name) for name in server.selfcheck.names],
+        )
+
+    async def settle() -> None:
+        while True:
+            await reloads.idle()
+            await endpoint.rest()
+            if reloads.is_idle:
+                return
+            endpoint.wake()
+
+    def replace(*, is_wanted_again: bool) -> None:
+        pasts = (crossing.past(connection, is_counted=is_counted) for connection, is_counted in server.clients())
+        descriptors = [connection.descriptor for connection, _ in server.clients()]
+        again = [Order(Command.UPGRADE, "USR2", 0)] if is_wanted_again else []
+        around.successor.replace(service(), pasts, descriptors, again)
+
+    return Steps(lambda: around.successor.prove(service()), settle, endpoint.wake, replace)
+
+
+async def _serve(server: Server, reloads: Reloads, upgrades: Upgrades, around: Surroundings) -> Order:
     """Follow orders until one says to stop; return it."""
     while True:
         order = await around.next_order()
@@ -124,7 +190,8 @@ async def _serve(server: Server, reloads: Reloads, around: Surroundings) -> Orde
             case Command.DUMP_STATS:
                 around.logs.always("stats", **server.snapshot())
             case Command.UPGRADE:
-                log.warning("upgrade refused", errors=["not supported by this version"])
+                log.info("upgrade started", **_origin(order))
+                upgrades.request()
             case _:
                 assert_never(order.command)
 

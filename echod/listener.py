@@ -39,7 +39,7 @@ class Listener:
         on_accept: Callable[[socket.socket, SockAddr], None],
         on_starved: Callable[[OSError], None],
     ) -> None:
-        self._bound = bound
+        self.bound = bound
         self._socket = bound.socket
         self._on_accept = on_accept
         self._on_starved = on_starved
@@ -92,7 +92,7 @@ class Listener:
         Takes CLOSE_S at most, not counting the time in which it is paused: what waits meanwhile would be reset.
         """
         self._is_closing = True
-        if self._bound.is_inherited:
+        if self.bound.is_inherited:
             self._leave()  # it is the service manager's too: none of its options is ours to change
             return
         sockets.refuse_new_handshakes(self._socket)
@@ -127,7 +127,7 @@ class Listener:
             if self._retry:
                 self._retry.cancel()
             self._loop.remove_reader(self._socket)
-            self._bound.close()
+            self.bound.close()
 
     @property
     def _is_open(self) -> bool:

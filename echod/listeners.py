@@ -34,9 +34,9 @@ class Listeners:
         return [listener.address for listener in self._in_force.values()]
 
     @property
-    def keys(self) -> frozenset[Key]:
-        """The listeners in force."""
-        return frozenset(self._in_force)
+    def bound(self) -> dict[Key, Bound]:
+        """The sockets of the listeners in force."""
+        return {key: listener.bound for key, listener in self._in_force.items()}
 
     @property
     def open_socket(self) -> socket.socket | None:

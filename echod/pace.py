@@ -4,6 +4,8 @@ Owns what the last look saw. Its rule: looks are compared, not events timed, so 
 is told the time and the figures; connections, sockets and the configuration are not known here.
 """
 
+from collections.abc import Mapping
+
 
 class Pace:
     """What one client's last look saw, and since when it has been so; times in seconds of the owner's clock."""
@@ -15,6 +17,15 @@ class Pace:
         self.line_since: float | None = None
         self.owed = 0
         self._bytes_in = self._lines = self._taken = 0
+
+    def past(self) -> dict[str, float | None]:
+        """What it has seen, for one that goes on with the same client by the same clock: see `resume`."""
+        return {name.removeprefix("_"): getattr(self, name) for name in self.__slots__}
+
+    def resume(self, past: Mapping[str, float | None]) -> None:
+        """Go on from what another has seen."""
+        for name in self.__slots__:
+            setattr(self, name, past.get(name.removeprefix("_"), getattr(self, name)))
 
     def is_news(self, bytes_in: int) -> bool:
         """Whether anything came since the last look."""

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 from functools import cache
 
 UNLIMITED = 2**31 - 1
@@ -27,6 +28,9 @@ def fill_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:  # so Python names a stream whose descriptor was closed
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (as long as the process)
 
 
 def rss_bytes() -> int:

@@ -32,16 +32,22 @@ class Echo:
 
     __slots__ = ("_unfinished", "answered", "fault", "line_bytes")
 
-    def __init__(self, line_bytes: int) -> None:
+    def __init__(self, line_bytes: int, unfinished: bytes = b"", answered: int = 0) -> None:
+        """`unfinished` and `answered`: where an earlier one of the same connection was left."""
         self.line_bytes = line_bytes
-        self.answered = 0
+        self.answered = answered
         self.fault: Fault | None = None
-        self._unfinished: bytes | bytearray = b""
+        self._unfinished: bytes | bytearray = bytearray(unfinished) if unfinished else b""
 
     @property
     def unfinished_bytes(self) -> int:
         """Length of the line begun, 0 if none is."""
         return len(self._unfinished)
+
+    @property
+    def unfinished(self) -> bytes:
+        """The line begun."""
+        return bytes(self._unfinished)
 
     def receive(self, chunk: bytes) -> bytes:
         """Take what has arrived; return every reply that it completes, ending with an error line if `fault` is set."""

@@ -38,7 +38,7 @@ class Parts:
 
     def kept(self) -> Kept:
         """What a further generation finds in place."""
-        return Kept(self.server.keys, self.endpoint.keys)
+        return Kept(dict.fromkeys(self.server.listening), dict.fromkeys(self.endpoint.listening))
 
 
 class Reloads:
@@ -52,13 +52,25 @@ class Reloads:
         self._parts = parts
         self._stats = stats
         self._wanted = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._asked: list[asyncio.Future[Verdict]] = []
         self._is_closing = False
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="reloads")
 
     def request(self) -> None:
         """Reload, soon: after the one under way, if one is."""
+        self._idle.clear()
         self._wanted.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no reload is under way or asked for."""
+        return self._idle.is_set()
+
+    async def idle(self) -> None:
+        """Return when no reload is under way or asked for."""
+        await self._idle.wait()
 
     async def verdict(self) -> Verdict:
         """Reload as `request` does, and return what came of it."""
@@ -88,6 +100,8 @@ class Reloads:
             finally:
                 self.on_end()
                 _tell(asked, verdict)
+                if not self._wanted.is_set():
+                    self._idle.set()
 
     async def _reload(self) -> Verdict:
         try:

@@ -6,6 +6,7 @@ Owns the names of the clients that are ourselves, so that nobody counts them.
 import asyncio
 import errno
 import socket
+from collections.abc import Iterable
 
 from echod.sockets import SockAddr
 
@@ -26,10 +27,19 @@ class SelfCheck:
     """Asks the service for an echo, as a client would."""
 
     def __init__(self) -> None:
-        self._ours: dict[SockAddr | bytes, None] = {}  # a set that keeps its order
+        self._ours: dict[SockAddr, None] = {}  # a set that keeps its order
         self._proven: socket.socket | None = None
 
-    def is_ours(self, peer: SockAddr | bytes) -> bool:
+    @property
+    def names(self) -> list[SockAddr]:
+        """The clients under way that are ourselves."""
+        return [*self._ours]
+
+    def recognize(self, names: Iterable[SockAddr]) -> None:
+        """Take clients of the program before us for ourselves."""
+        self._ours.update(dict.fromkeys(names))
+
+    def is_ours(self, peer: SockAddr) -> bool:
         """Whether a client that was accepted is ourselves."""
         return bool(self._ours) and peer in self._ours
 
@@ -65,7 +75,7 @@ class SelfCheck:
 
 def _own_name(family: int, target: SockAddr) -> SockAddr:
     """What to bind to before connecting, so that the name is known before the listener sees it: any port, any name."""
-    if family == socket.AF_UNIX:
+    if family == socket.AF_UNIX or not isinstance(target, tuple):
         return ""  # any name in the abstract namespace (unix(7), autobind)
     host = _LOOPBACK.get(target[0], target[0])
     return (host, 0, *target[2:])

@@ -6,16 +6,18 @@ are not known: the lifecycle calls the verbs, and what people should hear of goe
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from echod import deadlines
 from echod.admission import Admission
 from echod.config import Config, Timeouts
 from echod.connection import Connection
+from echod.handover import Past
 from echod.listeners import Listeners
 from echod.selfcheck import SelfCheck
 from echod.sockets import Bound, Key, SockAddr
@@ -51,7 +53,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._admission = Admission(stats, open_files)
         self._listeners = Listeners(self._on_accept, self._admission.starved)
-        self._selfcheck = SelfCheck()
+        self.selfcheck = SelfCheck()
         self._openings: set[asyncio.Task[object]] = set()
         self._emptied = asyncio.Event()
         self._unacknowledged = 0
@@ -70,9 +72,9 @@ class Server:
         return self._listeners.addresses
 
     @property
-    def keys(self) -> frozenset[Key]:
-        """The listeners in force."""
-        return self._listeners.keys
+    def listening(self) -> dict[Key, Bound]:
+        """The sockets of the listeners in force."""
+        return self._listeners.bound
 
     @property
     def open_connections(self) -> int:
@@ -88,7 +90,12 @@ class Server:
         listener = self._listeners.open_socket
         if self._is_draining or listener is None or len(self._connections) >= self._config.limits.connections:
             return True
-        return await self._selfcheck.passes(listener, deadline_s)
+        return await self.selfcheck.passes(listener, deadline_s)
+
+    def clients(self) -> Iterator[tuple[Connection, bool]]:
+        """Each connection that is open, and whether it counts in the statistics."""
+        yield from ((connection, True) for connection in self._connections)
+        yield from ((connection, False) for connection in self._admission.uncounted)
 
     # -- a configuration -------------------------------------------------------------------------------------------
 
@@ -97,7 +104,7 @@ class Server:
         self._listeners.apply(sockets, config.timeouts.drain)
         self._config = config
         for connection in self._connections:
-            connection.limit_lines(config.limits.line_bytes)
+            connection.echo.line_bytes = config.limits.line_bytes  # for the line begun too
         self._pause_or_resume()
 
     async def retired(self) -> None:
@@ -110,7 +117,7 @@ class Server:
         line_bytes = self._config.limits.line_bytes
         now = self._loop.time()
         host = peer[0] if isinstance(peer, tuple) else None
-        if self._selfcheck.is_ours(peer):
+        if self.selfcheck.is_ours(peer):
             connection = Connection(sock, peer, line_bytes, now, self._forget_uncounted)
             self._admission.uncounted.add(connection)
         elif refusal := self._admission.refusal(host, len(self._connections), self._config.limits):
@@ -124,6 +131,25 @@ class Server:
             self._stats.accepted += 1
             if self._is_draining:
                 connection.start_draining(now)
+        self._start(connection, sock)
+
+    def adopt(self, sock: socket.socket, peer: SockAddr, past: Past) -> None:
+        """Go on with a client of the program before us, whatever the limits; it is in the counts already."""
+        forget = self._forget_connection if past.is_counted else self._forget_uncounted
+        connection = Connection(sock, peer, self._config.limits.line_bytes, self._loop.time(), forget)
+        connection.resume(past)
+        if past.is_counted:
+            self._connections.add(connection)
+            self._admission.let_in(connection.host)
+        else:
+            self._admission.uncounted.add(connection)
+        self._start(connection, sock)
+
+    async def opened(self) -> None:
+        """Return when each client that has come so far is served."""
+        await asyncio.gather(*self._openings, return_exceptions=True)
+
+    def _start(self, connection: Connection, sock: socket.socket) -> None:
         opening = self._loop.create_task(self._open(connection, sock))
         self._openings.add(opening)
         opening.add_done_callback(self._openings.discard)
@@ -189,7 +215,7 @@ class Server:
             for part in _slices(self._connections):
                 now = self._loop.time()
                 for connection in part:
-                    connection.tend(now, self._config.timeouts)
+                    deadlines.tend(connection, now, self._config.timeouts)
                 await asyncio.sleep(0)
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -211,7 +237,8 @@ class Server:
         while self._connections or self._admission.uncounted:  # cut off, which takes a turn of the loop or two
             await asyncio.sleep(0)
         await self._listeners.retired()
-        await asyncio.gather(self._sweeper, *self._openings, return_exceptions=True)
+        await self.opened()
+        await asyncio.gather(self._sweeper, return_exceptions=True)
         return self._drained(before)
 
     def cut_off(self) -> None:
@@ -234,7 +261,7 @@ class Server:
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
                 for connection in [*self._connections, *self._admission.uncounted]:
-                    connection.end_at_line_boundary()
+                    deadlines.end_at_line_boundary(connection)
             if now - reported_at >= PROGRESS_S:
                 reported_at = now
                 report(len(self._connections), max(0.0, deadline - now))
@@ -248,8 +275,8 @@ class Server:
         for part in _slices(self._connections):
             now = self._loop.time()
             for connection in part:
-                connection.tend(now, timeouts)
-                connection.settle(now, timeouts.drain_quiet)
+                deadlines.tend(connection, now, timeouts)
+                deadlines.settle(connection, now, timeouts.drain_quiet)
             await asyncio.sleep(0)
 
     def _drained(self, before: Mapping[str, int]) -> Drained:

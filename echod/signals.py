@@ -45,6 +45,12 @@ class Order:
     sender_pid: int
 
 
+def order(name: str, sender_pid: int) -> Order | None:
+    """The order that a signal brings, by its name without SIG; None if it brings none."""
+    number = getattr(signal, f"SIG{name}", None)
+    return Order(TABLE[number], name, sender_pid) if number in TABLE else None
+
+
 class Mailbox:
     """Carries orders from the signal thread to the event loop; they wait in it until the loop asks."""
 
@@ -60,6 +66,12 @@ class Mailbox:
             with suppress(RuntimeError):  # the loop is closed: nobody reads orders any more
                 wake()
 
+    def take(self) -> list[Order]:
+        """Every order that waits."""
+        orders = [*self._orders]
+        self._orders.clear()
+        return orders
+
     async def get(self) -> Order:
         """The next order, in the order of arrival; for one reader at a time."""
         loop = asyncio.get_running_loop()
@@ -74,8 +86,40 @@ class Mailbox:
         return self._orders.popleft()
 
 
+class Delivery:
+    """The thread that hands each signal of TABLE to `deliver`, with pauses in which the kernel keeps them."""
+
+    def __init__(self, deliver: Callable[[Order], object], seconds_left: Callable[[], float | None]) -> None:
+        self._deliver = deliver
+        self._seconds_left = seconds_left
+        self._resume()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no signal as long as the context is open."""
+        self.close()
+        try:
+            yield
+        finally:
+            self._resume()
+
+    def _resume(self) -> None:
+        self._closing = threading.Event()
+        arguments = (self._deliver, self._seconds_left, self._closing)
+        self._thread = threading.Thread(target=_wait, args=arguments, name="signals", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no signal any more: what arrives is left pending."""
+        assert self._thread.ident is not None
+        self._closing.set()
+        if self._thread.is_alive():
+            signal.pthread_kill(self._thread.ident, _WAKE)
+            self._thread.join()
+
+
 @contextmanager
-def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], float | None]) -> Iterator[None]:
+def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], float | None]) -> Iterator[Delivery]:
     """Hand each signal of TABLE to `deliver`, from a thread of its own, as long as the context is open.
 
     `seconds_left` is asked after each signal, and again when the seconds that it told are over; None is no limit. So
@@ -83,17 +127,11 @@ def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], flo
     blocked afterwards: what arrives then is left pending, for whoever runs next in this process.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {*TABLE, _WAKE})
-    closing = threading.Event()
-    thread = threading.Thread(target=_wait, args=(deliver, seconds_left, closing), name="signals", daemon=True)
-    thread.start()
+    delivery = Delivery(deliver, seconds_left)
     try:
-        yield
+        yield delivery
     finally:
-        assert thread.ident is not None
-        closing.set()
-        if thread.is_alive():
-            signal.pthread_kill(thread.ident, _WAKE)
-            thread.join()
+        delivery.close()
 
 
 def stop_is_pending() -> bool:

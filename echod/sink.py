@@ -38,6 +38,13 @@ class Sink:
         """Queue a line; never blocks."""
         self._writers[-1].put(line)
 
+    def flush(self, timeout_s: float) -> int:
+        """Wait until what is queued is written, for at most `timeout_s`; return how many lines are not."""
+        written = threading.Event()
+        self._writers[-1].mark(written)
+        written.wait(timeout_s)
+        return sum(writer.unwritten for writer in self._writers)
+
     def redirect(self, descriptor: int, *, is_owned: bool) -> None:
         """Send the lines written from now on to `descriptor`; the one before gets its lines, and is closed if owned.
 
@@ -68,13 +75,22 @@ class _Writer:
         self._descriptor = descriptor
         self._is_owned = is_owned
         self._is_torn = False
-        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._in_hand = 0  # lines that the thread is writing
+        self._nobody = threading.Event()
+        self._queue: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()  # an event: tell when you are here
         self._thread = threading.Thread(target=self._run, args=(predecessor,), name="log", daemon=True)
         self._thread.start()
 
     @property
     def dropped(self) -> int:
         return self._refused + self._failed
+
+    @property
+    def unwritten(self) -> int:
+        return self._queue.qsize() + self._in_hand
+
+    def mark(self, reached: threading.Event) -> None:
+        self._queue.put(reached)
 
     def put(self, line: bytes) -> None:
         if self._queue.qsize() < QUEUED_LINES:
@@ -93,32 +109,35 @@ class _Writer:
         if predecessor:
             predecessor.wait(PREDECESSOR_S)
         self._is_torn = self._is_owned and _ends_torn(self._descriptor)
-        is_over = False
-        while not is_over:
-            batch, is_over = self._gather()
+        while True:
+            batch, told = self._gather()
             if batch:
                 self._write(b"".join(batch))
-            if not is_over:
-                time.sleep(_GATHER_S)
+            self._in_hand = 0
+            if told is None:
+                break
+            told.set()
+            time.sleep(_GATHER_S)
         if self._is_owned:
             with suppress(OSError):  # a full disk behind NFS may say so only now
                 os.close(self._descriptor)
 
-    def _gather(self) -> tuple[list[bytes], bool]:
-        """Wait for a line and take those behind it; then whether the end has come."""
+    def _gather(self) -> tuple[list[bytes], threading.Event | None]:
+        """Wait for a line and take those behind it; then who is to hear when they are written, None at the end."""
         batch: list[bytes] = []
         size = 0
         item = self._queue.get()
-        while item is not None:
+        while isinstance(item, bytes):
             batch.append(item)
+            self._in_hand = len(batch)
             size += len(item)
             if size >= _BATCH_BYTES:
-                return batch, False
+                break
             try:
                 item = self._queue.get_nowait()
             except Empty:
-                return batch, False
-        return batch, True
+                break
+        return batch, self._nobody if isinstance(item, bytes) else item
 
     def _write(self, lines: bytes) -> None:
         data = b"\n" + lines if self._is_torn else lines

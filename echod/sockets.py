@@ -26,8 +26,8 @@ _SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 _TCP_SYN_RECV = 3  # netinet/tcp.h
 
 
-SockAddr = tuple[Any, ...] | str
-"""A socket address as the socket module has it: a tuple for TCP, a path for a Unix socket."""
+SockAddr = tuple[Any, ...] | str | bytes
+"""A socket address as the socket module has it: a tuple for TCP, a path for a Unix socket, bytes if abstract."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Endpoint:
         return peer_name(self.family, self.sockaddr)
 
 
-def peer_name(family: int, sockaddr: SockAddr | bytes | None) -> str:
+def peer_name(family: int, sockaddr: SockAddr | None) -> str:
     """A socket address as people write it; a client of a Unix socket has no name of its own."""
     if family == socket.AF_UNIX:
         return f"unix:{os.fsdecode(sockaddr)}" if isinstance(sockaddr, str | bytes) and sockaddr else "unix"
@@ -95,6 +95,15 @@ class Bound:
                 os.chown(f"/proc/self/fd/{found}", uid, gid)
         finally:
             os.close(found)
+
+
+def share_port(sock: socket.socket, *, is_shared: bool) -> None:
+    """Let other processes listen on the same port, or no more of them (SO_REUSEPORT), while it listens already.
+
+    Measured on Linux 6.18: whoever binds later is let in, and the kernel then shares new clients out among all.
+    """
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, is_shared)
 
 
 def identity(path: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ to the sum of the closed ones. Who counts and who prints is not known here.
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from echod import __version__
@@ -61,7 +61,20 @@ class Stats:
     reloads_applied: int = 0
     reloads_refused: int = 0
     reload_error: str = ""
+    upgrades: int = 0
     loop_lag_s: float = 0.0
+
+    def past(self) -> dict[str, Any]:
+        """The counts, for a program that goes on with them: see `resume`."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "gauges"}
+
+    def resume(self, past: Mapping[str, Any]) -> None:
+        """Go on counting where another has left off; a reason that is no more keeps its count."""
+        for each in fields(self):
+            if isinstance(ours := getattr(self, each.name), dict):
+                ours.update(past.get(each.name, {}))
+            elif each.name in past:
+                setattr(self, each.name, past[each.name])
 
     def close(self, reason: str, traffic: Traffic) -> None:
         """Count a connection as closed and add what it carried."""
@@ -84,7 +97,7 @@ class Stats:
             "version": __version__,
             "state": state,
             "uptime_s": round(time.monotonic() - self.started_at, 3),
-            "upgrades": 0,
+            "upgrades": self.upgrades,
             "config_generation": self.config_generation,
             "connections": {
                 "open": live_connections,

@@ -277,7 +277,7 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
     async def scenario() -> None:
         listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
         listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
-        before = listeners.keys
+        before = listeners.bound.keys()
         new = binding.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0)))
         (_, second) = new.values()
         assert second
@@ -288,7 +288,7 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
             with pytest.raises(sockets.ListenError, match="address already in use"):
                 listeners.apply(new, bound_s=8)
         binding.discard(new)
-        assert listeners.keys == before
+        assert listeners.bound.keys() == before
         listeners.apply({}, bound_s=8)
         await listeners.retired()
 

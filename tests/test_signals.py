@@ -105,11 +105,11 @@ def test_the_first_statement_holds_the_signals() -> None:
     assert code[2].startswith("_signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)")
 
 
-def test_usr2_is_refused_not_fatal() -> None:
-    """No signal of the table ends echod by its default action: this version refuses USR2."""
+def test_usr2_is_followed_not_fatal() -> None:
+    """No signal of the table ends echod by its default action: USR2 upgrades."""
     with serving() as echod, connect(echod.port) as client:
         echod.send(signal.SIGUSR2)
-        echod.wait_for("upgrade refused")
+        echod.wait_for("upgrade done")
         assert ask(client, b"serving\n") == b"SERVING\n"
         client.close()
         assert echod.stop() == 0

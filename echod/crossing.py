@@ -1,0 +1,140 @@
+"""Between what lives in this process and what is written of it for the next program: connections, listening sockets.
+
+The one side describes, the other makes sockets of descriptors again. Nothing here changes what it describes, so a
+handover that fails has cost nothing.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from echod.binding import Heir
+from echod.config import Config
+from echod.connection import Connection
+from echod.handover import Address, HandoverError, Listening, Past, State
+from echod.inheritance import UnfitSocketError, adopt
+from echod.sockets import Bound, Endpoint, Key, SockAddr
+from echod.systemd import Inherited
+
+Listeners = dict[Key, Bound]
+
+
+# -- what is left to the next program ----------------------------------------------------------------------------------
+
+
+def past(connection: Connection, *, is_counted: bool) -> Past:
+    """Everything about a connection that the next program has to know."""
+    return Past(
+        descriptor=connection.descriptor,
+        family=connection.family,
+        peer=address_of(connection.sockaddr),
+        is_counted=is_counted,
+        opened_at=connection.opened_at,
+        bytes_in=connection.bytes_in,
+        bytes_out=connection.bytes_out,
+        lines=connection.lines,
+        unfinished=connection.echo.unfinished,
+        unsent=connection.unsent,
+        reason=connection.reason,
+        is_aborted=connection.is_aborted,
+        pace=connection.pace.past(),
+    )
+
+
+def listening(listeners: Mapping[Key, Bound]) -> list[Listening]:
+    """Everything about listening sockets."""
+    return [
+        Listening(
+            descriptor=bound.socket.fileno(),
+            family=endpoint.family,
+            address=address_of(endpoint.sockaddr),
+            number=number,
+            file=bound.file,
+            is_inherited=bound.is_inherited,
+        )
+        for (endpoint, number), bound in listeners.items()
+    ]
+
+
+def config(in_force: Config) -> dict[str, Any]:
+    """The configuration in force."""
+    described: dict[str, Any] = msgspec.to_builtins(in_force)
+    return described
+
+
+def address_of(sockaddr: SockAddr) -> Address:
+    """A socket address as it is written."""
+    return [*sockaddr] if isinstance(sockaddr, tuple) else os.fsencode(sockaddr)
+
+
+# -- what the program before has left ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Legacy:
+    """What the program before us in this process has left: its state, with sockets for descriptors."""
+
+    state: State
+    listeners: Listeners
+    admin: Listeners
+    heirs: tuple[Heir, ...]
+    clients: Iterable[tuple[socket.socket, SockAddr, Past]]
+    """To be gone through once."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration that was in force, as far as this program knows its keys."""
+        try:
+            return msgspec.convert(self.state.service.config, Config)
+        except msgspec.ValidationError:
+            return Config()
+
+    @property
+    def ourselves(self) -> list[SockAddr]:
+        """Clients under way that are our own."""
+        return [sockaddr_of(address) for address in self.state.service.ourselves]
+
+
+def legacy(state: State, clients: Iterable[Past]) -> Legacy:
+    """Take the sockets over, each client's when it is asked for; raises HandoverError."""
+    try:
+        heirs = adopt(Inherited(name, descriptor) for name, descriptor in state.process.heirs)
+        known = {heir.socket.fileno(): heir.socket for heir in heirs}
+        listeners, admin = (_bound(each, known) for each in (state.service.listeners, state.service.admin))
+    except (OSError, UnfitSocketError) as error:
+        raise HandoverError(f"a listening socket: {error}") from error
+    return Legacy(state, listeners, admin, heirs, _clients(clients))
+
+
+def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -> Listeners:
+    bound: Listeners = {}
+    for each in described:
+        sock = known.get(each.descriptor) or _socket(each.descriptor)
+        endpoint = Endpoint(socket.AddressFamily(each.family), sockaddr_of(each.address))
+        bound[endpoint, each.number] = Bound(sock, each.file, each.is_inherited)
+    return bound
+
+
+def _clients(clients: Iterable[Past]) -> Iterator[tuple[socket.socket, SockAddr, Past]]:
+    for each in clients:
+        with suppress(OSError):  # no such descriptor: nothing is left of it
+            yield _socket(each.descriptor), sockaddr_of(each.peer), each
+
+
+def _socket(descriptor: int) -> socket.socket:
+    os.set_inheritable(descriptor, False)
+    sock = socket.socket(fileno=descriptor)
+    sock.setblocking(False)
+    return sock
+
+
+def sockaddr_of(address: Address) -> SockAddr:
+    """A socket address as the socket module has it."""
+    if isinstance(address, list):
+        return tuple(address)
+    return address if address.startswith(b"\0") else os.fsdecode(address)

@@ -1,0 +1,52 @@
+"""When a client has had its time: each timeout while serving, and the quiet that ends a connection in a drain.
+
+Called by the owner now and then: a timeout is at most two of those intervals late and never early.
+"""
+
+from echod import sockets
+from echod.config import Timeouts
+from echod.connection import Connection
+
+
+def tend(connection: Connection, now: float, timeouts: Timeouts) -> None:
+    """End the connection if a timeout is over; to be called again and again while serving."""
+    connection.look(now)
+    pace = connection.pace
+    if timeouts.write and pace.owed and now - pace.taken_since >= timeouts.write:
+        sockets.reset_on_close(connection.descriptor)
+        connection.cut_off("write timeout")
+    elif connection.reason is not None:
+        return
+    elif timeouts.line and pace.line_since is not None and now - pace.line_since >= timeouts.line:
+        _time_out(connection, "line timeout", f"line not finished within {timeouts.line:.15g} s")
+    elif timeouts.idle and now - pace.quiet_since >= timeouts.idle:
+        _time_out(connection, "idle", f"idle for {timeouts.idle:.15g} s")
+
+
+def _time_out(connection: Connection, reason: str, error: str) -> None:
+    # What has arrived and waits for us, as after a pause of the whole process, is not the client's delay: it is read
+    # before the next look.
+    if not connection.unread_bytes():
+        connection.finish(reason, error)
+
+
+def settle(connection: Connection, now: float, quiet_s: float) -> None:
+    """Finish the connection if it has been quiet for so long; to be called after each `tend` while draining."""
+    pace = connection.pace
+    if connection.reason == "client" and not pace.owed:
+        connection.close()
+    elif connection.reason is None and now - pace.quiet_since >= quiet_s and _is_settled(connection):
+        connection.finish("drained")
+
+
+def _is_settled(connection: Connection) -> bool:
+    """Whether nothing is begun, owed or unread."""
+    return not (connection.echo.unfinished_bytes or connection.pace.owed or connection.unread_bytes())
+
+
+def end_at_line_boundary(connection: Connection) -> None:
+    """End a drain that takes too long: a line begun is owed nothing, replies that the kernel hasn't taken are."""
+    if connection.unsent_bytes:
+        connection.cut_off("cut")
+    else:
+        connection.finish("drained")

@@ -1,0 +1,212 @@
+"""A service put together and run to its end: its configuration, signals, log, statistics, and what it was left.
+
+The other half of the composition root: exit statuses, arguments and what ends or replaces the process are handed in.
+"""
+
+import gc
+import os
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from echod import __version__, generation, inheritance, lifecycle, pidfile, privileges, process, signals, startup
+from echod.cli import Serve
+from echod.config import Config
+from echod.crossing import Legacy
+from echod.generation import Generation, Given, Kept
+from echod.greeting import greeting
+from echod.guard import Guard
+from echod.handover import Process
+from echod.logs import STANDARD_ERROR, Logs
+from echod.reload import Prepare, Reloads
+from echod.server import Server
+from echod.signals import Command, Delivery, Mailbox, Order
+from echod.sockets import ListenError
+from echod.stats import Stats
+from echod.successor import Moment, Successor
+from echod.systemd import Notifier, watchdog_s
+
+LOG_FLUSH_S = 1.0
+"""How long the end waits for a log reader that is behind."""
+
+Tell = Callable[[int, Sequence[str]], bool]
+"""Says how the start went, to whoever asked for it: a status and lines to show. False if nobody waits any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statuses:
+    """How the process ends: the exit statuses."""
+
+    ok: int
+    could_not_start: int
+    cut_off: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a service is started with."""
+
+    options: Serve
+    environment: MutableMapping[str, str]
+    folder: str
+    """Where relative paths are meant from."""
+    statuses: Statuses
+    tell: Tell
+    legacy: Legacy | None
+    """What the program before us in this process has left, if there was one."""
+    command: tuple[tuple[str, ...], tuple[str, ...]]
+    """How the next program in this process is started: command, arguments."""
+    execute: Callable[..., object]
+    """os.execve."""
+
+
+def rehearse(options: Serve, environment: MutableMapping[str, str], legacy: Legacy) -> None:
+    """Do all that a program does that takes over, but serve; raises PrepareError, and whatever an import raises."""
+    import uvloop
+
+    load = startup.loader(options.sources, environment, process.raise_open_files(), legacy.state.process.folder)
+    given = Given(legacy.heirs, startup.runtime_admin(environment))
+    kept = Kept(dict.fromkeys(legacy.listeners), dict.fromkeys(legacy.admin))  # nothing of them is ours to change
+    generation.prepare(load, given, kept).discard()
+    uvloop.new_event_loop().close()
+    for bound in (*legacy.listeners.values(), *legacy.admin.values()):
+        bound.socket.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What there is beside a generation."""
+
+    start: Start
+    mailbox: Mailbox
+    guard: Guard
+    delivery: Delivery
+    belongings: Process
+    prepare: Prepare
+
+
+def serve(start: Start) -> int:
+    """Serve until told to stop; return the exit status. Raises what keeps a service from starting."""
+    load = startup.loader(start.options.sources, start.environment, process.raise_open_files(), start.folder)
+    mailbox = Mailbox()
+    guard = Guard(mailbox.put, unserved=start.statuses.ok, cut_off=start.statuses.cut_off)
+    # Around all, for who hears that there is no daemon may start the next one at once.
+    with signals.delivered(guard.deliver, guard.seconds_left) as delivery, ExitStack() as at_end:
+        lock = _lock(start)
+        if lock:
+            at_end.callback(lock.release)
+        heirs = start.legacy.heirs if start.legacy else inheritance.inherit(start.environment, os.getpid())
+        prepare = partial(generation.prepare, load, Given(heirs, startup.runtime_admin(start.environment)))
+        belongings = Process(
+            pid=os.getpid(),
+            version=__version__,
+            left_at=0.0,
+            folder=start.folder,
+            heirs=[(heir.name, heir.socket.fileno()) for heir in heirs],
+            pidfile=(lock.path, lock.descriptor) if lock else None,
+            log_dropped=start.legacy.state.process.log_dropped if start.legacy else 0,
+        )
+        return _run(_first(start, prepare), _Parts(start, mailbox, guard, delivery, belongings, prepare))
+
+
+def _lock(start: Start) -> pidfile.PidFile | None:
+    if start.legacy and (left := start.legacy.state.process.pidfile):
+        os.set_inheritable(left[1], False)
+        return pidfile.PidFile(*left)
+    name = start.options.pidfile
+    return None if name is None else pidfile.acquire(os.path.join(start.folder, name))
+
+
+def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
+    if start.legacy is None:
+        return startup.prepare_as(privileges.find(start.options.user, start.options.group), prepare)
+    kept = Kept(start.legacy.listeners, start.legacy.admin)
+    try:
+        return prepare(kept)
+    except generation.PrepareError as error:  # since the preflight: clients have to be served all the same
+        return generation.unchanged(start.legacy.config, kept, error.faults)
+
+
+def _run(first: Generation, parts: _Parts) -> int:
+    import asyncio
+
+    import uvloop
+
+    start = parts.start
+    process.rss_bytes()  # opens what it needs as long as there are descriptors
+    logs = Logs(first.config.log, first.log_descriptor)
+    notifier = Notifier(start.environment.get("NOTIFY_SOCKET"))
+    around = lifecycle.Surroundings(
+        parts.mailbox.get,
+        parts.prepare,
+        logs,
+        _stats(logs, start.legacy),
+        process.allowed_open_files(),
+        notifier,
+        watchdog_s(start.environment, os.getpid()),
+        _successor(parts, logs),
+        start.legacy,
+        partial(_on_serving, first, parts, logs),
+    )
+    status = start.statuses.could_not_start
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            outcome = runner.run(lifecycle.run(first, around))
+        status = start.statuses.cut_off if outcome is lifecycle.Outcome.CUT_OFF else start.statuses.ok
+    except ListenError as error:
+        start.tell(status, [f"echod: could not start: listen: {error}"])
+    except Exception:
+        structlog.get_logger().exception("crashed")
+    structlog.get_logger().info("stopped", exit_status=status)
+    logs.sink.close(LOG_FLUSH_S)
+    notifier.close()
+    gc.freeze()  # the interpreter's end would look at every object once more: 40 ms in which nothing happens
+    return status
+
+
+def _stats(logs: Logs, legacy: Legacy | None) -> Stats:
+    lost_before = legacy.state.process.log_dropped if legacy else 0
+    stats = Stats(
+        {
+            "log_dropped": lambda: lost_before + logs.sink.dropped,
+            "rss_bytes": process.rss_bytes,
+            "open_files": process.open_files,
+        }
+    )
+    if legacy:
+        stats.resume(legacy.state.service.stats)
+        stats.upgrades += 1
+        stats.config_generation += 1
+    return stats
+
+
+def _successor(parts: _Parts, logs: Logs) -> Successor:
+    start = parts.start
+    moment = Moment(parts.delivery, parts.mailbox, logs.sink)
+    return Successor(*start.command, start.environment, parts.belongings, moment, start.execute)
+
+
+def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, reloads: Reloads) -> None:
+    start = parts.start
+    parts.guard.serving(lambda: reloads.config.timeouts.drain, last_words=lambda: logs.sink.close(LOG_FLUSH_S))
+    if start.legacy:
+        for order in filter(None, (signals.order(*each) for each in start.legacy.state.process.orders)):
+            parts.guard.deliver(order)
+        return
+    if logs.is_at_terminal:
+        logs.sink.write(greeting(server.addresses, os.getpid()).encode())
+    elif os.isatty(STANDARD_ERROR):  # the log is a file, the person is here
+        os.write(STANDARD_ERROR, greeting(server.addresses, os.getpid()).encode())
+    warnings = (*first.warnings, *_warnings_of_a_daemon(start, first.config))
+    if not start.tell(start.statuses.ok, [f"warning: {warning}" for warning in warnings]):
+        structlog.get_logger().warning("start called off", why="whoever asked for it doesn't wait any more")
+        parts.mailbox.put(Order(Command.STOP, "PIPE", 0))
+
+
+def _warnings_of_a_daemon(start: Start, config: Config) -> list[str]:
+    if config.log.file or not start.options.is_daemon:
+        return []
+    return ["log.file is empty: a daemon has no standard error, so its log goes nowhere"]
