@@ -10,15 +10,14 @@ _signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
 import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from contextlib import closing, suppress  # noqa: E402
+from contextlib import closing  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
-from echod import __version__, cli, handover, process, settings, startup, toml  # noqa: E402
-from echod.config import Config  # noqa: E402
+from echod import __version__, cli, process  # noqa: E402
+from echod.console import complain, show_line  # noqa: E402
 
 if TYPE_CHECKING:
-    from echod.address import Address
     from echod.crossing import Legacy
     from echod.serving import Tell
 
@@ -32,96 +31,46 @@ BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     process.fill_standard_streams()
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    is_rehearsal = given[:1] == ["preflight"]  # by a program that this one may replace; not for people
     try:
         try:
-            invocation = cli.parse(sys.argv[1:] if arguments is None else arguments)
+            invocation = cli.parse(given[is_rehearsal:])
             status = OK if isinstance(invocation, cli.Serve) else _answer(invocation)
         finally:
             sys.stdout.flush()
     except OSError as error:
         return _output_failed(error)
-    if isinstance(invocation, cli.Serve):
-        is_to_detach = invocation.is_daemon and not _is_upgraded()
-        return _detach(invocation) if is_to_detach else _serve(invocation, _tell_here)
-    return status
+    if not isinstance(invocation, cli.Serve):
+        return status
+    if is_rehearsal:
+        return _rehearse(invocation)
+    is_to_detach = invocation.is_daemon and not _is_upgraded()
+    return _detach(invocation) if is_to_detach else _serve(invocation, _tell_here)
 
 
 def _output_failed(error: OSError) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail once more
     if not isinstance(error, BrokenPipeError):  # a reader that has enough, as of `echod config | head -1`
-        _complain([f"echod: standard output: {error.strerror}"])
+        complain([f"echod: standard output: {error.strerror}"])
     return COULD_NOT_START
 
 
-def _answer(invocation: "cli.Preflight | cli.Check | cli.ShowDefaults | cli.AskStats | cli.AskReload") -> int:
+def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.Ping | cli.AskStats | cli.AskReload") -> int:
+    from echod import commands
+
     _end_by(_HELD)  # held only for a daemon
-    match invocation:
-        case cli.Preflight(serve):
-            return _rehearse(serve)
-        case cli.Check(sources):
-            return _check(sources)
-        case cli.ShowDefaults():
-            _print(toml.render(Config(), with_comments=True))
-            return OK
-        case cli.AskStats() | cli.AskReload():
-            return _ask(invocation)
-
-
-def _ask(question: cli.AskStats | cli.AskReload) -> int:
-    import json
-
-    from echod import ask
-    from echod.table import table
-
-    try:
-        match question:
-            case cli.AskStats(target, as_json):
-                stats = ask.stats(_admin(target))
-                _print(json.dumps(stats) + "\n" if as_json else table(stats))
-            case cli.AskReload(target):
-                changed = ask.reload(_admin(target, for_reload=True))
-                _print(f"reload applied: {', '.join(changed) or 'nothing'} changed\n")
-    except settings.ConfigError as error:
-        _complain(error.faults)
-    except ask.RefusedError as error:
-        _complain([f"echod: reload refused: {fault}" for fault in error.faults])
-    except ask.UnansweredError as error:
-        _complain([f"echod: {error}"])
-    else:
+    if isinstance(invocation, cli.Ping):
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # which it ends by with the summary
+    if commands.answer(invocation, os.environ):
         return OK
-    return NO_ANSWER
-
-
-def _admin(target: cli.Target, *, for_reload: bool = False) -> "list[Address]":
-    from echod import ask
-
-    if target.admin:
-        return [target.admin]
-    # What the daemon may open is its own business, not that of the shell here.
-    loaded = startup.loader(cli.Sources(target.file, ()), os.environ, process.UNLIMITED)()
-    return ask.candidates(loaded.config.admin.listen, startup.runtime_admin(os.environ), for_reload=for_reload)
+    return BAD_CONFIG if isinstance(invocation, cli.Check) else NO_ANSWER
 
 
 def _end_by(signals: Sequence[int]) -> None:
     """Let these signals end the process, even if it was started with them blocked, as in a container for a daemon."""
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, signals)
-
-
-def _check(sources: cli.Sources) -> int:
-    try:
-        loaded = startup.loader(sources, os.environ, process.allowed_open_files())()
-    except settings.ConfigError as error:
-        _complain(error.faults)
-        return BAD_CONFIG
-    _complain([f"warning: {warning}" for warning in loaded.warnings])
-    _print(toml.render(loaded.config))
-    return OK
-
-
-def _print(text: str) -> None:
-    """UTF-8 whatever the locale: that is what TOML is."""
-    sys.stdout.buffer.write(text.encode())
 
 
 # -- serve -------------------------------------------------------------------------------------------------------------
@@ -148,7 +97,7 @@ def _tell_here(status: int, lines: Sequence[str]) -> bool:
     from echod.systemd import Notifier
 
     if status != OK:  # that all is well is in the log, which is here too
-        _complain(lines)
+        complain(lines)
         # Beside it: of a service that will be tried again, `systemctl status` shows no line from before the failure.
         with closing(Notifier(os.environ.get("NOTIFY_SOCKET"))) as notifier:
             notifier.status("; ".join(lines))
@@ -162,7 +111,7 @@ def _refuse(tell: "Tell", faults: Sequence[str]) -> int:
 
 def _serve(serve: cli.Serve, tell: "Tell", folder: str = "") -> int:
     # Imported here, for the other commands don't need them.
-    from echod import generation, inheritance, pidfile, privileges, signals
+    from echod import generation, handover, inheritance, pidfile, privileges, signals
 
     if not _is_upgraded() and signals.stop_is_pending():
         return OK
@@ -200,11 +149,13 @@ def _start(serve: cli.Serve, tell: "Tell", folder: str) -> int:
 
 
 def _is_upgraded() -> bool:
+    from echod import handover
+
     return handover.VARIABLE in os.environ
 
 
 def _legacy(pid: int) -> "Legacy | None":
-    from echod import crossing
+    from echod import crossing, handover
 
     left = handover.received(os.environ, pid)
     os.environ.pop(handover.VARIABLE, None)  # not meant for children
@@ -212,26 +163,21 @@ def _legacy(pid: int) -> "Legacy | None":
 
 
 def _rehearse(serve: cli.Serve) -> int:
-    from echod import generation, inheritance, serving
+    from echod import generation, handover, inheritance, serving
 
+    _end_by(_HELD)
     try:
         legacy = _legacy(os.getppid())
         if not legacy:
             return _refuse(_tell_here, ["preflight is for an upgrade alone, which USR2 asks for"])
         serving.rehearse(serve, os.environ, legacy)
     except generation.PrepareError as error:
-        _complain(error.faults)
+        complain(error.faults)
         return BAD_CONFIG if error.is_configuration else COULD_NOT_START
     except (inheritance.UnfitSocketError, handover.HandoverError) as error:
         return _refuse(_tell_here, [str(error)])
-    _print(f"echod {__version__}\n")
+    show_line(f"echod {__version__}")
     return OK
-
-
-def _complain(faults: Sequence[str]) -> None:
-    text = "".join(f"{fault}\n" for fault in faults)
-    with suppress(OSError):  # nobody reads standard error: the exit status says it all the same
-        os.write(2, text.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

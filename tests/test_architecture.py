@@ -45,7 +45,8 @@ ROOMS = {
     "greeting": room(unknown=EVERYTHING),
     "table": room(unknown=EVERYTHING),
     "config": room(unknown=EVERYTHING),
-    "settings": room("address", "config", unknown=EVERYTHING - {"os", "tomllib"}),
+    "sources": room(unknown=EVERYTHING),
+    "settings": room("address", "config", "sources", unknown=EVERYTHING - {"os", "tomllib"}),
     "toml": room("config", unknown=EVERYTHING),
     "process": room(unknown=EVERYTHING - SYSTEM - {"sys"}),
     "handover": room(unknown=EVERYTHING - {"os"}),
@@ -96,6 +97,8 @@ ROOMS = {
     "admin": room(
         "exchange", "listeners", "sockets", unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"}
     ),
+    "round_trips": room("address", unknown=EVERYTHING | {"msgspec"}),
+    "ping": room("address", "round_trips", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "time"}),
     "ask": room("address", unknown=EVERYTHING - {"socket"}),
     "server": room(
         "admission",
@@ -149,7 +152,22 @@ ROOMS = {
         "watch",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading"},
     ),
-    "cli": room("__init__", "address", "settings", unknown=EVERYTHING - {"argparse"}),
+    "cli": room("__init__", "address", "round_trips", "sources", unknown=(EVERYTHING | {"msgspec"}) - {"argparse"}),
+    "console": room(unknown=EVERYTHING - {"os", "sys"}),
+    "commands": room(
+        "ask",
+        "cli",
+        "config",
+        "console",
+        "ping",
+        "process",
+        "settings",
+        "sources",
+        "startup",
+        "table",
+        "toml",
+        unknown=EVERYTHING,
+    ),
     "startup": room("config", "logs", "privileges", "settings", unknown=EVERYTHING - {"os"}),
     "serving": room(
         "__init__",
@@ -178,9 +196,9 @@ ROOMS = {
     ),
     "__main__": room(
         "__init__",
-        "ask",
         "cli",
-        "config",
+        "commands",
+        "console",
         "crossing",
         "detach",
         "generation",
@@ -190,21 +208,18 @@ ROOMS = {
         "privileges",
         "process",
         "serving",
-        "settings",
         "signals",
-        "startup",
         "successor",
         "systemd",
-        "table",
-        "toml",
         unknown=NETWORK | FILES | PROCESSES | {"argparse"},
     ),
 }
 
 # For the annotations of those that hand them around, and import them when they are needed.
 NAMED_IN_TYPES = {
-    "__main__": {"address", "crossing", "serving"},
-    "startup": {"cli", "generation", "privileges"},
+    "__main__": {"crossing", "serving"},
+    "commands": {"address", "sources"},
+    "startup": {"generation", "privileges", "sources"},
 }
 
 # Who may do what ends, replaces or doubles the process, or reads how it was called.
@@ -219,7 +234,7 @@ RESERVED = {
     "os.killpg": {"preflight"},  # its child
     "os.kill": set[str](),
     "signal.signal": set[str](),
-    "time.sleep": {"sink"},  # in its own thread
+    "time.sleep": {"ping", "sink"},  # a command; in its own thread
 }
 
 TOO_LONG: dict[str, str] = {}
