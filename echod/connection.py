@@ -114,9 +114,8 @@ class Connection(asyncio.BufferedProtocol):
         """Go on where the program before us left off; to be called before the connection is opened."""
         self.echo = Echo(self.echo.line_bytes, past.unfinished, past.lines)
         self.pace.resume(past.pace)
-        self.opened_at = past.opened_at
+        self.opened_at, self.reason = past.opened_at, past.reason
         self.bytes_in, self.bytes_out = past.bytes_in, past.bytes_out
-        self.reason = past.reason
         self._farewell = None if past.is_aborted else past.unsent
 
     # -- the way of a line -----------------------------------------------------------------------------------------
@@ -126,6 +125,8 @@ class Connection(asyncio.BufferedProtocol):
 
         So one client makes us hold three times (upper-casing can triple UTF-8) 64 KiB and the least chunk at most.
         """
+        if self._tail is not None:  # just resumed: uvloop reads once before it hears of a pause
+            return _chunk[:1]
         begun = self.echo.unfinished_bytes
         return _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
 
@@ -142,7 +143,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._tail += replies
             if self.echo.fault:
                 self.finish(self.echo.fault.value)
-        if nbytes >= LEAST_CHUNK_BYTES:
+        if nbytes >= LEAST_CHUNK_BYTES or self._tail is not None:
             # Others come first: libuv would read from this client up to 32 times in a row.
             self._transport.pause_reading()  # type: ignore[union-attr]
             asyncio.get_running_loop().call_soon(self._read_on)
@@ -184,7 +185,6 @@ class Connection(asyncio.BufferedProtocol):
             self._half_close(self._farewell)
         elif self._farewell:
             self._write(self._farewell)
-            # In here a pause of the reading has no effect (uvloop begins to read afterwards).
             asyncio.get_running_loop().call_soon(self._read_on)
 
     def eof_received(self) -> bool:

@@ -99,10 +99,10 @@ def _listen(reading: int, words: bytearray) -> None:
 
 def _faults(text: str, status: int) -> list[str]:
     """Every fault that it told, one a line; of a traceback what was wrong, and where."""
-    end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    end = f"preflight: killed by {signal.Signals(-status).name}" if status < 0 else f"preflight: exit status {status}"
     before, traceback, rest = text.partition("Traceback (most recent call last):")
     if traceback or 'File "' in text:
         lines = [line.strip() for line in (rest or before).splitlines() if line.strip(" ^~")]
         where = next((line for line in reversed(lines) if line.startswith("File ")), "")
-        return [f"{lines[-1]} ({where})"[:_REASON_BYTES], f"preflight: {end}"]
-    return [*(line[:_REASON_BYTES] for line in text.splitlines()[:_FAULTS]), f"preflight: {end}"]
+        return [f"{lines[-1]} ({where})"[:_REASON_BYTES], end]
+    return [line[:_REASON_BYTES] for line in text.splitlines()[:_FAULTS]] or [end]

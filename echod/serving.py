@@ -70,10 +70,12 @@ def rehearse(options: Serve, environment: MutableMapping[str, str], legacy: Lega
     load = startup.loader(options.sources, environment, process.raise_open_files(), legacy.state.process.folder)
     given = Given(legacy.heirs, startup.runtime_admin(environment))
     kept = Kept(dict.fromkeys(legacy.listeners), dict.fromkeys(legacy.admin))  # nothing of them is ours to change
-    generation.prepare(load, given, kept).discard()
+    try:
+        generation.prepare(load, given, kept).discard()
+    finally:
+        for bound in (*legacy.listeners.values(), *legacy.admin.values()):
+            bound.socket.close()
     uvloop.new_event_loop().close()
-    for bound in (*legacy.listeners.values(), *legacy.admin.values()):
-        bound.socket.close()
 
 
 @dataclass(frozen=True, slots=True)

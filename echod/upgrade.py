@@ -44,6 +44,7 @@ class Upgrades:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self._wanted = asyncio.Event()
+        self._is_under_way = False
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="upgrades")
 
     def request(self) -> None:
@@ -54,11 +55,14 @@ class Upgrades:
         """Upgrade no more; one that is under way is given up."""
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
+        if self._is_under_way or self._wanted.is_set():
+            _refuse("draining")
 
     async def _work(self) -> None:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
+            self._is_under_way = True
             try:
                 await self._upgrade()
             except PreflightError as error:
@@ -67,12 +71,10 @@ class Upgrades:
                 _refuse(f"a reload is under way that doesn't end within {SETTLE_S:g} s")
             except OSError as error:
                 _refuse(f"{error.filename or 'execve'}: {(error.strerror or str(error)).lower()}")
-            except asyncio.CancelledError:
-                _refuse("draining")
-                raise
             except Exception as error:  # whatever it is, this program serves on
                 log.exception("upgrade failed")
                 _refuse(repr(error))
+            self._is_under_way = False
 
     async def _upgrade(self) -> None:
         log.info("upgrade proven", by=await self._steps.prove())

@@ -15,6 +15,7 @@ class Pipeliner(asyncio.Protocol):
     def __init__(self, name: str) -> None:
         self._name = name
         self._number = 0
+        self._is_finishing = False
         self.sent = bytearray()
         self.received = bytearray()
         self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
@@ -27,7 +28,7 @@ class Pipeliner(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received += data
-        if not self._transport.is_closing():
+        if not self._transport.is_closing() and not self._is_finishing:
             self._send(data.count(b"\n"))
 
     def eof_received(self) -> bool:
@@ -41,6 +42,11 @@ class Pipeliner(asyncio.Protocol):
         self._number += count
         self.sent += lines
         self._transport.write(lines)
+
+    def finish(self) -> None:
+        """Send no more and end the stream, once the lines in flight are answered."""
+        self._is_finishing = True
+        self._transport.write_eof()
 
     def check(self) -> None:
         """Lines answered are a prefix of the lines sent, no reply is torn, nobody was reset."""
@@ -80,11 +86,12 @@ class Tally:
     served: int = 0
     refused: int = 0
     complaints: list[str] = field(default_factory=list)
+    is_over: bool = False
 
 
 async def come_and_go(address: str, tally: Tally) -> None:
-    """Connect, say a line, hear its reply, leave; again and again, until refused."""
-    while True:
+    """Connect, say a line, hear its reply, leave; again and again, until refused or over."""
+    while not tally.is_over:
         try:
             reader, writer = await open_stream(address)
         except (ConnectionRefusedError, FileNotFoundError):

@@ -1,0 +1,95 @@
+"""Live upgrades under load, measured: how long clients wait, and what it takes."""
+
+import asyncio
+import contextlib
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import DEADLINE_S, read_to_end, serving, settings, settled
+from tests.faults.scene import Figures, Usage, scene
+from tests.streams import stream_through_upgrades, upgrade
+
+ROUNDS = 20
+CROWD = 1000
+UNSENT_BYTES = 16_384
+TEXT = b"".join(b"%06d is owed to me, in lower case no more\n" % number for number in range(15_000))
+STUCK_S = 0.5
+"""How long nothing may be taken of anybody before all are taken for stuck."""
+
+
+@pytest.mark.timeout(180)
+def test_50_streams_through_20_upgrades(report: Callable[[Figures], None]) -> None:
+    """Every stream byte-exact, same pid, nobody refused or reset, no descriptor lost; and how long clients waited."""
+    with serving(*settings(timeouts_write=60)) as echod:
+        with scene(f"{ROUNDS} upgrades, 50 streams", echod) as it:
+            verdicts = asyncio.run(stream_through_upgrades(echod, ROUNDS))
+        gaps = [verdict["gap_ms"] for verdict in verdicts]
+        it.notes |= {"gap p50 ms": statistics.median(gaps), "gap p99 ms": max(gaps), "lost": 0}
+        report(it.row())
+        assert {verdict["pid"] for verdict in verdicts} == {echod.pid}
+        assert settled(echod, 0)["upgrades"] == ROUNDS
+
+
+@pytest.mark.timeout(180)
+def test_an_upgrade_with_1_000_connections_that_are_owed_16_kb_each(
+    tmp_path: Path, report: Callable[[Figures], None]
+) -> None:
+    """What each is owed crosses, byte-exact; memory and gap are told."""
+    path = str(tmp_path / "sock")
+    with serving("-l", f"unix:{path}", *settings(timeouts_write=120)) as echod, contextlib.ExitStack() as clients:
+        crowd = [clients.enter_context(_connected(path)) for _ in range(CROWD)]
+        sent = _send_until_owed(crowd)
+        held, before = echod.stats()["held_bytes"], Usage.of(echod.pid)
+        done = upgrade(echod)
+        still_held, after = echod.stats()["held_bytes"], Usage.of(echod.pid)
+        report(
+            {
+                "fault": f"upgrade, {CROWD} connections that read nothing",
+                "owed KB each": f"{held // CROWD // 1024} -> {still_held // CROWD // 1024}",
+                "gap ms": done["gap_ms"],
+                "memory MB": f"{before.rss_bytes / 1e6:.1f} -> {after.rss_bytes / 1e6:.1f}",
+                "descriptors": f"{before.descriptors} -> {after.descriptors}",
+            }
+        )
+        assert held >= CROWD * UNSENT_BYTES
+        assert held <= still_held <= held + CROWD
+        assert after.descriptors == before.descriptors
+        for number, (client, count) in enumerate(zip(crowd, sent, strict=True)):
+            client.shutdown(socket.SHUT_WR)
+            lines = _sent_by(number)[:count].upper().splitlines()  # a last line that was cut is answered too
+            assert read_to_end(client) == b"".join(line.strip() + b"\n" for line in lines)
+
+
+def _connected(path: str) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    client.settimeout(DEADLINE_S)
+    client.connect(path)
+    return client
+
+
+def _sent_by(number: int) -> bytes:
+    """No line is like another, of its own or another's text."""
+    start = number * 7
+    return TEXT[start : start + 500_000]
+
+
+def _send_until_owed(crowd: list[socket.socket]) -> list[int]:
+    """Send without reading until nothing more is taken of anybody; return how many bytes were of each."""
+    sent = [0] * len(crowd)
+    for client in crowd:
+        client.setblocking(False)
+    progress = time.monotonic()
+    while time.monotonic() < progress + STUCK_S:
+        for number, client in enumerate(crowd):
+            with contextlib.suppress(BlockingIOError):
+                sent[number] += client.send(_sent_by(number)[sent[number] :][:65_536])
+                progress = time.monotonic()
+    for client in crowd:
+        client.settimeout(DEADLINE_S)
+    return sent

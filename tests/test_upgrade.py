@@ -1,0 +1,415 @@
+"""A live upgrade: a new program, the same process, the same connections, and not a byte lost, doubled or reordered."""
+
+import asyncio
+import itertools
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon import (
+    CONSOLE_SCRIPT,
+    DEADLINE_S,
+    Daemon,
+    Event,
+    ask,
+    clean_environment,
+    connect,
+    read_line,
+    read_to_end,
+    send_until_stuck,
+    serving,
+    settings,
+)
+from tests.streams import stream_through_upgrades, upgrade
+from tests.test_inheriting import activated, two_sockets
+
+PROJECT = Path(__file__).parents[1]
+
+
+def test_connections_stay_established() -> None:
+    """50 streaming clients and 4 upgrades: every stream byte-exact, same pid, nobody refused or reset meanwhile."""
+    with serving(*settings(timeouts_write=60)) as echod:
+        verdicts = asyncio.run(stream_through_upgrades(echod, 4))
+        assert {verdict["pid"] for verdict in verdicts} == {echod.pid}
+        stats = echod.stats()
+        assert stats["upgrades"] == 4
+        counts = stats["connections"]
+        assert counts["accepted"] == counts["open"] + sum(counts["closed"].values())
+
+
+# -- what is installed -------------------------------------------------------------------------------------------------
+
+
+class Installed:
+    """An echod that is installed twice or thrice, each run by the script `current/bin/echod`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.add("one")
+        self.switch("one")
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (str(self.folder / "current/bin/echod"),)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        packages = next(path for path in sys.path if path.endswith("site-packages"))
+        return {"PYTHONPATH": f"{self.folder}/current/lib:{packages}"}
+
+    def add(self, name: str, **changes: str) -> None:
+        """Install one more, with text at the end of its modules."""
+        shutil.copytree(
+            PROJECT / "echod", self.folder / name / "lib/echod", ignore=shutil.ignore_patterns("__pycache__")
+        )
+        for module, text in changes.items():
+            with open(self.folder / name / f"lib/echod/{module}.py", "a") as file:
+                file.write(f"\n{text}\n")
+        script = self.folder / name / "bin/echod"
+        script.parent.mkdir()
+        (script.parent / "python").symlink_to(sys.executable)
+        script.write_text(
+            f"#!{script.parent / 'python'}\nimport sys\nfrom echod.__main__ import main\nsys.exit(main())\n"
+        )
+        script.chmod(0o755)
+
+    def switch(self, name: str) -> None:
+        """Make it the one that is installed now."""
+        link = self.folder / "next"
+        link.symlink_to(name)
+        link.rename(self.folder / "current")
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    return Installed(tmp_path)
+
+
+def test_from_one_version_to_another(installed: Installed) -> None:
+    """The second prints its own version in `stats`; connections from before are still answered."""
+    installed.add("two", __init__='__version__ = "2.0.0"')
+    with serving(command=installed.command, environment=installed.environment) as echod, connect(echod.port) as client:
+        client.sendall(b"begun by one")
+        first = echod.stats()["version"]
+        installed.switch("two")
+        done = upgrade(echod)
+        assert (done["previous_version"], done["version"], echod.stats()["version"]) == (first, "2.0.0", "2.0.0")
+        assert ask(client, b", ended by two\n") == b"BEGUN BY ONE, ENDED BY TWO\n"
+        client.close()
+        installed.switch("one")
+        assert upgrade(echod)["version"] == first
+
+
+BROKEN = {
+    "syntax error": ({"server": "def"}, "SyntaxError: invalid syntax"),
+    "import error": ({"server": "import no_such_module"}, "ModuleNotFoundError: No module named 'no_such_module'"),
+    "hang": ({"serving": "import time; time.sleep(1000)"}, "no answer from .* within 10 s"),
+    "killed": ({"serving": "import os; os.kill(os.getpid(), 9)"}, "killed by SIGKILL"),
+    "unknown state": ({"handover": "READABLE = (7, 8)"}, r"a state of version 1, which echod doesn't know \(7, 8\)"),
+    "no preflight": ({"__main__": "sys.exit(2)"}, "exit status 2"),
+    "endless talk": ({"serving": "while True: print('no' * 1000)"}, "no answer from"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) -> None:
+    """It leaves the old one serving with nothing lost, and says why."""
+    changes, complaint = BROKEN[name]
+    installed.add("two", **changes)
+    _is_refused(installed, complaint, lambda: installed.switch("two"))
+
+
+def test_a_missing_interpreter_changes_nothing(installed: Installed) -> None:
+    """What the script's first line names is gone."""
+    _is_refused(installed, "no such file or directory", (installed.folder / "one/bin/python").unlink)
+
+
+def test_an_execve_that_fails_changes_nothing(installed: Installed) -> None:
+    """The preflight went well, and then there is nothing to execute: the old program takes everything back."""
+    script = installed.folder / "current/bin/echod"
+    removing = f"before = rehearse\ndef rehearse(*all):\n    before(*all)\n    __import__('os').unlink({str(script)!r})"
+    installed.add("two", serving=removing)
+    _is_refused(installed, "no such file or directory", lambda: installed.switch("two"))
+
+
+def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], object]) -> None:
+    with (
+        serving(command=installed.command, environment=installed.environment) as echod,
+        connect(echod.port) as begun,
+        connect(echod.port) as stuck,
+    ):
+        begun.sendall(b"begun ")
+        send_until_stuck(stuck)
+        before = echod.stats()
+        break_it()
+        refused = upgrade(echod, "upgrade refused")
+        assert any(re.search(complaint, error) for error in refused["errors"]), refused
+        after = echod.stats()
+        assert [after[key] for key in ("upgrades", "open_files", "version", "held_bytes")] == [
+            before[key] for key in ("upgrades", "open_files", "version", "held_bytes")
+        ]
+        assert ask(begun, b"and ended\n") == b"BEGUN AND ENDED\n"
+        with connect(echod.port) as later:
+            assert ask(later, b"new\n") == b"NEW\n"
+        stuck.shutdown(socket.SHUT_WR)
+        assert set(read_to_end(stuck).split(b"\n")) <= {b"NO REPLY IS READ", b"NO REPLY IS", b"NO REPLY", b"NO", b""}
+        echod.reload("reload applied")
+        begun.close()
+
+
+# -- the configuration is read anew ------------------------------------------------------------------------------------
+
+
+def test_the_configuration_is_read_anew(tmp_path: Path) -> None:
+    """What a reload changes, and what it can't: addresses come and go, a port that was its own is shared."""
+    path = tmp_path / "echod.toml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {{address = "127.0.0.1:0"}}]\n')
+    with serving("-c", str(path)) as echod, connect(echod.ports[1]) as client:
+        path.write_text(
+            f'listen = [{{address = "127.0.0.1:{port}", reuse_port = true}}, {{address = "unix:{tmp_path}/sock"}}]\n'
+            "limits.line_bytes = 10\n"
+        )
+        shared = tmp_path / "shared.toml"
+        shared.write_text(f'listen = [{{address = "127.0.0.1:{port}", reuse_port = true}}]')
+        assert echod.reload("reload applied")["restart_needed"] == ["listen[0].reuse_port"]
+        done = upgrade(echod)
+        assert done["listen"] == [f"127.0.0.1:{port}", f"unix:{tmp_path}/sock"]
+        with serving("-c", str(shared)) as second:
+            assert second.port == port
+        assert ask(client, b"the one that went away\n") == b"ERROR line longer than 10 bytes\n"
+    assert not (tmp_path / "sock").exists()
+
+
+def test_a_configuration_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    """Every fault is told, of the file as of what only the daemon can see, and nothing was touched."""
+    path = tmp_path / "echod.toml"
+    path.write_text("")
+    with serving("-l", "127.0.0.1:0", "-c", str(path)) as echod, connect(echod.port) as client:
+        path.write_text("limits.connections = 0\nlog.level = 'loud'\n")
+        errors = upgrade(echod, "upgrade refused")["errors"]
+        assert any("limits.connections" in error for error in errors), errors
+        assert any("log.level" in error for error in errors), errors
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            path.write_text(f"admin.listen = '127.0.0.1:{taken.getsockname()[1]}'\n")
+            errors = upgrade(echod, "upgrade refused")["errors"]
+        assert any("address already in use" in error for error in errors), errors
+        assert ask(client, b"still here\n") == b"STILL HERE\n"
+        client.close()
+
+
+# -- everything crosses ------------------------------------------------------------------------------------------------
+
+
+def test_time_goes_on(tmp_path: Path) -> None:
+    """A line begun before an upgrade times out as if there had been none; uptime and durations go on."""
+    with serving(*settings(timeouts_line=2)) as echod, connect(echod.port) as client:
+        client.sendall(b"begun")
+        upgrade(echod)
+        assert read_line(client) == b"ERROR line not finished within 2 s\n"
+        closed = echod.wait_for("connection closed", reason="line timeout")
+        assert 2 <= closed["duration_s"] < 5
+        assert echod.stats()["uptime_s"] >= closed["duration_s"]
+
+
+def test_counters_go_on() -> None:
+    """Nothing is counted twice, and nothing is forgotten: of clients that are there, have left or were refused."""
+    with serving(*settings(limits_connections=2)) as echod, connect(echod.port) as client:
+        with connect(echod.port) as second, connect(echod.port) as third:
+            assert (ask(second, b"one\n"), read_line(third)) == (b"ONE\n", b"ERROR too many connections\n")
+        assert ask(client, b"two\n") == b"TWO\n"
+        echod.wait_for("connection closed")
+        before = echod.stats()
+        for _ in range(2):
+            upgrade(echod)
+        after = echod.stats()
+        same = ("connections", "lines", "bytes_in", "bytes_out", "reloads", "log_dropped")
+        assert {name: after[name] for name in same} == {name: before[name] for name in same}
+        assert after["upgrades"] == 2
+        assert ask(client, b"three\n") == b"THREE\n"
+        client.close()
+        closed = echod.wait_for("connection closed", lines=2)
+        assert (closed["bytes_in"], closed["bytes_out"]) == (10, 10)
+
+
+def test_endings_go_on() -> None:
+    """A client that was told its fault, one whose stream has ended and one that is refused all see their end."""
+    with serving(*settings(limits_connections=3)) as echod:
+        port = echod.port
+        with connect(port) as faulty, connect(port) as ended, connect(port), connect(port) as refused:
+            faulty.sendall(b"\xff\n")
+            assert read_line(faulty) == b"ERROR invalid utf-8\n"
+            send_until_stuck(ended)
+            ended.shutdown(socket.SHUT_WR)
+            upgrade(echod)
+            assert read_to_end(faulty) == b""
+            assert read_to_end(refused) == b"ERROR too many connections\n"
+            replies = read_to_end(ended)
+            assert replies.endswith(b"\n") or replies
+            assert set(replies.split(b"\n")[:-1]) <= {b"NO REPLY IS READ"}
+        echod.wait_for("connection closed", reason="invalid utf-8")
+        closed = echod.wait_for("connection closed", reason="client", bytes_out=len(replies))
+        assert closed["lines"] == replies.count(b"\n")
+        assert echod.stats()["connections"]["rejected"]["limit"] == 1
+
+
+def test_unix_sockets_and_the_admin_endpoint_go_on(tmp_path: Path) -> None:
+    """Clients of a Unix socket, its file, and the admin endpoint with its own."""
+    sock, admin = tmp_path / "sock", tmp_path / "admin"
+    with serving("-l", f"unix:{sock}", *settings(admin_listen=f"unix:{admin}")) as echod:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE_S)
+            client.connect(str(sock))
+            client.sendall(b"begun ")
+            upgrade(echod)
+            assert ask(client, b"ended\n") == b"BEGUN ENDED\n"
+        for verb in ("stats", "reload"):
+            subprocess.run(
+                [CONSOLE_SCRIPT, verb, "--admin", f"unix:{admin}"], check=True, capture_output=True, timeout=DEADLINE_S
+            )
+        assert echod.stop() == 0
+        assert not sock.exists()
+        assert not admin.exists()
+
+
+# -- signals around an upgrade -----------------------------------------------------------------------------------------
+
+REACTIONS = {
+    signal.SIGHUP: ("reload applied", "reload refused", "reload ignored"),
+    signal.SIGUSR1: ("stats",),
+    signal.SIGUSR2: ("upgrade done", "upgrade refused"),
+    signal.SIGTERM: ("drain started",),
+}
+
+
+@pytest.mark.parametrize(
+    "order", [*itertools.permutations(REACTIONS)], ids=lambda order: "-".join(n.name for n in order)
+)
+def test_no_signal_is_lost_around_an_upgrade(order: tuple[signal.Signals, ...], pytestconfig: pytest.Config) -> None:
+    """HUP, USR1, USR2 and TERM in every order, at any moment: each is followed, by the old program or the new one."""
+    moments = random.Random(f"{pytestconfig.getoption('--seed')} {order}")
+    with serving(*settings(timeouts_drain_quiet=0.1)) as echod, connect(echod.port) as client:
+        client.sendall(b"begun")
+        for number in order:
+            echod.send(number)
+            time.sleep(moments.choice([0.0, 0.01, 0.1, 0.2, 0.3, 0.4]))
+        for number in order:
+            echod.wait_until(partial(_reaction, echod, number), f"{number.name} was lost")
+        assert ask(client, b", ended\n") == b"BEGUN, ENDED\n"
+        assert read_to_end(client) == b""
+        assert echod.exit_status() == 0
+        for number in order:
+            assert sum(event["event"] in REACTIONS[number] for event in echod.events) == 1, number
+
+
+def _reaction(echod: Daemon, number: signal.Signals) -> Event | None:
+    return next((event for event in echod.events if event["event"] in REACTIONS[number]), None)
+
+
+def test_upgrades_that_are_asked_for_meanwhile_become_one_more() -> None:
+    """Ten USR2 in a row are two or three upgrades, of which the last began after it was asked for."""
+    with serving() as echod, connect(echod.port) as client:
+        for _ in range(10):
+            echod.send(signal.SIGUSR2)
+            time.sleep(0.01)
+        echod.wait_until(lambda: echod.stats() if len(echod.events_named("upgrade done")) >= 2 else None, "one upgrade")
+        assert ask(client, b"still here\n") == b"STILL HERE\n"
+        client.close()
+        assert echod.stop() == 0
+        assert 2 <= len(echod.events_named("upgrade done")) <= 3
+
+
+def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
+    """TERM isn't kept waiting by a next program that hangs, and nothing of that one is left."""
+    installed.add("two", serving="import time; time.sleep(1000)")
+    with serving(command=installed.command, environment=installed.environment) as echod:
+        installed.switch("two")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade started")
+        (child,) = _until_there(lambda: _children(echod.pid))
+        began = time.monotonic()
+        assert echod.stop() == 0
+        assert time.monotonic() - began < 5
+        assert echod.wait_for("upgrade refused")["errors"] == ["draining"]
+        assert not os.path.exists(f"/proc/{child}")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _until_there(look: Callable[[], list[int]]) -> list[int]:
+    end = time.monotonic() + DEADLINE_S
+    while not (found := look()):
+        assert time.monotonic() < end
+    return found
+
+
+# -- however it was started --------------------------------------------------------------------------------------------
+
+
+def test_a_daemon_with_a_pid_file(tmp_path: Path) -> None:
+    """The lock of the pid file crosses: a second instance is refused with the same pid, and a stop removes the file."""
+    pidfile, log = tmp_path / "pid", tmp_path / "log"
+    command = [sys.executable, "-m", "echod", "serve", "--daemon", "--pidfile", str(pidfile)]
+    command += ["-l", f"unix:{tmp_path}/sock"]
+    options: dict[str, Any] = {"env": clean_environment(), "capture_output": True, "text": True, "timeout": DEADLINE_S}
+    subprocess.run([*command, *settings(log_file=log)], check=True, **options)
+    pid = int(pidfile.read_text())
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE_S)
+            client.connect(f"{tmp_path}/sock")
+            client.sendall(b"begun")
+            os.kill(pid, signal.SIGUSR2)
+            _until_there(lambda: [1] if "upgrade done" in log.read_text() else [])
+            assert ask(client, b", ended\n") == b"BEGUN, ENDED\n"
+        assert int(pidfile.read_text()) == pid
+        second = subprocess.run([*command, *settings(log_file=log)], **options)
+        assert second.returncode == 1
+        assert f"already running, pid {pid}" in second.stderr
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        _until_there(lambda: [1] if not pidfile.exists() else [])
+    assert "exception" not in log.read_text()
+
+
+def test_sockets_of_a_service_manager_stay_inherited() -> None:
+    """They keep their names through upgrades and reloads, and are left open and listening by whoever stops."""
+    with two_sockets() as (one, other), activated(one, other, names="a:b") as echod:
+        ports = echod.ports
+        for _ in range(2):
+            assert upgrade(echod)["listen"] == [f"127.0.0.1:{port}" for port in ports]
+        echod.reload("reload applied")
+        with connect(ports[1]) as client:
+            assert ask(client, b"hello\n") == b"HELLO\n"
+        assert echod.stop() == 0
+        with connect(ports[0]):
+            pass
+
+
+def test_one_descriptor_for_each_and_none_is_inherited_by_children(tmp_path: Path) -> None:
+    """After an upgrade every descriptor beyond the standard streams is close-on-exec again."""
+    with serving("-l", "127.0.0.1:0", "-l", f"unix:{tmp_path}/sock") as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        upgrade(echod)
+        upgrade(echod)
+        flags = {
+            int(number): int(Path(f"/proc/{echod.pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8)
+            for number in os.listdir(f"/proc/{echod.pid}/fd")
+        }
+        assert [number for number, each in flags.items() if number > 2 and not each & os.O_CLOEXEC] == []
+        client.close()
