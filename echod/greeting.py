@@ -13,6 +13,7 @@ def greeting(addresses: Sequence[str], pid: int) -> str:
         "",
         f"    {f'kill -HUP {pid}':<18}reload the configuration",
         f"    {f'kill -USR1 {pid}':<18}log the statistics",
+        f"    {f'kill -USR2 {pid}':<18}upgrade to what is installed now",
         f"    {'Ctrl-C':<18}drain and stop (twice: at once)",
         "",
         "",
