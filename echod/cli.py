@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="run until a signal, in the foreground or as a daemon",
-        description="Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics, USR2 upgrades in place.",
+        description="Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics, "
+        "USR2 upgrades in place.",
         epilog="exit status: 0 every client got what it was owed, 3 some client was cut off, "
         "1 could not start, 78 bad configuration, 2 usage",
         allow_abbrev=False,

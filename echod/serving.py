@@ -95,6 +95,9 @@ def serve(start: Start) -> int:
     load = startup.loader(start.options.sources, start.environment, process.raise_open_files(), start.folder)
     mailbox = Mailbox()
     guard = Guard(mailbox.put, unserved=start.statuses.ok, cut_off=start.statuses.cut_off)
+    if start.legacy:  # clients are served already, but for a moment
+        drain_s = start.legacy.config.timeouts.drain
+        guard.serving(lambda: drain_s, last_words=lambda: None)
     # Around all, for who hears that there is no daemon may start the next one at once.
     with signals.delivered(guard.deliver, guard.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
