@@ -46,7 +46,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):
-    """How long clients may take, in seconds; 0 = never, but for drain and drain_quiet."""
+    """How long clients may take, in seconds; 0 = never, but for drain, drain_quiet and lame_duck."""
 
     idle: Annotated[Seconds, Meta(description="nothing from the client, nothing owed to it, no line begun")] = 300
     line: Annotated[Seconds, Meta(description="a line begun must end")] = 30
@@ -55,6 +55,12 @@ class Timeouts(Struct, frozen=True, kw_only=True):
         Seconds, Meta(description="with the 1 s of the last half-close, below Docker's 10 s; 0 = end at once")
     ] = 8
     drain_quiet: Annotated[Seconds, Meta(description="a draining connection this long quiet is finished")] = 0.5
+    lame_duck: Annotated[
+        Seconds,
+        Meta(
+            description="after TERM go on accepting so long, with /readyz draining; with drain and 1 s below the grace"
+        ),
+    ] = 0
 
 
 class Log(Struct, frozen=True, kw_only=True):

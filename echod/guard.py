@@ -32,12 +32,12 @@ class Guard:
         self._cut_off = cut_off
         self._stops: list[float] = []
         self._serving_since: float | None = None
-        self._drain_s: Callable[[], float] = lambda: 0.0
+        self._stop_s: Callable[[], float] = lambda: 0.0
         self._last_words: Callable[[], object] = lambda: None
 
-    def serving(self, drain_s: Callable[[], float], last_words: Callable[[], object]) -> None:
-        """From now on clients are served: a stop may take as long as a drain, and `last_words` are said at the end."""
-        self._drain_s = drain_s
+    def serving(self, stop_s: Callable[[], float], last_words: Callable[[], object]) -> None:
+        """From now on clients are served: a stop may take so long, and `last_words` are said at the end."""
+        self._stop_s = stop_s
         self._last_words = last_words
         self._serving_since = time.monotonic()
 
@@ -60,7 +60,7 @@ class Guard:
         first, *others = self._stops
         if self._serving_since is None:
             return first + STARTING_S
-        end = max(first, self._serving_since) + self._drain_s() + MARGIN_S
+        end = max(first, self._serving_since) + self._stop_s() + MARGIN_S
         return min(end, max(others[0], self._serving_since) + INSISTED_S) if others else end
 
     def _end_process(self) -> NoReturn:

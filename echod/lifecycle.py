@@ -9,19 +9,20 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import assert_never
+from functools import partial
+from typing import Literal, assert_never
 
 import structlog
 
 from echod import __version__, crossing
 from echod.admin import Endpoint, Verdict
-from echod.config import Config
+from echod.config import Config, Timeouts
 from echod.crossing import Legacy
 from echod.generation import Generation
 from echod.handover import Process, Service
 from echod.logs import Logs
 from echod.reload import Parts, Prepare, Reloads
-from echod.server import Drained, Server
+from echod.server import PROGRESS_S, Drained, Server
 from echod.signals import Command, Order
 from echod.sockets import ListenError
 from echod.stats import Stats
@@ -123,7 +124,7 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
         await asyncio.gather(supervising, return_exceptions=True)
     endpoint.start_draining()
     await reloads.close()
-    drained = await _drain(stop, reloads.config.timeouts.drain, server, around)
+    drained = await _drain(stop, reloads.config.timeouts, server, around)
     log.info("drain finished", clean=drained.clean, cut=drained.cut, unacknowledged=drained.unacknowledged)
     await endpoint.close()
     return Outcome.CUT_OFF if drained.cut else Outcome.STOPPED
@@ -196,36 +197,53 @@ async def _serve(server: Server, reloads: Reloads, upgrades: Upgrades, around: S
                 assert_never(order.command)
 
 
-async def _drain(stop: Order, drain_s: float, server: Server, around: Surroundings) -> Drained:
-    """Drain, following the orders that still make sense."""
-    log.info(
-        "drain started",
-        **_origin(stop),
-        connections=server.open_connections,
-        seconds_left=drain_s,
-    )
-    around.notifier.stopping(_drain_status(server.open_connections, drain_s))
-
-    def report(connections: int, seconds_left: float) -> None:
-        log.info("drain progress", connections=connections, seconds_left=round(seconds_left, 1))
-        around.notifier.extend(EXTENSION_S, _drain_status(connections, seconds_left))
-
-    draining = asyncio.ensure_future(server.drain(report))
-    following = asyncio.ensure_future(_follow_while_draining(server, around))
+async def _drain(stop: Order, timeouts: Timeouts, server: Server, around: Surroundings) -> Drained:
+    """Drain, after the time as a lame duck, following the orders that still make sense."""
+    is_cut = asyncio.Event()
+    following = asyncio.ensure_future(_follow_while_draining(server, around, is_cut))
+    cutting = asyncio.ensure_future(is_cut.wait())
     try:
+        if timeouts.lame_duck:
+            await _lame_duck(stop, timeouts.lame_duck, server, around.notifier, cutting)
+        log.info("drain started", **_origin(stop), connections=server.open_connections, seconds_left=timeouts.drain)
+        around.notifier.stopping(_drain_status(server.open_connections, timeouts.drain))
+        draining = asyncio.ensure_future(server.drain(partial(_report, around.notifier)))
+        await asyncio.wait({draining, cutting}, return_when=asyncio.FIRST_COMPLETED)
+        if cutting.done():
+            server.cut_off()
         return await draining
     finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
+        for task in (following, cutting):
+            task.cancel()
+        await asyncio.gather(following, cutting, return_exceptions=True)
 
 
-async def _follow_while_draining(server: Server, around: Surroundings) -> None:
+async def _lame_duck(
+    stop: Order, seconds: float, server: Server, notifier: Notifier, cutting: "asyncio.Future[Literal[True]]"
+) -> None:
+    """Go on accepting, while whoever asks is told that we are leaving; until a second signal."""
+    log.info("lame duck started", **_origin(stop), connections=server.open_connections, seconds_left=seconds)
+    server.is_leaving = True
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    notifier.stopping(_lame_duck_status(server.open_connections, seconds))
+    while (left_s := end - loop.time()) > 0 and not cutting.done():
+        await asyncio.wait({cutting}, timeout=min(left_s, PROGRESS_S))
+        notifier.extend(EXTENSION_S, _lame_duck_status(server.open_connections, max(0.0, end - loop.time())))
+
+
+def _report(notifier: Notifier, connections: int, seconds_left: float) -> None:
+    log.info("drain progress", connections=connections, seconds_left=round(seconds_left, 1))
+    notifier.extend(EXTENSION_S, _drain_status(connections, seconds_left))
+
+
+async def _follow_while_draining(server: Server, around: Surroundings, is_cut: asyncio.Event) -> None:
     while True:
         order = await around.next_order()
         match order.command:
             case Command.STOP:
                 log.warning("drain cut short", **_origin(order))
-                server.cut_off()
+                is_cut.set()
             case Command.RELOAD:
                 log.info("reload ignored", why="draining")
             case Command.DUMP_STATS:
@@ -244,6 +262,10 @@ def _origin(order: Order) -> dict[str, str | int]:
 def _status(server: Server, stats: Stats) -> str:
     counts = f"{server.open_connections} connections open, {stats.accepted} accepted"
     return f"{counts}; last reload refused: {stats.reload_error}" if stats.reload_error else counts
+
+
+def _lame_duck_status(connections: int, seconds_left: float) -> str:
+    return f"lame duck: {connections} connections, accepting for {seconds_left:.0f} s more"
 
 
 def _drain_status(connections: int, seconds_left: float) -> str:

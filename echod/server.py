@@ -59,6 +59,7 @@ class Server:
         self._unacknowledged = 0
         self._is_full = False
         self._is_draining = False
+        self.is_leaving = False
         self._is_cutting = False
         self._forget_connection = self._on_closed  # one bound method for all, not one a connection
         self._forget_uncounted = self._on_uncounted_closed
@@ -83,7 +84,7 @@ class Server:
 
     def snapshot(self) -> dict[str, Any]:
         """The statistics at this moment."""
-        return self._stats.snapshot("draining" if self._is_draining else "serving", self._connections)
+        return self._stats.snapshot("draining" if self.is_leaving else "serving", self._connections)
 
     async def is_well(self, deadline_s: float) -> bool:
         """Whether a client would be served within `deadline_s`; True too if one would have to wait by intention."""
@@ -227,7 +228,7 @@ class Server:
         """
         before = dict(self._stats.closed)
         started_at = self._loop.time()
-        self._is_draining = True
+        self._is_draining = self.is_leaving = True
         self._sweeper.cancel()
         for connection in self._connections:
             connection.start_draining(started_at)

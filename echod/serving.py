@@ -96,8 +96,8 @@ def serve(start: Start) -> int:
     mailbox = Mailbox()
     guard = Guard(mailbox.put, unserved=start.statuses.ok, cut_off=start.statuses.cut_off)
     if start.legacy:  # clients are served already, but for a moment
-        drain_s = start.legacy.config.timeouts.drain
-        guard.serving(lambda: drain_s, last_words=lambda: None)
+        stop_s = _stop_s(start.legacy.config)
+        guard.serving(lambda: stop_s, last_words=lambda: None)
     # Around all, for who hears that there is no daemon may start the next one at once.
     with signals.delivered(guard.deliver, guard.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
@@ -196,7 +196,7 @@ def _successor(parts: _Parts, logs: Logs) -> Successor:
 
 def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, reloads: Reloads) -> None:
     start = parts.start
-    parts.guard.serving(lambda: reloads.config.timeouts.drain, last_words=lambda: logs.sink.close(LOG_FLUSH_S))
+    parts.guard.serving(lambda: _stop_s(reloads.config), last_words=lambda: logs.sink.close(LOG_FLUSH_S))
     if start.legacy:
         for order in filter(None, (signals.order(*each) for each in start.legacy.state.process.orders)):
             parts.guard.deliver(order)
@@ -209,6 +209,11 @@ def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, re
     if not start.tell(start.statuses.ok, [f"warning: {warning}" for warning in warnings]):
         structlog.get_logger().warning("start called off", why="whoever asked for it doesn't wait any more")
         parts.mailbox.put(Order(Command.STOP, "PIPE", 0))
+
+
+def _stop_s(config: Config) -> float:
+    """How long a stop may take, but for what the guard adds."""
+    return config.timeouts.lame_duck + config.timeouts.drain
 
 
 def _warnings_of_a_daemon(start: Start, config: Config) -> list[str]:
