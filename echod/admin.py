@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from echod.aside import aside
 from echod.exchange import Answer, Exchange, Request
 from echod.listeners import Listeners
 from echod.sockets import Bound, Key, SockAddr
@@ -49,12 +50,15 @@ class Endpoint:
     """Answers on the listeners that `apply` gives it; made and used inside a running loop."""
 
     def __init__(self, snapshot: Callable[[], dict[str, Any]], reload: Callable[[], Awaitable[Verdict]]) -> None:
+        self._snapshot = snapshot
         self._reload = reload
-        self._pages: dict[str, Callable[[], Answer]] = {
+        self._pages: dict[str, Callable[[], Answer | Awaitable[Answer]]] = {
             "/healthz": lambda: Answer(200, b"ok\n"),
             "/readyz": self._readiness,
             "/stats": lambda: _json(200, snapshot()),
+            "/metrics": self._metrics,
         }
+        self._exposition: Callable[[dict[str, Any]], Answer] | None = None
         self._loop = asyncio.get_running_loop()
         self._listeners = Listeners(self._on_accept, self._on_starved)
         self._exchanges: dict[Exchange, None] = {}  # a set that keeps its order: the oldest first
@@ -135,6 +139,16 @@ class Endpoint:
     def _readiness(self) -> Answer:
         return Answer(503, b"draining\n") if self._is_draining else Answer(200, b"serving\n")
 
+    def _metrics(self) -> Answer | Awaitable[Answer]:
+        return self._exposition(self._snapshot()) if self._exposition else self._first_metrics()
+
+    async def _first_metrics(self) -> Answer:
+        try:
+            self._exposition = await aside(_exposition)
+        except ImportError as error:
+            return Answer(503, f"no metrics: {error}\n".encode())
+        return self._exposition(self._snapshot())
+
     async def _verdict(self) -> Answer:
         verdict = await self._reload()
         return _json(409, {"errors": verdict.faults}) if verdict.faults else _json(200, {"changed": verdict.changed})
@@ -164,6 +178,12 @@ class Endpoint:
 
     def _on_starved(self, error: OSError) -> None:
         log.warning("accepting paused", listener="admin", error=error.strerror)
+
+
+def _exposition() -> Callable[[dict[str, Any]], Answer]:
+    from echod import metrics
+
+    return lambda stats: Answer(200, metrics.exposition(stats), metrics.CONTENT_TYPE_LATEST)
 
 
 def _not_allowed(methods: str) -> Answer:

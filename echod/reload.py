@@ -5,7 +5,6 @@ that began after the request.
 """
 
 import asyncio
-import threading
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from echod.admin import Endpoint, Verdict
+from echod.aside import aside
 from echod.config import changed_keys, restart_needed
 from echod.generation import Generation, Kept, PrepareError
 from echod.logs import Logs
@@ -105,7 +105,9 @@ class Reloads:
 
     async def _reload(self) -> Verdict:
         try:
-            changed = await self._put_in_force(await _aside(lambda: self._prepare(self._parts.kept())))
+            changed = await self._put_in_force(
+                await aside(lambda: self._prepare(self._parts.kept()), Generation.discard)
+            )
         except PrepareError as error:
             return self._refuse(error.faults)
         except ListenError as error:
@@ -151,50 +153,3 @@ def _tell(asked: Iterable["asyncio.Future[Verdict]"], verdict: Verdict) -> None:
     for each in asked:
         if not each.done():  # who asked may be gone
             each.set_result(verdict)
-
-
-async def _aside(prepare: Callable[[], Generation]) -> Generation:
-    """Run `prepare` in a thread: a slow name server or disk must delay neither clients nor a stop.
-
-    The thread is a daemon and no executor's, which the end of the loop would wait for.
-    """
-    loop = asyncio.get_running_loop()
-    prepared: asyncio.Future[Generation] = loop.create_future()
-
-    def work() -> None:
-        try:
-            generation = prepare()
-        except Exception as error:
-            _deliver(loop, _fail, prepared, error)
-        else:
-            if not _deliver(loop, _fulfil, prepared, generation):
-                generation.discard()
-
-    threading.Thread(target=work, name="reload", daemon=True).start()
-    try:
-        return await prepared
-    except asyncio.CancelledError:
-        if prepared.done() and not prepared.cancelled() and not prepared.exception():
-            prepared.result().discard()  # it arrived in the very turn of the loop that brought the stop
-        raise
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, settle: Callable[..., None], *arguments: object) -> bool:
-    """Hand a result to the loop from another thread; False if the loop is closed."""
-    try:
-        loop.call_soon_threadsafe(settle, *arguments)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _fulfil(prepared: "asyncio.Future[Generation]", generation: Generation) -> None:
-    if prepared.cancelled():
-        generation.discard()
-    else:
-        prepared.set_result(generation)
-
-
-def _fail(prepared: "asyncio.Future[Generation]", error: Exception) -> None:
-    if not prepared.cancelled():
-        prepared.set_exception(error)

@@ -49,6 +49,8 @@ ROOMS = {
     "settings": room("address", "config", "sources", unknown=EVERYTHING - {"os", "tomllib"}),
     "toml": room("config", unknown=EVERYTHING),
     "process": room(unknown=EVERYTHING - SYSTEM - {"sys"}),
+    "aside": room(unknown=EVERYTHING - {"asyncio", "threading"}),
+    "metrics": room(unknown=EVERYTHING),
     "handover": room(unknown=EVERYTHING - {"os"}),
     "preflight": room(unknown=EVERYTHING - {"asyncio", "os", "signal", "subprocess"}),
     "successor": room("handover", "preflight", "signals", "sink", unknown=EVERYTHING - {"os", "time"}),
@@ -95,7 +97,12 @@ ROOMS = {
     "selfcheck": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "exchange": room("sockets", unknown=EVERYTHING - {"asyncio", "socket"}),
     "admin": room(
-        "exchange", "listeners", "sockets", unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"}
+        "aside",
+        "exchange",
+        "listeners",
+        "metrics",
+        "sockets",
+        unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"},
     ),
     "round_trips": room("address", unknown=EVERYTHING | {"msgspec"}),
     "ping": room("address", "round_trips", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "time"}),
@@ -123,6 +130,7 @@ ROOMS = {
     ),
     "reload": room(
         "admin",
+        "aside",
         "config",
         "generation",
         "logs",

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from echod import generation, settings
-from echod.reload import _aside
+from echod.aside import aside
+from echod.generation import Generation
 from echod.sources import Setting
 from tests.daemon import DEADLINE_S
 
@@ -31,7 +32,7 @@ def test_a_generation_that_comes_too_late_is_discarded(tmp_path: Path) -> None:
         return generation.prepare(partial(_load, tmp_path))
 
     async def scenario() -> None:
-        preparing = asyncio.ensure_future(_aside(slow))
+        preparing = asyncio.ensure_future(aside(slow, Generation.discard))
         await asyncio.sleep(0)
         preparing.cancel()
         await asyncio.gather(preparing, return_exceptions=True)
@@ -55,7 +56,7 @@ def test_a_generation_for_a_loop_that_is_closed_is_discarded(tmp_path: Path) -> 
         return generation.prepare(partial(_load, tmp_path))
 
     async def scenario() -> threading.Thread:
-        preparing = asyncio.ensure_future(_aside(slow))
+        preparing = asyncio.ensure_future(aside(slow, Generation.discard))
         await asyncio.sleep(0)
         preparing.cancel()
         await asyncio.gather(preparing, return_exceptions=True)

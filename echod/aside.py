@@ -1,0 +1,55 @@
+"""Work that blocks, done in a thread: a slow name server, disk or import must delay neither clients nor a stop."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+async def aside(work: Callable[[], Result], discard: Callable[[Result], object] = lambda _: None) -> Result:
+    """What `work` returns or raises; `discard` gets a result that nobody waits for any more.
+
+    The thread is a daemon and no executor's, which the end of the loop would wait for.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:
+            _deliver(loop, _fail, done, error)
+        else:
+            if not _deliver(loop, _fulfil, done, result, discard):
+                discard(result)
+
+    threading.Thread(target=run, name="aside", daemon=True).start()
+    try:
+        return await done
+    except asyncio.CancelledError:
+        if done.done() and not done.cancelled() and not done.exception():
+            discard(done.result())  # it arrived in the very turn of the loop that brought the cancellation
+        raise
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, settle: Callable[..., None], *arguments: object) -> bool:
+    """Hand a result to the loop from another thread; False if the loop is closed."""
+    try:
+        loop.call_soon_threadsafe(settle, *arguments)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _fulfil(done: "asyncio.Future[Any]", result: Any, discard: Callable[[Any], object]) -> None:
+    if done.cancelled():
+        discard(result)
+    else:
+        done.set_result(result)
+
+
+def _fail(done: "asyncio.Future[Any]", error: Exception) -> None:
+    if not done.cancelled():
+        done.set_exception(error)
