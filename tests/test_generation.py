@@ -37,7 +37,7 @@ def test_a_generation_that_comes_too_late_is_discarded(tmp_path: Path) -> None:
         preparing.cancel()
         await asyncio.gather(preparing, return_exceptions=True)
         may_go_on.set()
-        (thread,) = (thread for thread in threading.enumerate() if thread.name == "reload")
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "aside")
         await asyncio.to_thread(thread.join)
 
     asyncio.run(scenario())
@@ -60,7 +60,7 @@ def test_a_generation_for_a_loop_that_is_closed_is_discarded(tmp_path: Path) -> 
         await asyncio.sleep(0)
         preparing.cancel()
         await asyncio.gather(preparing, return_exceptions=True)
-        (thread,) = (thread for thread in threading.enumerate() if thread.name == "reload")
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "aside")
         return thread
 
     thread = asyncio.run(scenario())
