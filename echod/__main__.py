@@ -11,15 +11,15 @@ import gc  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
-from contextlib import ExitStack, closing, suppress  # noqa: E402
+from contextlib import ExitStack, closing  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
-from echod import cli, process, settings, startup, toml  # noqa: E402
-from echod.config import Config  # noqa: E402
+from echod import cli, process  # noqa: E402
+from echod.console import complain  # noqa: E402
 
 if TYPE_CHECKING:
-    from echod.address import Address
+    from echod.config import Config
     from echod.generation import Generation
     from echod.guard import Guard
     from echod.reload import Prepare, Reloads
@@ -63,77 +63,25 @@ def _name_standard_streams() -> None:
 def _output_failed(error: OSError) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail once more
     if not isinstance(error, BrokenPipeError):  # a reader that has enough, as of `echod config | head -1`
-        _complain([f"echod: standard output: {error.strerror}"])
+        complain([f"echod: standard output: {error.strerror}"])
     return COULD_NOT_START
 
 
-def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.AskStats | cli.AskReload") -> int:
+def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.Ping | cli.AskStats | cli.AskReload") -> int:
+    from echod import commands
+
     _end_by(_HELD)  # held only for a daemon
-    match invocation:
-        case cli.Check(sources):
-            return _check(sources)
-        case cli.ShowDefaults():
-            _print(toml.render(Config(), with_comments=True))
-            return OK
-        case cli.AskStats() | cli.AskReload():
-            return _ask(invocation)
-
-
-def _ask(question: cli.AskStats | cli.AskReload) -> int:
-    import json
-
-    from echod import ask
-    from echod.table import table
-
-    try:
-        match question:
-            case cli.AskStats(target, as_json):
-                stats = ask.stats(_admin(target))
-                _print(json.dumps(stats) + "\n" if as_json else table(stats))
-            case cli.AskReload(target):
-                changed = ask.reload(_admin(target, for_reload=True))
-                _print(f"reload applied: {', '.join(changed) or 'nothing'} changed\n")
-    except settings.ConfigError as error:
-        _complain(error.faults)
-    except ask.RefusedError as error:
-        _complain([f"echod: reload refused: {fault}" for fault in error.faults])
-    except ask.UnansweredError as error:
-        _complain([f"echod: {error}"])
-    else:
+    if isinstance(invocation, cli.Ping):
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # which it ends by with the summary
+    if commands.answer(invocation, os.environ):
         return OK
-    return NO_ANSWER
-
-
-def _admin(target: cli.Target, *, for_reload: bool = False) -> "list[Address]":
-    from echod import ask
-
-    if target.admin:
-        return [target.admin]
-    # What the daemon may open is its own business, not that of the shell here.
-    loaded = startup.loader(cli.Sources(target.file, ()), os.environ, process.UNLIMITED)()
-    return ask.candidates(loaded.config.admin.listen, startup.runtime_admin(os.environ), for_reload=for_reload)
+    return BAD_CONFIG if isinstance(invocation, cli.Check) else NO_ANSWER
 
 
 def _end_by(signals: Sequence[int]) -> None:
     """Let these signals end the process, even if it was started with them blocked, as in a container for a daemon."""
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, signals)
-
-
-def _check(sources: cli.Sources) -> int:
-    try:
-        loaded = startup.loader(sources, os.environ, process.allowed_open_files())()
-    except settings.ConfigError as error:
-        _complain(error.faults)
-        return BAD_CONFIG
-    _complain([f"warning: {warning}" for warning in loaded.warnings])
-    _print(toml.render(loaded.config))
-    return OK
-
-
-def _print(text: str) -> None:
-    """UTF-8 whatever the locale: that is what TOML is."""
-    sys.stdout.buffer.write(text.encode())
 
 
 # -- serve -------------------------------------------------------------------------------------------------------------
@@ -163,7 +111,7 @@ def _tell_here(status: int, lines: Sequence[str]) -> bool:
     from echod.systemd import Notifier
 
     if status != OK:  # that all is well is in the log, which is here too
-        _complain(lines)
+        complain(lines)
         # Beside it: of a service that will be tried again, `systemctl status` shows no line from before the failure.
         with closing(Notifier(os.environ.get("NOTIFY_SOCKET"))) as notifier:
             notifier.status("; ".join(lines))
@@ -177,7 +125,7 @@ def _refuse(tell: Tell, faults: Sequence[str]) -> int:
 
 def _serve(serve: cli.Serve, tell: Tell, folder: str = "") -> int:
     # Imported here, for the other commands don't need them.
-    from echod import generation, inheritance, pidfile, privileges, signals
+    from echod import generation, inheritance, pidfile, privileges, signals, startup
     from echod.guard import Guard
 
     load = startup.loader(serve.sources, os.environ, process.raise_open_files(), folder)
@@ -265,14 +213,8 @@ def _run(first: "Generation", prepare: "Prepare", mailbox: "Mailbox", guard: "Gu
     return status
 
 
-def _warnings_of_a_daemon(config: Config) -> list[str]:
+def _warnings_of_a_daemon(config: "Config") -> list[str]:
     return [] if config.log.file else ["log.file is empty: a daemon has no standard error, so its log goes nowhere"]
-
-
-def _complain(faults: Sequence[str]) -> None:
-    text = "".join(f"{fault}\n" for fault in faults)
-    with suppress(OSError):  # nobody reads standard error: the exit status says it all the same
-        os.write(2, text.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

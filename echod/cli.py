@@ -1,21 +1,20 @@
 """The command line: arguments to what shall be done. Reads no file and does nothing itself."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from echod import __version__
-from echod.address import Address, parse_address
-from echod.settings import Setting
+from echod.address import Address, HandedOver, TcpAddress, UnixAddress, parse_address
+from echod.round_trips import Plan
+from echod.sources import Setting, Sources
 
+LONGEST_LINE = 16_777_216
+"""What limits.line_bytes can be at most."""
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Where the configuration comes from: a file, if one is named, and what the flags set."""
-
-    file: str | None
-    flags: tuple[Setting, ...]
+A_DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,14 @@ class ShowDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """`echod ping`"""
+
+    plan: Plan
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """Which daemon to ask: at an address, or the one that a configuration file tells of."""
 
@@ -64,7 +71,7 @@ class AskReload:
     target: Target
 
 
-Invocation = Serve | Check | ShowDefaults | AskStats | AskReload
+Invocation = Serve | Check | ShowDefaults | Ping | AskStats | AskReload
 
 
 def parse(arguments: Sequence[str]) -> Invocation:
@@ -76,6 +83,9 @@ def parse(arguments: Sequence[str]) -> Invocation:
             return Serve(_sources(options), options.daemon, options.pidfile, options.user, options.group)
         case "check":
             return Check(_sources(options))
+        case "ping":
+            plan = Plan(options.target, options.count, options.interval, options.wait, options.size)
+            return Ping(plan, options.json)
         case "stats":
             return AskStats(Target(options.admin, options.config), options.json)
         case "reload":
@@ -106,6 +116,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands.add_parser("config", help="print the default configuration, every key with a comment", allow_abbrev=False)
+    ping = commands.add_parser(
+        "ping",
+        help="ask an echod again and again, and tell how long each reply took, as ping(8)",
+        description="Ask an echod again and again, check every reply, and tell how long it took, as ping(8).",
+        epilog="exit status: 0 all answered right, 1 otherwise, 2 usage",
+        allow_abbrev=False,
+    )
     stats = commands.add_parser(
         "stats",
         help="print the statistics of a running echod",
@@ -121,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 in force, 1 refused or nobody answers, 2 usage",
         allow_abbrev=False,
     )
+    _add_plan(ping)
     for command in (serve, check):
         _add_sources(command)
     _add_process(serve)
@@ -187,6 +205,58 @@ def _name(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a name (got {text!r})")
     return text
+
+
+def _add_plan(ping: argparse.ArgumentParser) -> None:
+    ping.add_argument("target", metavar="ADDRESS", type=_to_connect_to, help="host:port, [v6]:port or unix:/path")
+    ping.add_argument(
+        "-c", dest="count", metavar="COUNT", type=_count, help="stop after COUNT round trips (else Ctrl-C)"
+    )
+    ping.add_argument(
+        "-i", dest="interval", metavar="SECONDS", type=_seconds, default=1.0, help="between two of them (1)"
+    )
+    ping.add_argument("-W", dest="wait", metavar="SECONDS", type=_wait, default=5.0, help="wait for a reply (5)")
+    ping.add_argument(
+        "-s", dest="size", metavar="BYTES", type=_size, default=56, help="of the line to send, without its LF (56)"
+    )
+    ping.add_argument("--json", action="store_true", help="a line of JSON for each, and one for the whole")
+
+
+def _to_connect_to(text: str) -> TcpAddress | UnixAddress:
+    match _address(text):
+        case HandedOver():
+            raise argparse.ArgumentTypeError(f"only the process that was handed the socket knows where it is ({text})")
+        case TcpAddress(port=0):
+            raise argparse.ArgumentTypeError(f"port 0 can't be connected to (got {text!r})")
+        case address:
+            return address
+
+
+def _count(text: str) -> int:
+    return int(_number(text, 1, 10**18, is_whole=True))
+
+
+def _size(text: str) -> int:
+    return int(_number(text, 0, LONGEST_LINE, is_whole=True))
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0, A_DAY_S)
+
+
+def _wait(text: str) -> float:
+    return _number(text, 0.001, A_DAY_S)
+
+
+def _number(text: str, least: float, most: float, *, is_whole: bool = False) -> float:
+    try:
+        number = int(text) if is_whole else float(text)
+    except ValueError:
+        number = math.nan
+    if not least <= number <= most:
+        kind = "a whole number" if is_whole else "a number"
+        raise argparse.ArgumentTypeError(f"expected {kind} from {least:g} to {most} (got {text!r})")
+    return number
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from echod.address import Address, HandedOver, TcpAddress, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
+from echod.sources import Setting
 
 
 class ConfigError(Exception):
@@ -39,16 +40,6 @@ class Loaded:
     warnings: tuple[str, ...]
     is_listen_set: bool = False
     """Whether any source says where to listen, or it is the default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One value that a source gives to one key; the value is still text unless it comes from a file."""
-
-    source: str
-    key: str
-    value: Any
-    is_text: bool = True
 
 
 def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setting], open_files: int) -> Loaded:

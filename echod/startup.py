@@ -15,9 +15,9 @@ from echod import settings
 from echod.config import Log
 
 if TYPE_CHECKING:
-    from echod.cli import Sources
     from echod.generation import Generation
     from echod.privileges import Identity
+    from echod.sources import Sources
 
 _IMPORTED_LATE = ("asyncio", "difflib", "structlog", "traceback", "uvloop", "echod.greeting", "echod.lifecycle")
 

@@ -45,7 +45,8 @@ ROOMS = {
     "greeting": room(unknown=EVERYTHING),
     "table": room(unknown=EVERYTHING),
     "config": room(unknown=EVERYTHING),
-    "settings": room("address", "config", unknown=EVERYTHING - {"os", "tomllib"}),
+    "sources": room(unknown=EVERYTHING),
+    "settings": room("address", "config", "sources", unknown=EVERYTHING - {"os", "tomllib"}),
     "toml": room("config", unknown=EVERYTHING),
     "process": room(unknown=EVERYTHING - SYSTEM),
     "stats": room("__init__", unknown=EVERYTHING - {"os", "time"}),
@@ -77,6 +78,8 @@ ROOMS = {
     "admin": room(
         "exchange", "listeners", "sockets", unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"}
     ),
+    "round_trips": room("address", unknown=EVERYTHING | {"msgspec"}),
+    "ping": room("address", "round_trips", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "time"}),
     "ask": room("address", unknown=EVERYTHING - {"socket"}),
     "server": room(
         "admission",
@@ -122,12 +125,27 @@ ROOMS = {
         "watch",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading", "time"},
     ),
-    "cli": room("__init__", "address", "settings", unknown=EVERYTHING - {"argparse"}),
-    "startup": room("config", "logs", "privileges", "settings", unknown=EVERYTHING - {"os"}),
-    "__main__": room(
+    "cli": room("__init__", "address", "round_trips", "sources", unknown=(EVERYTHING | {"msgspec"}) - {"argparse"}),
+    "console": room(unknown=EVERYTHING - {"os", "sys"}),
+    "commands": room(
         "ask",
         "cli",
         "config",
+        "console",
+        "ping",
+        "process",
+        "settings",
+        "sources",
+        "startup",
+        "table",
+        "toml",
+        unknown=EVERYTHING,
+    ),
+    "startup": room("config", "logs", "privileges", "settings", unknown=EVERYTHING - {"os"}),
+    "__main__": room(
+        "cli",
+        "commands",
+        "console",
         "detach",
         "generation",
         "greeting",
@@ -138,22 +156,20 @@ ROOMS = {
         "pidfile",
         "privileges",
         "process",
-        "settings",
         "signals",
         "sockets",
         "startup",
         "stats",
         "systemd",
-        "table",
-        "toml",
         unknown=NETWORK | FILES | PROCESSES | {"argparse"},
     ),
 }
 
 # For the annotations of those that hand them around, and import them when they are needed.
 NAMED_IN_TYPES = {
-    "__main__": {"address", "generation", "guard", "reload", "server", "signals"},
-    "startup": {"cli", "generation", "privileges"},
+    "__main__": {"config", "generation", "guard", "reload", "server", "signals"},
+    "commands": {"address", "sources"},
+    "startup": {"generation", "privileges", "sources"},
 }
 
 # Who may do what ends, replaces or doubles the process, or reads how it was called.
@@ -166,7 +182,7 @@ RESERVED = {
     "os.fork": set[str](),
     "os.kill": set[str](),
     "signal.signal": set[str](),
-    "time.sleep": {"sink"},  # in its own thread
+    "time.sleep": {"ping", "sink"},  # a command; in its own thread
 }
 
 TOO_LONG: dict[str, str] = {}

@@ -14,12 +14,12 @@ import pytest
 from echod import __version__, cli
 from echod.address import TcpAddress, UnixAddress
 from echod.config import Config
-from echod.settings import Setting
+from echod.sources import Setting, Sources
 
 PYTHON_M_ECHOD = (sys.executable, "-m", "echod")
 
 WITH_SOURCES = [("serve", cli.Serve), ("check", cli.Check)]
-COMMANDS = ["serve", "check", "config", "stats", "reload"]
+COMMANDS = ["serve", "check", "config", "ping", "stats", "reload"]
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -52,29 +52,29 @@ def run(command: list[str], more: Mapping[str, str] | None = None) -> subprocess
 @pytest.mark.parametrize(("command", "kind"), WITH_SOURCES)
 def test_no_options(command: str, kind: type[cli.Serve | cli.Check]) -> None:
     """`serve` and `check` need no option."""
-    assert cli.parse([command]) == kind(cli.Sources(None, ()))
+    assert cli.parse([command]) == kind(Sources(None, ()))
 
 
 @pytest.mark.parametrize(("command", "kind"), WITH_SOURCES)
 @pytest.mark.parametrize(
     ("arguments", "sources"),
     [
-        (["-c", "FILE"], cli.Sources("FILE", ())),
-        (["--config", "FILE"], cli.Sources("FILE", ())),
-        (["--config=FILE"], cli.Sources("FILE", ())),
-        (["-l", "a:1"], cli.Sources(None, (Setting("--listen", "listen", ["a:1"]),))),
-        (["--listen", "a:1", "-l", "a:2"], cli.Sources(None, (Setting("--listen", "listen", ["a:1", "a:2"]),))),
-        (["--log-level", "debug"], cli.Sources(None, (Setting("--log-level", "log.level", "debug"),))),
-        (["--log-format", "json"], cli.Sources(None, (Setting("--log-format", "log.format", "json"),))),
-        (["--set", "a.b=c"], cli.Sources(None, (Setting("--set", "a.b", "c"),))),
-        (["--set", "a=b=c"], cli.Sources(None, (Setting("--set", "a", "b=c"),))),
-        (["--set", "log.file="], cli.Sources(None, (Setting("--set", "log.file", ""),))),
-        (["--set", "a=1", "--set", "a=2"], cli.Sources(None, (Setting("--set", "a", "1"), Setting("--set", "a", "2")))),
-        (["--log-level", ""], cli.Sources(None, (Setting("--log-level", "log.level", ""),))),
-        (["-c", ""], cli.Sources("", ())),
+        (["-c", "FILE"], Sources("FILE", ())),
+        (["--config", "FILE"], Sources("FILE", ())),
+        (["--config=FILE"], Sources("FILE", ())),
+        (["-l", "a:1"], Sources(None, (Setting("--listen", "listen", ["a:1"]),))),
+        (["--listen", "a:1", "-l", "a:2"], Sources(None, (Setting("--listen", "listen", ["a:1", "a:2"]),))),
+        (["--log-level", "debug"], Sources(None, (Setting("--log-level", "log.level", "debug"),))),
+        (["--log-format", "json"], Sources(None, (Setting("--log-format", "log.format", "json"),))),
+        (["--set", "a.b=c"], Sources(None, (Setting("--set", "a.b", "c"),))),
+        (["--set", "a=b=c"], Sources(None, (Setting("--set", "a", "b=c"),))),
+        (["--set", "log.file="], Sources(None, (Setting("--set", "log.file", ""),))),
+        (["--set", "a=1", "--set", "a=2"], Sources(None, (Setting("--set", "a", "1"), Setting("--set", "a", "2")))),
+        (["--log-level", ""], Sources(None, (Setting("--log-level", "log.level", ""),))),
+        (["-c", ""], Sources("", ())),
     ],
 )
-def test_options(command: str, kind: type[cli.Serve | cli.Check], arguments: list[str], sources: cli.Sources) -> None:
+def test_options(command: str, kind: type[cli.Serve | cli.Check], arguments: list[str], sources: Sources) -> None:
     """Each option of `serve` and `check` becomes one setting that names its flag; --listen repeats."""
     assert cli.parse([command, *arguments]) == kind(sources)
 
@@ -82,7 +82,7 @@ def test_options(command: str, kind: type[cli.Serve | cli.Check], arguments: lis
 def test_options_of_serve() -> None:
     """How the process runs is asked of `serve` alone."""
     arguments = ["--daemon", "--pidfile", "FILE", "--user", "U", "--group", "G"]
-    asked = cli.Serve(cli.Sources(None, ()), is_daemon=True, pidfile="FILE", user="U", group="G")
+    asked = cli.Serve(Sources(None, ()), is_daemon=True, pidfile="FILE", user="U", group="G")
     assert cli.parse(["serve", *arguments]) == asked
     with pytest.raises(SystemExit):
         cli.parse(["check", "--daemon"])

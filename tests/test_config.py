@@ -22,7 +22,8 @@ from echod.config import (
     changed_keys,
     restart_needed,
 )
-from echod.settings import ConfigError, Loaded, Setting, load
+from echod.settings import ConfigError, Loaded, load
+from echod.sources import Setting
 from echod.toml import render
 
 PLENTY = 2**31 - 1

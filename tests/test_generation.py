@@ -8,14 +8,15 @@ from pathlib import Path
 
 from echod import generation, settings
 from echod.reload import _aside
+from echod.sources import Setting
 from tests.daemon import DEADLINE_S
 
 
 def _load(folder: Path) -> settings.Loaded:
     flags = [
-        settings.Setting("test", "listen", f"unix:{folder}/sock"),
-        settings.Setting("test", "log.file", f"{folder}/log"),
-        settings.Setting("test", "admin.listen", f"unix:{folder}/admin"),
+        Setting("test", "listen", f"unix:{folder}/sock"),
+        Setting("test", "log.file", f"{folder}/log"),
+        Setting("test", "admin.listen", f"unix:{folder}/admin"),
     ]
     return settings.load(None, {}, flags, 20_000)
 

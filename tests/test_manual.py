@@ -22,7 +22,7 @@ def test_every_command_and_option_is_in_the_manual() -> None:
     options = {option for command in commands.values() for option in command._option_string_actions} - {"-h", "--help"}
     synopsis = PAGE.partition(".SH DESCRIPTION")[0]
     assert set(re.findall(r"\.SY echod\n\.B (\w+)", synopsis)) == commands.keys()
-    assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", PAGE.partition(".SH COMMANDS")[2])) >= options
+    assert set(re.findall(r"(?<![\w-])--?[A-Za-z][a-z-]*", PAGE.partition(".SH COMMANDS")[2])) >= options
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) <= options
 
 

@@ -12,7 +12,8 @@ from itertools import accumulate
 from echod.address import parse_address
 from echod.config import KEYS, SECTIONS, Config
 from echod.protocol import Echo
-from echod.settings import ConfigError, Setting, load
+from echod.settings import ConfigError, load
+from echod.sources import Setting
 from echod.toml import render
 from tests.reference import BROKEN, CASED, LIMIT, OTHERS, SPACES, bytewise, cut, reference, told
 

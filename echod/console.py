@@ -1,0 +1,24 @@
+"""What a command says: its answer on standard output, what is wrong on standard error."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+
+def show(text: str) -> None:
+    """UTF-8 whatever the locale, at once. Raises OSError if it can't be written."""
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
+
+
+def show_line(text: str) -> None:
+    """The same, and the end of the line."""
+    show(f"{text}\n")
+
+
+def complain(faults: Sequence[str]) -> None:
+    """Each on a line of its own."""
+    text = "".join(f"{fault}\n" for fault in faults)
+    with suppress(OSError):  # nobody reads standard error: the exit status says it all the same
+        os.write(2, text.encode(errors="backslashreplace"))
