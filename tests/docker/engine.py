@@ -4,10 +4,9 @@ import json
 import os
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cached_property
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,7 @@ class Container:
     def health(self) -> str:
         return str(self.state["Health"]["Status"])
 
-    @property
+    @cached_property
     def host(self) -> str:
         """Its own address, which this machine reaches without a proxy in between."""
         networks = self._engine.inspect(self.name)["NetworkSettings"]["Networks"]
@@ -153,14 +152,3 @@ class Container:
         _, stats = self._engine.call("GET", f"/containers/{self.name}/stats?stream=false&one-shot=true")
         memory = stats["memory_stats"]
         return int(memory["usage"] - memory["stats"].get("inactive_file", 0))
-
-
-@contextmanager
-def in_background(job: Callable[[], object]) -> Iterator[threading.Thread]:
-    """Do it in a thread meanwhile, and wait for its end."""
-    thread = threading.Thread(target=job)
-    thread.start()
-    try:
-        yield thread
-    finally:
-        thread.join()

@@ -8,9 +8,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from echod import __version__
 from tests.docker.conftest import Report, Start, make_image
 from tests.docker.engine import PROJECT, Engine
-from echod import __version__
 
 FIRST_OF_OURS = "COPY /opt/echod /opt/echod"
 """The first instruction of the final stage, as `docker history` shows it."""
@@ -102,7 +102,7 @@ def test_nothing_is_added_that_is_not_needed_to_run(engine: Engine, image: str, 
         "7 what is added",
         files_of_echod_and_its_dependencies=len(program),
         bytecode_of_the_standard_library=len(bytecode),
-        else_="nothing",
+        anything_else="no",
         removed=f"pip ({len(gone)} entries)",
         compilers_and_caches="none",
     )
@@ -120,7 +120,13 @@ def test_no_start_compiles_anything(start: Start, engine: Engine, image: str) ->
         serving.wait_for(event)
     serving.stop()
     said = "\n".join(serving.logs())
-    for command in (["check"], ["config"], ["serve", "--set", "log.levle=info"], ["stats"], ["ping", "-c", "1", "::1:9"]):
+    for command in (
+        ["check"],
+        ["config"],
+        ["serve", "--set", "log.levle=info"],
+        ["stats"],
+        ["ping", "-c", "1", "::1:9"],
+    ):
         done = engine.run("run", "--rm", *is_told, image, *command)
         said += done.stdout + done.stderr
     assert re.findall(r"# code object from '(?!<).*?\.py'", said) == []

@@ -1,0 +1,34 @@
+"""The health check is a round trip as a client makes it, so it tells what a client would find."""
+
+import time
+
+from tests.docker.conftest import Report, Start
+
+HEALTHY_S = 2
+
+
+def test_it_is_healthy_within_two_seconds_and_unhealthy_when_the_loop_is_stuck(start: Start, report: Report) -> None:
+    """From `docker run` on; then process 1 is stopped, and the check still runs."""
+    began = time.monotonic()
+    container = start("--health-interval", "1s", is_ready=False)
+    container.wait_until(lambda: container.health == "healthy", "not healthy")
+    healthy_s = time.monotonic() - began
+    assert healthy_s <= HEALTHY_S
+    container.kill("STOP")
+    began = time.monotonic()
+    container.wait_until(lambda: container.health == "unhealthy", "still healthy")
+    unhealthy_s = time.monotonic() - began
+    said = container.state["Health"]["Log"][-1]
+    assert said["ExitCode"] == 1
+    assert "0 answered right" in said["Output"]
+    container.kill("CONT")
+    container.wait_until(lambda: container.health == "healthy", "not healthy again")
+    container.stop()
+    assert container.state["ExitCode"] == 0
+    report(
+        "5 health",
+        healthy_after_s=f"{healthy_s:.2f}",
+        stuck_and_unhealthy_after_s=f"{unhealthy_s:.1f} (a check a second, 3 in a row)",
+        it_said=said["Output"].splitlines()[1],
+        healthy_again="yes",
+    )

@@ -1,0 +1,130 @@
+"""`docker stop` drains, well inside its ten seconds, and no moment of the start is too early for it."""
+
+import asyncio
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from tests.clients import Pipeliner, pipeline
+from tests.daemon import read_to_end
+from tests.docker.conftest import Report, Start
+from tests.docker.engine import Container, Engine
+
+KILLED = 137
+GRACE_S = 10
+IDLE_STOPS = 5
+OWED = b"".join(b"%06d is owed to me, and not a byte of it may be missing\n" % number for number in range(20_000))
+
+
+def test_an_idle_container_stops_within_a_second(start: Start, report: Report) -> None:
+    """With exit status 0, every time."""
+    containers = [start() for _ in range(IDLE_STOPS)]
+    seconds = [container.stop() for container in containers]
+    assert [container.state["ExitCode"] for container in containers] == [0] * IDLE_STOPS
+    assert statistics.median(seconds) <= 1
+    report("2 stop, idle", exit_status=0, stops=IDLE_STOPS, seconds=f"{min(seconds):.2f} - {max(seconds):.2f}")
+
+
+async def _until_ended(address: str, count: int, stop: threading.Thread) -> list[Pipeliner]:
+    """Clients that pipeline without an end, until the stop has ended them."""
+    clients = await pipeline(address, count)
+    await asyncio.to_thread(stop.start)
+    await asyncio.gather(*(client.ended for client in clients))
+    return clients
+
+
+def _owing(container: Container) -> socket.socket:
+    """A client that has sent all it has to say, of which echod can't have answered all: it reads nothing."""
+    client = container.connect()
+    threading.Thread(target=client.sendall, args=(OWED,), daemon=True).start()
+    return client
+
+
+def test_a_stop_under_load_delivers_every_reply_that_is_owed(start: Start, report: Report) -> None:
+    """50 clients that pipeline without an end are ended at a line, 5 with a megabyte of replies get all of it."""
+    container = start()
+    seconds: list[float] = []
+    stop = threading.Thread(target=lambda: seconds.append(container.stop()))
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        owed = [stack.enter_context(_owing(container)) for _ in range(5)]
+        busy = pool.submit(asyncio.run, _until_ended(container.address, 50, stop))
+        container.wait_for("drain started")
+        received = list(pool.map(read_to_end, owed))
+        clients = busy.result()
+    stop.join()
+    assert [reply == OWED.upper() for reply in received] == [True] * 5
+    for client in clients:
+        client.check()
+    (finished,) = container.events("drain finished")
+    assert (container.state["ExitCode"], finished["clean"], finished["cut"]) == (0, 55, 0)
+    assert seconds[0] < GRACE_S
+    report(
+        "2 stop under load",
+        exit_status=0,
+        busy_clients_ended_at_a_line=len(clients),
+        answered=sum(client.received.count(b"\n") for client in clients),
+        owed_and_delivered_MB=f"{sum(map(len, received)) / 1e6:.1f}",
+        seconds=f"{seconds[0]:.1f}",
+    )
+
+
+# -- any moment of the start -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a container that was told to stop so long after it was told to start."""
+
+    after_ms: int
+    was_running: bool
+    exit_status: int
+    seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.exit_status == 0 and self.seconds < GRACE_S / 2
+
+
+def start_and_stop(engine: Engine, image: str, after_ms: int) -> Outcome:
+    """Over the API; a stop that comes before the container runs does nothing, so it is stopped afterwards."""
+    settings = {"Image": image, "Labels": dict([engine.label.split("=")]), "Healthcheck": {"Test": ["NONE"]}}
+    _, made = engine.call("POST", "/containers/create", settings)
+    path = f"/containers/{made['Id']}"
+    with ThreadPoolExecutor() as pool:
+        began = time.monotonic()
+        starting = pool.submit(engine.call, "POST", f"{path}/start")
+        time.sleep(max(0.0, began + after_ms / 1000 - time.monotonic()))  # the moment that is tried
+        began = time.monotonic()
+        status, _ = engine.call("POST", f"{path}/stop?t={GRACE_S}")
+        seconds = time.monotonic() - began
+        assert starting.result()[0] == 204
+    if status == 304:
+        engine.call("POST", f"{path}/stop?t={GRACE_S}")
+    _, found = engine.call("GET", f"{path}/json")
+    engine.call("DELETE", f"{path}?force=1")
+    return Outcome(after_ms, status == 204, found["State"]["ExitCode"], seconds)
+
+
+def test_a_stop_at_any_moment_of_the_start_is_never_waited_out(engine: Engine, image: str, report: Report) -> None:
+    """In steps of 10 ms for a second: exit status 0 each time, and never 137 after the ten seconds."""
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(partial(start_and_stop, engine, image), range(0, 1000, 10)))
+    running = [outcome for outcome in outcomes if outcome.was_running]
+    wrong = [outcome for outcome in running if not outcome.is_right]
+    assert not wrong
+    assert len(running) >= 20
+    report(
+        "2 stop at any moment of the start",
+        moments=len(outcomes),
+        before_it_ran=len(outcomes) - len(running),
+        stopped=len(running),
+        waited_out_or_killed=len(wrong),
+        exit_statuses=dict(Counter(outcome.exit_status for outcome in running)),
+        slowest_s=f"{max(outcome.seconds for outcome in running):.2f}",
+    )
