@@ -130,7 +130,6 @@ ROOMS = {
     "commands": room(
         "ask",
         "cli",
-        "config",
         "console",
         "ping",
         "process",
