@@ -49,7 +49,7 @@ for file in pathlib.Path(echod.__file__).parent.glob("*.py"):
             importlib.import_module(node.module)
 PYTHON
 
-ENV PATH=/opt/echod/bin:$PATH ECHOD_LISTEN=0.0.0.0:8888,[::]:8888
+ENV PATH=/opt/echod/bin:$PATH ECHOD_DEFAULT_LISTEN=0.0.0.0:8888,[::]:8888
 EXPOSE 8888
 USER 10001:10001
 STOPSIGNAL SIGTERM

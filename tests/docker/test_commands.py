@@ -1,9 +1,11 @@
 """`docker run IMAGE COMMAND` is echod's own command line, with its exit status."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from echod import toml
-from echod.config import Config
+from echod import settings, toml
 from tests.daemon import send_until_stuck
 from tests.docker.conftest import Report, Start
 from tests.docker.engine import Engine
@@ -37,8 +39,42 @@ def test_ping_another_container(start: Start, engine: Engine, image: str) -> Non
 
 
 def test_config_prints_the_defaults(engine: Engine, image: str) -> None:
-    """A file to start from."""
-    assert engine("run", "--rm", image, "config") == toml.render(Config(), with_comments=True).strip()
+    """A file to start from, and one that clients outside of the container are served with."""
+    default = settings.defaults({"ECHOD_DEFAULT_LISTEN": "0.0.0.0:8888,[::]:8888"})
+    assert engine("run", "--rm", image, "config") == toml.render(default, with_comments=True).strip()
+
+
+def test_a_mounted_file_says_where_to_listen(start: Start, open_path: Path) -> None:
+    """If it says so; the environment still wins."""
+    (open_path / "echod.toml").write_text('[[listen]]\naddress = "0.0.0.0:7777"\n')
+    mounted = ("--volume", f"{open_path}:/etc/echod:ro", "--env", "ECHOD_CONFIG=/etc/echod/echod.toml")
+    assert start(*mounted).wait_for("ready")["listen"] == ["0.0.0.0:7777"]
+    assert start(*mounted, "--env", "ECHOD_LISTEN=[::]:6666").wait_for("ready")["listen"] == ["[::]:6666"]
+    assert start().wait_for("ready")["listen"] == ["0.0.0.0:8888", "[::]:8888"]
+
+
+NO_IPV6 = {
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "syscalls": [
+        {
+            "names": ["socket"],
+            "action": "SCMP_ACT_ERRNO",
+            "errnoRet": 97,  # EAFNOSUPPORT, as of a kernel booted with ipv6.disable=1
+            "args": [{"index": 0, "value": 10, "op": "SCMP_CMP_EQ"}],
+        }
+    ],
+}
+
+
+def test_all_addresses_are_those_that_there_can_be(start: Start, engine: Engine, image: str, tmp_path: Path) -> None:
+    """A kernel without IPv6 is served on IPv4; who asks for IPv6 there is told why not."""
+    profile = tmp_path / "no-ipv6.json"
+    profile.write_text(json.dumps(NO_IPV6))
+    without = ("--security-opt", f"seccomp={profile}")
+    assert start(*without).wait_for("ready")["listen"] == ["0.0.0.0:8888"]
+    done = engine.run("run", "--rm", *without, "--env", "ECHOD_LISTEN=[::]:8888", image)
+    assert done.returncode == 1
+    assert "[::]:8888: this kernel has no IPv6" in done.stderr
 
 
 def test_a_client_that_was_cut_off_shows_in_the_exit_status(start: Start, report: Report) -> None:
