@@ -108,9 +108,14 @@ class Container:
     def address(self) -> str:
         return f"{self.host}:{PORT}"
 
-    def connect(self) -> socket.socket:
+    def connect(self, *, receive_buffer: int | None = None) -> socket.socket:
         """A client with a deadline on everything it does."""
-        return socket.create_connection((self.host, PORT), timeout=DEADLINE_S)
+        client = socket.socket()
+        client.settimeout(DEADLINE_S)
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect((self.host, PORT))
+        return client
 
     def wait_until(self, look: Callable[[], Any], complaint: str) -> Any:
         """The first thing found that isn't nothing."""
