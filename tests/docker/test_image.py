@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_a_clean_clone_builds_and_a_change_of_the_source_installs_no_dependency_
     try:
         make_image(clone, tag)
         with (clone / "echod/protocol.py").open("a") as source:
-            source.write("# changed\n")
+            source.write(f"# changed at {time.time()}, as never before\n")
         again = steps(make_image(clone, tag))
         ours = layers(engine, tag)
     finally:
