@@ -63,16 +63,16 @@ def test_a_clean_clone_builds_and_a_change_of_the_source_installs_no_dependency_
     engine: Engine, image: str, tmp_path: Path, report: Report
 ) -> None:
     """The second build takes from the cache all but what the source goes into; the image is small."""
-    clone, tag = tmp_path / "echod", f"{image}-clone"
+    clone, tag, changed = tmp_path / "echod", f"{image}-clone", f"{image}-changed"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(PROJECT), str(clone)], check=True)
     try:
         make_image(clone, tag)
         with (clone / "echod/protocol.py").open("a") as source:
             source.write(f"# changed at {time.time()}, as never before\n")
-        again = steps(make_image(clone, tag))
-        ours = layers(engine, tag)
+        again = steps(make_image(clone, changed))
+        ours = layers(engine, changed)
     finally:
-        engine("image", "rm", "--force", tag)
+        engine("image", "rm", "--force", tag, changed)
     made = [step for step, is_cached in again.items() if not is_cached]
     installing = [step for step in again if ".lock" in step or "apt-get" in step]
     assert len(installing) >= 5, again
