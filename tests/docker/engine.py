@@ -44,6 +44,13 @@ class Engine:
         """`docker run --detach OPTIONS IMAGE COMMAND`."""
         return Container(self, self("run", "--detach", "--label", self.label, *options, image, *command))
 
+    def create(self, image: str) -> "Container":
+        """A container that is ready to be started over the API, without a health check."""
+        settings = {"Image": image, "Labels": dict([self.label.split("=")]), "Healthcheck": {"Test": ["NONE"]}}
+        status, made = self.call("POST", "/containers/create", settings)
+        assert status == 201, made
+        return Container(self, made["Id"])
+
     def clean_up(self) -> None:
         """Remove every container that was started with the label."""
         if left := self("ps", "--all", "--quiet", "--filter", f"label={self.label}").split():
@@ -141,6 +148,10 @@ class Container:
     def kill(self, signal: str) -> None:
         """`docker kill -s SIGNAL`."""
         self._engine("kill", "--signal", signal, self.name)
+
+    def ask(self, verb: str) -> int:
+        """Ask the API for it, such as `start` or `kill?signal=HUP`; the status of the answer."""
+        return self._engine.call("POST", f"/containers/{self.name}/{verb}")[0]
 
     def stop(self) -> float:
         """`docker stop`; how many seconds it took."""

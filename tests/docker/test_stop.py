@@ -100,22 +100,20 @@ class Outcome:
 
 def start_and_stop(engine: Engine, image: str, after_ms: int) -> Outcome:
     """Over the API; a stop that comes before the container runs does nothing, so it is stopped afterwards."""
-    settings = {"Image": image, "Labels": dict([engine.label.split("=")]), "Healthcheck": {"Test": ["NONE"]}}
-    _, made = engine.call("POST", "/containers/create", settings)
-    path = f"/containers/{made['Id']}"
+    container = engine.create(image)
     with ThreadPoolExecutor() as pool:
         began = time.monotonic()
-        starting = pool.submit(engine.call, "POST", f"{path}/start")
+        starting = pool.submit(container.ask, "start")
         time.sleep(max(0.0, began + after_ms / 1000 - time.monotonic()))  # the moment that is tried
         began = time.monotonic()
-        status, _ = engine.call("POST", f"{path}/stop?t={GRACE_S}")
+        status = container.ask(f"stop?t={GRACE_S}")
         seconds = time.monotonic() - began
-        assert starting.result()[0] == 204
+        assert starting.result() == 204
     if status == 304:
-        engine.call("POST", f"{path}/stop?t={GRACE_S}")
-    _, found = engine.call("GET", f"{path}/json")
-    engine.call("DELETE", f"{path}?force=1")
-    return Outcome(after_ms, status == 204, found["State"]["ExitCode"], seconds)
+        container.ask(f"stop?t={GRACE_S}")
+    exit_status = container.state["ExitCode"]
+    engine.call("DELETE", f"/containers/{container.name}?force=1")
+    return Outcome(after_ms, status == 204, exit_status, seconds)
 
 
 def test_a_stop_at_any_moment_of_the_start_is_never_waited_out(engine: Engine, image: str, report: Report) -> None:
