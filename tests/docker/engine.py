@@ -98,8 +98,9 @@ class Container:
 
     @property
     def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._engine.inspect(self.name)["State"]
-        return found
+        _, found = self._engine.call("GET", f"/containers/{self.name}/json")
+        state: dict[str, Any] = found["State"]
+        return state
 
     @property
     def health(self) -> str:

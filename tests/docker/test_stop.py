@@ -118,7 +118,7 @@ def start_and_stop(engine: Engine, image: str, after_ms: int) -> Outcome:
 
 def test_a_stop_at_any_moment_of_the_start_is_never_waited_out(engine: Engine, image: str, report: Report) -> None:
     """In steps of 10 ms for a second: exit status 0, and not 137 after the ten seconds."""
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         outcomes = list(pool.map(partial(start_and_stop, engine, image), range(0, 1000, 10)))
     running = [outcome for outcome in outcomes if outcome.was_running]
     waited_out = [outcome for outcome in running if outcome.is_waited_out]
