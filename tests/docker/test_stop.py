@@ -24,7 +24,7 @@ system calls: a millisecond, more where processors are scarce. A plain entry poi
 NOT_YET_OURS = 2
 """Exit status of the runtime's own process, if the stop comes before that has become env(1)."""
 GRACE_S = 10
-IDLE_STOPS = 5
+IDLE_STOPS = 3
 OWED = b"".join(b"%06d is owed to me, and not a byte of it may be missing\n" % number for number in range(120_000))
 """7 MB, more than the kernels' buffers hold."""
 
