@@ -17,10 +17,15 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 MANDIR ?= $(PREFIX)/share/man
 PIP_OPTIONS ?=
 
+# `make image`: its name, and options of `docker build`, such as a network or a proxy.
+IMAGE ?= echod
+DOCKER_BUILD_FLAGS ?=
+DOCKER_RUN_FLAGS ?= --publish 8888:8888
+
 # The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it. The
-# systemd suite needs a machine of its own.
+# systemd suite needs a machine of its own, the Docker suite an engine.
 FAULTS = tests/faults tests/fuzz
-TESTS = -n $(WORKERS) --dist worksteal $(FAULTS:%=--ignore=%) --ignore=tests/systemd
+TESTS = -n $(WORKERS) --dist worksteal $(FAULTS:%=--ignore=%) --ignore=tests/systemd --ignore=tests/docker
 
 BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
@@ -37,7 +42,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help
 help: ## show this help
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 	@echo "variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV)"
 
 .PHONY: run
@@ -71,6 +76,10 @@ WITH_ATHERIS = [ -d "$(VENV)/atheris" ] \
 .PHONY: test-systemd
 test-systemd: $(VENV)/.echod $(VENV)/.dev ## install it on a machine booted by systemd (ECHOD_TEST_MACHINE="...", see CONTRIBUTING) and test it there
 	@$(BIN)/python -m pytest tests/systemd --timeout 300 $(PYTEST_ARGS)
+
+.PHONY: test-docker
+test-docker: $(VENV)/.echod $(VENV)/.dev ## build the image and test it in containers, on the engine that `docker` reaches (DOCKER_BUILD_FLAGS="...")
+	@DOCKER_BUILD_FLAGS="$(DOCKER_BUILD_FLAGS)" $(BIN)/python -m pytest tests/docker --timeout 300 $(PYTEST_ARGS)
 
 .PHONY: check
 check: lint types ## what CI runs: lint, types, and the tests with their coverage
@@ -113,6 +122,19 @@ uninstall: ## remove what `make install` made, with the same PREFIX and DESTDIR;
 	@set -eu; $(ASK); "$$(echo "$$said" | head -n 1)" tools/install.py uninstall $(PLACES)
 
 PLACES = --destdir="$(DESTDIR)" --prefix="$(PREFIX)" --sysconfdir="$(SYSCONFDIR)" --unitdir="$(UNITDIR)" --mandir="$(MANDIR)"
+
+# -- the image --------------------------------------------------------------------------------------------------------
+
+.PHONY: image
+image: ## build the Docker image, IMAGE=echod; options of `docker build` in DOCKER_BUILD_FLAGS="..."
+	@docker build $(DOCKER_BUILD_FLAGS) --tag "$(IMAGE)" --build-arg VERSION="$(VERSION)" --build-arg REVISION="$(REVISION)" .
+
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' echod/__init__.py)
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
+
+.PHONY: docker-run
+docker-run: image ## build it and serve on port 8888; Ctrl-C drains; DOCKER_RUN_FLAGS="...", options of `echod serve` in ARGS="..."
+	@exec docker run --rm --read-only --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_FLAGS) "$(IMAGE)" serve $(ARGS)
 
 .PHONY: config
 config: $(VENV)/.echod ## renew systemd/echod.toml from the keys and their defaults

@@ -116,6 +116,17 @@ def resolve(address: TcpAddress | UnixAddress) -> list[Endpoint]:
             return list(dict.fromkeys(Endpoint(family, sockaddr) for family, *_, sockaddr in found))
 
 
+def is_possible(address: Address) -> bool:
+    """Whether this kernel has the address's family: one that was booted without IPv6 has no address of it."""
+    if not isinstance(address, TcpAddress) or ":" not in address.host:
+        return True
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+    except OSError as error:
+        return error.errno != errno.EAFNOSUPPORT
+    return True
+
+
 def discard(sockets: Mapping[Key, Bound | None]) -> None:
     """Close sockets that will not be listened on after all, and remove their files."""
     for bound in sockets.values():
@@ -158,6 +169,8 @@ def _advice(endpoint: Endpoint, error: OSError) -> str:
             return "address already in use; `ss -ltnp` shows by whom, and -l ADDRESS takes another"
         case errno.EADDRNOTAVAIL:
             return "not an address of this machine; `ip address` lists them"
+        case errno.EAFNOSUPPORT:
+            return "this kernel has no IPv6; list addresses of IPv4 alone"
         case errno.EMFILE | errno.ENFILE:
             return "no descriptor left; raise the limit of open files (ulimit -n, LimitNOFILE=)"
         case errno.EACCES | errno.EPERM if endpoint.family != socket.AF_UNIX:

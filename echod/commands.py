@@ -24,7 +24,7 @@ def answer(
         case cli.Check(sources):
             return _check(sources, environment)
         case cli.ShowDefaults():
-            return _show_defaults()
+            return _show_defaults(environment)
         case cli.Ping():
             return _ping(invocation)
         case cli.AskStats() | cli.AskReload():
@@ -44,11 +44,14 @@ def _check(sources: "Sources", environment: Environment) -> bool:
     return True
 
 
-def _show_defaults() -> bool:
-    from echod import toml
-    from echod.config import Config
+def _show_defaults(environment: Environment) -> bool:
+    from echod import settings, toml
 
-    show(toml.render(Config(), with_comments=True))
+    try:
+        show(toml.render(settings.defaults(environment), with_comments=True))
+    except settings.ConfigError as error:
+        complain(error.faults)
+        return False
     return True
 
 

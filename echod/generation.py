@@ -129,10 +129,14 @@ Sockets = dict[sockets.Key, sockets.Bound | None]
 
 
 def _wanted(loaded: Loaded, heirs: Sequence[binding.Heir]) -> list[binding.Wanted]:
-    """What to listen on; who was handed sockets and is told of no address wants just those, not the default too."""
+    """What to listen on; who was handed sockets and is told of no address wants just those, not the default too.
+
+    The default may be all addresses, and means those that there can be.
+    """
     if heirs and not loaded.is_listen_set:
         return []
-    return [binding.Wanted(parse_address(entry.address), entry.reuse_port) for entry in loaded.config.listen]
+    wanted = [binding.Wanted(parse_address(entry.address), entry.reuse_port) for entry in loaded.config.listen]
+    return wanted if loaded.is_listen_set else [each for each in wanted if binding.is_possible(each.address)]
 
 
 def _admin(

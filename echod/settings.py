@@ -18,6 +18,9 @@ from echod.address import Address, HandedOver, TcpAddress, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
 from echod.sources import Setting
 
+DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
+"""The variable that tells where to listen if no other source does: for those who pack echod, as the Docker image."""
+
 
 class ConfigError(Exception):
     """Every fault of a configuration, each as `SOURCE: key.path: what is wrong (got VALUE)`."""
@@ -48,7 +51,7 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
     `open_files` is how many descriptors this process may have. Raises ConfigError with every fault of every source.
     """
     faults: list[str] = []
-    settings = [*_from_file(file, faults), *_from_environment(environment, faults), *flags]
+    settings = [*_packed(environment), *_from_file(file, faults), *_from_environment(environment, faults), *flags]
     values: dict[str, Any] = {}
     last: dict[str, Setting] = {}
     for setting in settings:
@@ -65,10 +68,21 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
     )
     _hold_apart(config, last.get("admin.listen"))
     fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
-    return Loaded(fitting, warnings, is_listen_set="listen" in values)
+    return Loaded(fitting, warnings, is_listen_set="listen" in last and last["listen"].source != DEFAULT_LISTEN)
+
+
+def defaults(environment: Mapping[str, str]) -> Config:
+    """The configuration that holds where no source says anything. Raises ConfigError."""
+    packed = {name: value for name, value in environment.items() if name == DEFAULT_LISTEN}
+    return load(None, packed, (), RESERVED_FILES + 2 * Config().limits.connections).config
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def _packed(environment: Mapping[str, str]) -> list[Setting]:
+    default = environment.get(DEFAULT_LISTEN)
+    return [Setting(DEFAULT_LISTEN, "listen", default)] if default else []
 
 
 def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
@@ -123,7 +137,11 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iter
     for name, value in environment.items():
         if name in known:
             yield Setting(name, known[name], value)
-        elif name.startswith("ECHOD_") and name != "ECHOD_CONFIG" and not _KUBERNETES.fullmatch(name):
+        elif (
+            name.startswith("ECHOD_")
+            and name not in ("ECHOD_CONFIG", DEFAULT_LISTEN)
+            and not _KUBERNETES.fullmatch(name)
+        ):
             # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
             nearest = _nearest(name, [*known, "ECHOD_CONFIG"], cutoff=0.8)
             if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in {*SECTIONS, "listen"}:

@@ -165,7 +165,6 @@ ROOMS = {
     "commands": room(
         "ask",
         "cli",
-        "config",
         "console",
         "ping",
         "process",

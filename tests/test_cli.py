@@ -193,6 +193,15 @@ def test_config() -> None:
     assert msgspec.convert(tomllib.loads(done.stdout), Config) == Config()
 
 
+def test_config_of_a_packed_echod() -> None:
+    """The default that ECHOD_DEFAULT_LISTEN makes it have is the one that `echod config` prints; a bad one is told."""
+    done = echod("config", more={"ECHOD_DEFAULT_LISTEN": "0.0.0.0:1,[::]:1"})
+    assert [entry["address"] for entry in tomllib.loads(done.stdout)["listen"]] == ["0.0.0.0:1", "[::]:1"]
+    done = echod("config", more={"ECHOD_DEFAULT_LISTEN": "0.0.0.0"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ECHOD_DEFAULT_LISTEN: listen[0].address: ")
+
+
 def test_check_prints_the_config_in_force(tmp_path: Path) -> None:
     """`echod check` prints the config in force as TOML and exits 0: file, then environment, then command line."""
     file = tmp_path / "echod.toml"

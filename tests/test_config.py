@@ -104,6 +104,25 @@ def test_listen_is_replaced_as_a_whole(file: Path) -> None:
     assert addresses(load(str(file), environment, flags, PLENTY)) == ["c:1", "c:2"]
 
 
+def test_the_packed_default_is_the_weakest_source(file: Path) -> None:
+    """ECHOD_DEFAULT_LISTEN holds where nothing else says where to listen, and counts as nobody having said it."""
+    file.write_text('[[listen]]\naddress = "a:1"\n')
+    packed = {"ECHOD_DEFAULT_LISTEN": "0.0.0.0:1,[::]:1"}
+    alone = load(None, packed, (), PLENTY)
+    assert addresses(alone) == ["0.0.0.0:1", "[::]:1"]
+    assert not alone.is_listen_set
+    assert load(None, {"ECHOD_DEFAULT_LISTEN": ""}, (), PLENTY).config == Config()
+    for told in (
+        load(str(file), packed, (), PLENTY),
+        load(None, packed | {"ECHOD_LISTEN": "a:1"}, (), PLENTY),
+        load(None, packed, [Setting("--listen", "listen", ["a:1"])], PLENTY),
+    ):
+        assert (addresses(told), told.is_listen_set) == (["a:1"], True)
+    assert faults_of(environment={"ECHOD_DEFAULT_LISTEN": "a"})[0].startswith(
+        "ECHOD_DEFAULT_LISTEN: listen[0].address: "
+    )
+
+
 def addresses(loaded: Loaded) -> list[str]:
     return [listen.address for listen in loaded.config.listen]
 
