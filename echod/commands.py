@@ -53,11 +53,11 @@ def _show_defaults() -> bool:
 
 
 def _ping(asked: cli.Ping) -> bool:
-    from echod import ping
+    from echod import dial, ping
 
     try:
         return ping.ping(asked.plan, show_line, as_json=asked.as_json)
-    except ping.UnknownHostError as error:
+    except dial.UnknownHostError as error:
         complain([f"echod: {error}"])
     except KeyboardInterrupt:  # one more, while the summary was written
         pass

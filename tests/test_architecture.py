@@ -79,7 +79,8 @@ ROOMS = {
         "exchange", "listeners", "sockets", unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"}
     ),
     "round_trips": room("address", unknown=EVERYTHING | {"msgspec"}),
-    "ping": room("address", "round_trips", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "time"}),
+    "dial": room("address", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "threading", "time"}),
+    "ping": room("dial", "round_trips", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "time"}),
     "ask": room("address", unknown=EVERYTHING - {"socket"}),
     "server": room(
         "admission",
@@ -132,6 +133,7 @@ ROOMS = {
         "cli",
         "config",
         "console",
+        "dial",
         "ping",
         "process",
         "settings",
@@ -182,7 +184,7 @@ RESERVED = {
     "os.fork": set[str](),
     "os.kill": set[str](),
     "signal.signal": set[str](),
-    "time.sleep": {"ping", "sink"},  # a command; in its own thread
+    "time.sleep": {"dial", "ping", "sink"},  # a command; in its own thread
 }
 
 TOO_LONG: dict[str, str] = {}
