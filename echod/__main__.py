@@ -11,7 +11,7 @@ import gc  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
-from contextlib import ExitStack, closing  # noqa: E402
+from contextlib import ExitStack, closing, suppress  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
@@ -71,10 +71,12 @@ def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.Ping | cli.AskStats 
     from echod import commands
 
     _end_by(_HELD)  # held only for a daemon
-    if isinstance(invocation, cli.Ping):
-        _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # which it ends by with the summary
-    if commands.answer(invocation, os.environ):
-        return OK
+    if isinstance(invocation, cli.Ping) or (isinstance(invocation, cli.AskStats) and invocation.is_watched):
+        for number in (_signal.SIGINT, _signal.SIGTERM):  # they end in good order: with a summary, a clean terminal
+            _signal.signal(number, _signal.default_int_handler)
+    with suppress(KeyboardInterrupt):  # one more, or before there was anything
+        if commands.answer(invocation, os.environ):
+            return OK
     return BAD_CONFIG if isinstance(invocation, cli.Check) else NO_ANSWER
 
 
