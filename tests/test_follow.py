@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from echod.follow import JsonLines
 from tests.daemon import DEADLINE_S, ask, connect, serving
 from tests.terminal import at_terminal
 from tests.test_cli import PYTHON_M_ECHOD, environment
@@ -95,7 +96,7 @@ def test_the_daemon_restarts(admin: str) -> None:
 
 
 def test_a_narrow_terminal(admin: str) -> None:
-    """Where there is no room lines are cut, never wrapped; a terminal that grows is filled at once."""
+    """Where there is no room lines are cut, never wrapped; a terminal that grows is filled."""
     with serving("--set", f"admin.listen={admin}"), at_terminal(*watch(admin), rows=5, columns=20) as terminal:
         terminal.see(r"^  open +\Z|^  accepted")
         assert len(terminal.screen.text.splitlines()) == 5
@@ -175,6 +176,18 @@ def test_json_lines(admin: str) -> None:
             command.send_signal(signal.SIGINT)
             _, errors = command.communicate(timeout=DEADLINE_S)
     assert (command.returncode, errors) == (0, "")
+
+
+def test_each_outage_is_told_once() -> None:
+    """However often nobody answers, one complaint is enough, until somebody has answered again."""
+    written: list[str] = []
+    complaints: list[str] = []
+    page = JsonLines(written.append, complaints.append)
+    page.miss("first")
+    page.miss("still")
+    page.draw({"pid": 1})
+    page.miss("second")
+    assert (written, complaints) == (['{"pid": 1}'], ["first", "second"])
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
