@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import pytest
 from echod import cli, dial
 from echod.address import TcpAddress, UnixAddress
 from echod.round_trips import Plan
-from tests.daemon import DEADLINE_S, Daemon, serving, settings
+from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, serving, settings
 from tests.test_cli import PYTHON_M_ECHOD, environment, run
 from tests.test_cli import echod as command
 
@@ -173,6 +174,11 @@ def drop(client: socket.socket, line: bytes) -> None:
     client.shutdown(socket.SHUT_RDWR)
 
 
+def reset(client: socket.socket, line: bytes) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
 def drop_in_the_middle(client: socket.socket, line: bytes) -> None:
     client.sendall(b"HAL")
     client.shutdown(socket.SHUT_RDWR)
@@ -192,6 +198,7 @@ def stall_in_the_middle(client: socket.socket, line: bytes) -> None:
         (refuse, "told: 'ERROR too many connections'"),
         (lie, "wrong reply: '1 bcdßefgé' instead of '1 BCDSSEFGÉ'"),
         (double, "more than the reply: '1 BCD"),
+        (reset, "{}: connection reset by peer"),
         (drop, "connection closed without a reply"),
         (drop_in_the_middle, "connection closed in the middle of a reply: 'HAL'"),
         (stall, "{}: no reply within 0.2 s"),
@@ -240,22 +247,39 @@ def test_a_late_reply_is_not_the_next_ones() -> None:
 
 def test_what_is_said_after_a_reply() -> None:
     """A second reply that comes behind the first, in its own good time, is noticed at the next round trip."""
-    surplus = threading.Event()
+    is_read = threading.Event()
 
     def double_later(client: socket.socket, line: bytes) -> None:
         client.sendall(line.decode().upper().encode())
-        if not surplus.is_set():
-            surplus.set()
-            time.sleep(0.05)  # so that it is not read with the reply
+        if not is_read.is_set():
+            is_read.wait(DEADLINE_S)
             client.sendall(b"HALLO\n")
 
-    with server(double_later) as address:
-        done = command("ping", "-c", "3", "-i", "0.4", address)
-    assert done.returncode == 1
-    _, first, second, third, *_ = done.stdout.splitlines()
-    assert REPLY.fullmatch(first)
+    with server(double_later) as address, pinging("-c", "3", "-i", "0.7", address) as ping:
+        assert wait_for(ping, "seq=1 .* ms\n")
+        is_read.set()
+        said, _ = ping.communicate(timeout=DEADLINE_S)
+    assert ping.returncode == 1
+    second, third, *_ = said.splitlines()
     assert second == f"seq=2 {address}: said unasked: 'HALLO'"
     assert third.endswith(" (new connection)")
+
+
+def test_a_connection_that_is_reset_between_round_trips() -> None:
+    """However a server ends a connection between two round trips, the next begins with a new one."""
+
+    def answer_and_reset(client: socket.socket, line: bytes) -> None:
+        client.sendall(line.decode().upper().encode())
+        if not is_read.is_set():
+            is_read.wait(DEADLINE_S)
+            reset(client, line)
+
+    is_read = threading.Event()
+    with server(answer_and_reset) as address, pinging("-c", "2", "-i", "0.7", address) as ping:
+        assert wait_for(ping, "seq=1 .* ms\n")
+        is_read.set()
+        said, _ = ping.communicate(timeout=DEADLINE_S)
+    assert (ping.returncode, said.count("seq=2 "), said.count(" (new connection)\n")) == (0, 1, 1)
 
 
 def test_why_a_text_is_not_taken() -> None:
@@ -410,7 +434,7 @@ def test_it_imports_little(daemon: Daemon) -> None:
     """A health check every few hundred milliseconds pays for no event loop, no configuration, no log and no JSON."""
     address = f"127.0.0.1:{daemon.port}"
     script = f"from echod.__main__ import main\nmain(['ping', '-c', '1', '{address}'])\nimport sys\nprint(*sys.modules)"
-    done = run([sys.executable, "-c", script])
+    done = run([sys.executable, "-c", script], UNMEASURED)
     assert "1 answered right" in done.stdout
     imported = done.stdout.splitlines()[-1].split()
     heavy = {"asyncio", "uvloop", "structlog", "logging", "msgspec", "tomllib", "json", "encodings.idna", "threading"}
