@@ -21,6 +21,7 @@ from echod import cli, dial
 from echod.address import TcpAddress, UnixAddress
 from echod.round_trips import Plan
 from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, serving, settings
+from tests.terminal import at_terminal
 from tests.test_cli import PYTHON_M_ECHOD, environment, run
 from tests.test_cli import echod as command
 
@@ -102,16 +103,28 @@ def test_sizes(daemon: Daemon, size: int) -> None:
     assert done.stdout.count(f"{size + 1} bytes from ") == 3
 
 
-def test_ctrl_c_ends_it_with_the_summary(daemon: Daemon) -> None:
-    """Ctrl-C: the summary, exit 0 if all were answered right; each line is there at once, in a pipe too."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_it_with_the_summary(daemon: Daemon, number: signal.Signals) -> None:
+    """Ctrl-C or TERM: the summary, exit 0 if all were answered right; each line is there at once, in a pipe too."""
     with pinging("-i", "60", f"127.0.0.1:{daemon.port}") as ping:
         assert ping.stdout
         assert "PING" in ping.stdout.readline()
         assert "seq=1" in ping.stdout.readline()
-        ping.send_signal(signal.SIGINT)
+        ping.send_signal(number)
         rest, errors = ping.communicate(timeout=DEADLINE_S)
     assert (ping.returncode, errors) == (0, "")
     assert "1 round trip, 1 answered right, 0% loss" in rest
+
+
+def test_at_a_terminal(daemon: Daemon) -> None:
+    """Typed at a terminal it looks as ping(8) does, the summary below what Ctrl-C leaves there."""
+    with at_terminal("ping", f"localhost:{daemon.port}") as terminal:
+        terminal.see("seq=1 .* ms$")
+        terminal.press(b"\x03")
+        assert terminal.exit_status() == 0
+        assert terminal.see(
+            rf"^\^C\n--- localhost:{daemon.port} echod ping statistics ---\n1 round trip, 1 answered right"
+        )
 
 
 def test_a_reader_that_has_enough(daemon: Daemon) -> None:
