@@ -10,7 +10,7 @@ _signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
 import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from contextlib import closing  # noqa: E402
+from contextlib import closing, suppress  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
@@ -60,10 +60,12 @@ def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.Ping | cli.AskStats 
     from echod import commands
 
     _end_by(_HELD)  # held only for a daemon
-    if isinstance(invocation, cli.Ping):
-        _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # which it ends by with the summary
-    if commands.answer(invocation, os.environ):
-        return OK
+    if isinstance(invocation, cli.Ping) or (isinstance(invocation, cli.AskStats) and invocation.is_watched):
+        for number in (_signal.SIGINT, _signal.SIGTERM):  # they end in good order: with a summary, a clean terminal
+            _signal.signal(number, _signal.default_int_handler)
+    with suppress(KeyboardInterrupt):  # one more, or before there was anything
+        if commands.answer(invocation, os.environ):
+            return OK
     return BAD_CONFIG if isinstance(invocation, cli.Check) else NO_ANSWER
 
 

@@ -44,9 +44,9 @@ def candidates(configured: str, runtime: str | None, *, for_reload: bool) -> lis
     return local if for_reload and local else addresses
 
 
-def stats(addresses: Sequence[Address]) -> dict[str, Any]:
+def stats(addresses: Sequence[Address], answer_s: float = STATS_S) -> dict[str, Any]:
     """The statistics of the echod at the first address where somebody listens. Raises UnansweredError."""
-    match _ask(addresses, "GET", "/stats", STATS_S):
+    match _ask(addresses, "GET", "/stats", answer_s):
         case _, 200, dict(found):
             return found
         case address, status, answer:

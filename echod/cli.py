@@ -62,6 +62,7 @@ class AskStats:
 
     target: Target
     as_json: bool
+    is_watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def parse(arguments: Sequence[str]) -> Invocation:
             plan = Plan(options.target, options.count, options.interval, options.wait, options.size)
             return Ping(plan, options.json)
         case "stats":
-            return AskStats(Target(options.admin, options.config), options.json)
+            return AskStats(Target(options.admin, options.config), options.json, options.watch)
         case "reload":
             return AskReload(Target(options.admin, options.config))
         case _:
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     stats.add_argument("--json", action="store_true", help="one line of JSON")
+    stats.add_argument("--watch", action="store_true", help="each second, with how fast it grows, until Ctrl-C")
     reload = commands.add_parser(
         "reload",
         help="have a running echod reload its configuration; print what changed, or every fault",

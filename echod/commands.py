@@ -3,17 +3,22 @@
 Each imports what it needs, for a health check starts one every few hundred milliseconds.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from echod import cli, process
-from echod.console import complain, show, show_line
+from echod.console import STANDARD_OUTPUT, complain, is_screen, show, show_line, wants_colour
 
 if TYPE_CHECKING:
     from echod.address import Address
     from echod.sources import Sources
 
 Environment = Mapping[str, str]
+
+WATCH_ANSWER_S = 2.0
+"""How long `--watch` waits for one answer before it says that there is none."""
 
 
 def answer(
@@ -56,28 +61,22 @@ def _show_defaults(environment: Environment) -> bool:
 
 
 def _ping(asked: cli.Ping) -> bool:
-    from echod import ping
+    from echod import dial, ping
 
     try:
         return ping.ping(asked.plan, show_line, as_json=asked.as_json)
-    except ping.UnknownHostError as error:
+    except dial.UnknownHostError as error:
         complain([f"echod: {error}"])
-    except KeyboardInterrupt:  # one more, while the summary was written
-        pass
     return False
 
 
 def _ask(question: cli.AskStats | cli.AskReload, environment: Environment) -> bool:
-    import json
-
     from echod import ask, settings
-    from echod.table import table
 
     try:
         match question:
-            case cli.AskStats(target, as_json):
-                stats = ask.stats(_admin(target, environment))
-                show(json.dumps(stats) + "\n" if as_json else table(stats))
+            case cli.AskStats():
+                _stats(question, environment)
             case cli.AskReload(target):
                 changed = ask.reload(_admin(target, environment, for_reload=True))
                 show_line(f"reload applied: {', '.join(changed) or 'nothing'} changed")
@@ -90,6 +89,40 @@ def _ask(question: cli.AskStats | cli.AskReload, environment: Environment) -> bo
     else:
         return True
     return False
+
+
+def _stats(asked: cli.AskStats, environment: Environment) -> None:
+    from echod import ask
+
+    addresses = _admin(asked.target, environment)
+    if asked.is_watched:
+        with suppress(KeyboardInterrupt):
+            _watch(partial(ask.stats, addresses, WATCH_ANSWER_S), environment, as_json=asked.as_json)
+        return
+    stats = ask.stats(addresses)
+    if asked.as_json:
+        import json
+
+        show_line(json.dumps(stats))
+    else:
+        from echod.table import rendered, table
+
+        in_colour = wants_colour(environment)
+        show("".join(f"{rendered(line, None, in_colour=in_colour)}\n" for line in table(stats)))
+
+
+def _watch(ask: Callable[[], dict[str, Any]], environment: Environment, *, as_json: bool) -> None:
+    from echod.follow import JsonLines, Tables, follow
+    from echod.screen import Paper, screen
+
+    first = ask()
+    if as_json:
+        follow(first, ask, JsonLines(show_line, lambda why: complain([f"echod: {why}"])))
+    elif is_screen(environment):
+        with screen(show, STANDARD_OUTPUT, in_colour=wants_colour(environment)) as sheet:
+            follow(first, ask, Tables(sheet))
+    else:
+        follow(first, ask, Tables(Paper(show)))
 
 
 def _admin(target: cli.Target, environment: Environment, *, for_reload: bool = False) -> "list[Address]":

@@ -2,8 +2,20 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+
+STANDARD_OUTPUT = 1
+
+
+def is_screen(environment: Mapping[str, str]) -> bool:
+    """Whether standard output is a terminal that knows escape sequences."""
+    return os.isatty(STANDARD_OUTPUT) and environment.get("TERM", "dumb") != "dumb"
+
+
+def wants_colour(environment: Mapping[str, str]) -> bool:
+    """Whether who looks at standard output would see colours, and wants to (no-color.org)."""
+    return is_screen(environment) and not environment.get("NO_COLOR")
 
 
 def show(text: str) -> None:

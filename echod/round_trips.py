@@ -6,7 +6,7 @@ here.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -48,13 +48,24 @@ def fault(said: str, reply: bytes) -> str | None:
     right = f"{said.upper()}\n".encode()
     if reply == right:
         return None
-    if reply.startswith(ERROR) and reply[len(ERROR) :].islower():
+    if is_error(reply):
         return f"told: {shown(reply)}"
     if reply.startswith(right):
         return f"more than the reply: {shown(reply[len(right) :])}"
-    start = next((i for i, (here, there) in enumerate(zip(reply, right, strict=False)) if here != there), len(reply))
-    where = f" from byte {start + 1} on" if start else ""
-    return f"wrong reply: {shown(reply[start:])} instead of {shown(right[start:])}{where}"
+    begin = 0 if max(len(reply), len(right)) <= SHOWN else max(_same(reply, right) - SHOWN // 4, 0)
+    where = f", from byte {begin + 1} on" if begin else ""
+    return f"wrong reply: {shown(reply[begin:])} instead of {shown(right[begin:])}{where}"
+
+
+def _same(one: bytes, other: bytes) -> int:
+    """How many bytes of the two are the same at their beginnings."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (here, there) in pairs if here != there), min(len(one), len(other)))
+
+
+def is_error(said: bytes) -> bool:
+    """Whether it is a server's complaint."""
+    return said.startswith(ERROR) and said[len(ERROR) :].islower()
 
 
 def shown(data: bytes) -> str:
@@ -63,16 +74,13 @@ def shown(data: bytes) -> str:
     return repr(said if len(said) <= SHOWN else f"{said[:SHOWN]}...")
 
 
-@dataclass(slots=True)
 class Tally:
-    """What round trips come to; of endless many no more is kept than how often each time, to three digits, was seen."""
+    """What round trips come to; of endless many no more is kept than how often each time, to four digits, was seen."""
 
-    total: int = 0
-    right: int = 0
-    _sum_ns: int = 0
-    _least_ns: int = 0
-    _most_ns: int = 0
-    _times: Counter[int] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        self.total = self.right = 0
+        self._sum_ns = self._least_ns = self._most_ns = 0
+        self._times: Counter[int] = Counter()
 
     @property
     def is_all_right(self) -> bool:
@@ -92,7 +100,7 @@ class Tally:
         self._least_ns = min(time_ns, self._least_ns) if self.right else time_ns
         self._most_ns = max(time_ns, self._most_ns)
         self._sum_ns += time_ns
-        self._times[int(float(f"{time_ns:.2e}"))] += 1
+        self._times[int(float(f"{time_ns:.3e}"))] += 1
         self.right += 1
 
     def times_ms(self) -> Mapping[str, float]:
@@ -110,6 +118,8 @@ class Tally:
 
     def _percentile(self, percent: int) -> int:
         left = ceil(self.right * percent / 100)
+        if left == self.right:
+            return self._most_ns
         for time_ns in sorted(self._times):
             left -= self._times[time_ns]
             if left <= 0:
@@ -119,7 +129,7 @@ class Tally:
     def as_text(self, target: object, elapsed_s: float) -> str:
         """The last lines, as ping(8) has them."""
         trips = "1 round trip" if self.total == 1 else f"{self.total} round trips"
-        loss = f"{self.right} answered right, {self.loss_percent:.3g}% loss, time {elapsed_s * 1000:.0f} ms"
+        loss = f"{self.right} answered right, {self.loss_percent:.6g}% loss, time {elapsed_s * 1000:.0f} ms"
         lines = ["", f"--- {target} echod ping statistics ---", f"{trips}, {loss}"]
         if times := self.times_ms():
             figures = "/".join(f"{time:.3f}" for time in times.values())

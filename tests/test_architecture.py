@@ -43,7 +43,8 @@ ROOMS = {
     "protocol": room(unknown=EVERYTHING | {"msgspec"}),
     "pace": room(unknown=EVERYTHING),
     "greeting": room(unknown=EVERYTHING),
-    "table": room(unknown=EVERYTHING),
+    "rates": room(unknown=EVERYTHING),
+    "table": room("rates", unknown=EVERYTHING),
     "config": room(unknown=EVERYTHING),
     "sources": room(unknown=EVERYTHING),
     "settings": room("address", "config", "sources", unknown=EVERYTHING - {"os", "tomllib"}),
@@ -105,8 +106,11 @@ ROOMS = {
         unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"},
     ),
     "round_trips": room("address", unknown=EVERYTHING | {"msgspec"}),
-    "ping": room("address", "round_trips", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "time"}),
+    "dial": room("address", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "threading", "time"}),
+    "ping": room("dial", "round_trips", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "time"}),
     "ask": room("address", unknown=EVERYTHING - {"socket"}),
+    "screen": room("table", unknown=EVERYTHING - {"os", "signal", "time"}),
+    "follow": room("ask", "rates", "table", unknown=EVERYTHING - {"time"}),
     "server": room(
         "admission",
         "config",
@@ -166,8 +170,11 @@ ROOMS = {
         "ask",
         "cli",
         "console",
+        "dial",
+        "follow",
         "ping",
         "process",
+        "screen",
         "settings",
         "sources",
         "startup",
@@ -241,7 +248,7 @@ RESERVED = {
     "os.killpg": {"preflight"},  # its child
     "os.kill": set[str](),
     "signal.signal": set[str](),
-    "time.sleep": {"ping", "sink"},  # a command; in its own thread
+    "time.sleep": {"dial", "follow", "ping", "screen", "sink"},  # commands; in its own thread
 }
 
 TOO_LONG: dict[str, str] = {}

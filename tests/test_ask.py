@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import threading
@@ -10,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from echod import ask
+from echod import __version__, ask
 from echod.address import TcpAddress, UnixAddress
-from echod.table import table
 from tests.daemon import DEADLINE_S, Daemon, connect, serving
 from tests.test_cli import echod as command
 
@@ -51,22 +51,16 @@ def test_stats_as_json(daemon: Daemon, local: str) -> None:
 
 
 def test_stats_for_people(daemon: Daemon, local: str) -> None:
-    """`stats` prints a name and a value on each line, the values one below the other."""
+    """`stats` prints a table, without colours if it isn't for a terminal."""
     done = command("stats", "--admin", local)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    column = lines[0].index(str(daemon.pid))
-    assert all(line[column - 1] == " " and line[column] != " " for line in lines if len(line) > column)
-    assert f"{'connections.closed.line too long':<{column}}0" in lines
-    assert f"{'state':<{column}}serving" in lines
-
-
-def test_what_is_unknown_or_unprintable_is_shown_so() -> None:
-    """A gauge that could not be read is unknown; a fault's odd characters can't reach the terminal."""
-    stats = {"rss_bytes": None, "reloads": {"applied": 1, "last_error": "\x1b[2J\udcff\n"}, "ok": ""}
-    assert table(stats) == (
-        "rss_bytes           unknown\nreloads.applied     1\nreloads.last_error  '\\x1b[2J\\udcff\\n'\nok\n"
-    )
+    assert re.fullmatch(rf"echod {__version__}   pid {daemon.pid}   serving   up \d+ s", lines[0])
+    assert {"connections", "traffic", "process"} < set(lines)
+    assert "  rejected                    0" in lines
+    assert "more" not in lines
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
 
 
 # -- reload ------------------------------------------------------------------------------------------------------------

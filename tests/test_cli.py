@@ -107,6 +107,8 @@ def test_questions(arguments: list[str], target: cli.Target) -> None:
     """`stats` and `reload` are told whom to ask; `stats` how to print."""
     assert cli.parse(["stats", *arguments]) == cli.AskStats(target, as_json=False)
     assert cli.parse(["stats", "--json", *arguments]) == cli.AskStats(target, as_json=True)
+    watched = cli.AskStats(target, as_json=False, is_watched=True)
+    assert cli.parse(["stats", *arguments, "--watch"]) == watched
     assert cli.parse(["reload", *arguments]) == cli.AskReload(target)
 
 
