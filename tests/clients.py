@@ -62,6 +62,16 @@ async def pipeline(address: str, count: int) -> list[Pipeliner]:
     return clients
 
 
+async def finished(clients: list[Pipeliner]) -> None:
+    """Let them send no more, and see that every line was answered."""
+    for client in clients:
+        client.finish()
+    await asyncio.wait_for(asyncio.gather(*(client.ended for client in clients)), DEADLINE_S)
+    for client in clients:
+        client.check()
+        assert client.received == client.sent.upper()
+
+
 async def _connect(client: Pipeliner, address: str) -> None:
     loop = asyncio.get_running_loop()
     if address.startswith("unix:"):

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 
-from tests.clients import Pipeliner, Tally, come_and_go, pipeline
+from tests.clients import Tally, come_and_go, finished, pipeline
 from tests.daemon import DEADLINE_S, Daemon, Event
 
 
@@ -101,7 +101,7 @@ async def stream_through_upgrades(echod: Daemon, rounds: int) -> list[Event]:
         assert await asyncio.wait_for(reader.readline(), DEADLINE_S) == b"STILL HERE\n"
     for _, writer in (*begun, *idle):
         writer.close()
-    await _finish(fast)
+    await finished(fast)
     for each in slow:
         each.is_hurried = True
     await asyncio.wait_for(asyncio.gather(*slowly), DEADLINE_S)
@@ -109,16 +109,6 @@ async def stream_through_upgrades(echod: Daemon, rounds: int) -> list[Event]:
         each.check()
     assert tally.complaints == []
     return verdicts
-
-
-async def _finish(clients: list[Pipeliner]) -> None:
-    """Send no more, and see that every line was answered."""
-    for client in clients:
-        client.finish()
-    await asyncio.wait_for(asyncio.gather(*(client.ended for client in clients)), DEADLINE_S)
-    for client in clients:
-        client.check()
-        assert client.received == client.sent.upper()
 
 
 async def _until(look: Callable[[], bool], complaint: str) -> None:

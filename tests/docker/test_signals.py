@@ -7,7 +7,7 @@ from tests.docker.engine import Container, Engine
 
 FILE = "/etc/echod/echod.toml"
 STARTS = 5
-ANSWERS = {"HUP": "reload applied", "USR1": "stats", "USR2": "upgrade refused"}
+ANSWERS = {"HUP": "reload applied", "USR1": "stats", "USR2": "upgrade started"}
 
 
 def mounted(folder: Path) -> tuple[str, ...]:
