@@ -196,6 +196,8 @@ def _successor(parts: _Parts, logs: Logs) -> Successor:
 
 def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, reloads: Reloads) -> None:
     start = parts.start
+    gc.freeze()  # what is there now stays: it needn't be looked at again and again
+    gc.enable()
     parts.guard.serving(lambda: _stop_s(reloads.config), last_words=lambda: logs.sink.close(LOG_FLUSH_S))
     if start.legacy:
         for order in filter(None, (signals.order(*each) for each in start.legacy.state.process.orders)):
