@@ -113,8 +113,8 @@ def _refuse(tell: "Tell", faults: Sequence[str]) -> int:
 
 
 def _serve(serve: cli.Serve, tell: "Tell", folder: str = "") -> int:
-    # Imports make objects by the ten thousand and no garbage, and each search for it looks at all of them: a tenth of the
-    # start. It is switched on again once clients are served.
+    # Imports make objects by the ten thousand and no garbage, and each search for it looks at all of them: a tenth of
+    # the start. It is switched on again once clients are served.
     gc.disable()
     # Imported here, for the other commands don't need them.
     from echod import generation, handover, inheritance, pidfile, privileges, signals
