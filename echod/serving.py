@@ -71,7 +71,13 @@ def rehearse(options: Serve, environment: MutableMapping[str, str], legacy: Lega
     given = Given(legacy.heirs, startup.runtime_admin(environment))
     kept = Kept(dict.fromkeys(legacy.listeners), dict.fromkeys(legacy.admin))  # nothing of them is ours to change
     try:
-        generation.prepare(load, given, kept).discard()
+        prepared = generation.prepare(load, given, kept)
+        try:
+            prepared.try_listening()
+        finally:
+            prepared.discard()
+    except ListenError as error:
+        raise generation.PrepareError([f"listen: {error}"]) from error
     finally:
         for bound in (*legacy.listeners.values(), *legacy.admin.values()):
             bound.socket.close()
@@ -125,11 +131,18 @@ def _lock(start: Start) -> pidfile.PidFile | None:
 def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
     if start.legacy is None:
         return startup.prepare_as(privileges.find(start.options.user, start.options.group), prepare)
+    # What fails now has become so since the preflight: clients have to be served all the same.
     kept = Kept(start.legacy.listeners, start.legacy.admin)
     try:
-        return prepare(kept)
-    except generation.PrepareError as error:  # since the preflight: clients have to be served all the same
+        first = prepare(kept)
+    except generation.PrepareError as error:
         return generation.unchanged(start.legacy.config, kept, error.faults)
+    try:
+        first.listen()
+    except ListenError as error:
+        first.discard()
+        return generation.unchanged(start.legacy.config, kept, [f"listen: {error}"])
+    return first
 
 
 def _run(first: Generation, parts: _Parts) -> int:

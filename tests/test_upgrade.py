@@ -211,6 +211,60 @@ def test_a_configuration_that_is_refused_changes_nothing(tmp_path: Path) -> None
         client.close()
 
 
+OVERLAPPING = '{{address = "127.0.0.1:{0}"}}, {{address = "0.0.0.0:{0}"}}'
+"""Both can be bound, but the second one can't be listened on beside the first."""
+
+
+def _overlap(path: Path, port: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        overlapping = OVERLAPPING.format(free.getsockname()[1])
+    path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {overlapping}]\n')
+
+
+def test_addresses_that_overlap_are_refused_by_the_preflight(tmp_path: Path) -> None:
+    """What only listen(2) can tell is told before anything has happened."""
+    path = tmp_path / "echod.toml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
+    with serving("-c", str(path)) as echod, connect(port) as client:
+        _overlap(path, port)
+        (error,) = upgrade(echod, "upgrade refused")["errors"]
+        assert re.fullmatch(r"listen: 0\.0\.0\.0:\d+: address already in use", error)
+        assert ask(client, b"still here\n") == b"STILL HERE\n"
+        client.close()
+
+
+def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
+    installed: Installed, tmp_path: Path
+) -> None:
+    """A preflight that overlooks what is wrong: clients are served as before, and the log says what is wrong."""
+    installed.add("two", serving="rehearse = lambda *all: None")
+    path = tmp_path / "echod.toml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
+    arguments = ("-c", str(path))
+    with (
+        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
+        connect(port) as client,
+    ):
+        client.sendall(b"begun ")
+        installed.switch("two")
+        for break_it, complaint in (
+            (partial(_overlap, path, port), "address already in use"),
+            (partial(path.write_text, "limits.connections = 0"), "limits.connections"),
+        ):
+            break_it()
+            known = len(echod.events)
+            assert upgrade(echod)["listen"] == [f"127.0.0.1:{port}"]
+            warning = echod.wait_for("configuration", after=known)["warning"]
+            assert warning.startswith("the configuration of before goes on: ")
+            assert complaint in warning
+        assert ask(client, b"and ended\n") == b"BEGUN AND ENDED\n"
+        client.close()
+
+
 # -- everything crosses ------------------------------------------------------------------------------------------------
 
 
