@@ -131,6 +131,18 @@ def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) 
     _is_refused(installed, complaint, lambda: installed.switch("two"))
 
 
+def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(installed: Installed) -> None:
+    """Who starts echod may ignore SIGCHLD, which an execve hands on: how the preflight ended is told all the same."""
+    installed.add("two", server="def")
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    command = (sys.executable, "-c", ignoring, *installed.command)
+    with serving(command=command, environment=installed.environment) as echod, connect(echod.port) as client:
+        installed.switch("two")
+        assert "SyntaxError" in upgrade(echod, "upgrade refused")["errors"][0]
+        assert ask(client, b"still here\n") == b"STILL HERE\n"
+        client.close()
+
+
 def test_a_missing_interpreter_changes_nothing(installed: Installed) -> None:
     """What the script's first line names is gone."""
     _is_refused(installed, "no such file or directory", (installed.folder / "one/bin/python").unlink)
