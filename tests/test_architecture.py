@@ -140,6 +140,7 @@ ROOMS = {
         "generation",
         "handover",
         "logs",
+        "preflight",
         "reload",
         "server",
         "signals",

@@ -1,6 +1,7 @@
 """A live upgrade: a new program, the same process, the same connections, and not a byte lost, doubled or reordered."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
@@ -18,6 +19,10 @@ from typing import Any
 
 import pytest
 
+from echod.admin import END_S
+from echod.admission import AT_ONCE
+from echod.config import RESERVED_FILES
+from echod.process import allowed_open_files
 from tests.daemon import (
     CONSOLE_SCRIPT,
     DEADLINE_S,
@@ -85,6 +90,13 @@ class Installed:
         )
         script.chmod(0o755)
 
+    def prove_at_once(self) -> None:
+        """Make a preflight of the first one a matter of milliseconds, in which nothing is proven."""
+        script = self.folder / "one/bin/echod"
+        _, rest = script.read_text().split("\n", 1)
+        proving = f'[ "$1" = preflight ] && exit 0\nexec {script.parent / "python"} "$0" "$@"'
+        script.write_text(f"#!/bin/sh\n''':'\n{proving}\n'''\n{rest}")
+
     def switch(self, name: str) -> None:
         """Make it the one that is installed now."""
         link = self.folder / "next"
@@ -134,7 +146,9 @@ def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) 
 def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(installed: Installed) -> None:
     """Who starts echod may ignore SIGCHLD, which an execve hands on: how the preflight ended is told all the same."""
     installed.add("two", server="def")
-    ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     command = (sys.executable, "-c", ignoring, *installed.command)
     with serving(command=command, environment=installed.environment) as echod, connect(echod.port) as client:
         installed.switch("two")
@@ -422,6 +436,69 @@ def _until_there(look: Callable[[], list[int]]) -> list[int]:
     while not (found := look()):
         assert time.monotonic() < end
     return found
+
+
+# -- beside a reload ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(signal.SIGHUP, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGHUP)])
+def test_a_reload_at_the_same_time_is_in_nobody_s_way(order: tuple[signal.Signals, ...], tmp_path: Path) -> None:
+    """An address that the reload begins to listen on while the next program proves itself is no address in use."""
+    path = tmp_path / "echod.toml"
+    before = f'{{address = "unix:{tmp_path}/one"}}'
+    path.write_text(f"listen = [{before}]\n")
+    with serving("-c", str(path)) as echod:
+        path.write_text(f'listen = [{before}, {{address = "unix:{tmp_path}/two"}}]\n')
+        for number in order:
+            echod.send(number)
+        verdict = echod.wait_until(partial(_reaction, echod, signal.SIGUSR2), "no verdict")
+        assert (verdict["event"], len(verdict.get("listen", ()))) == ("upgrade done", 2)
+
+
+def test_who_waits_for_the_verdict_of_a_reload_gets_it(tmp_path: Path) -> None:
+    """A reload that is asked for in the last moment, and takes its time, is awaited with whoever asked."""
+    path, fifo = tmp_path / "echod.toml", tmp_path / "fifo"
+    text = f'listen = [{{address = "unix:{tmp_path}/sock"}}]\nadmin.listen = "unix:{tmp_path}/admin"\n'
+    path.write_text(text)
+    os.mkfifo(fifo)
+    with serving("-c", str(path)) as echod, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE_S)
+        client.connect(f"{tmp_path}/admin")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        fifo.rename(path)
+        client.sendall(b"POST /reload HTTP/1.1\r\nhost: x\r\n\r\n")
+        with path.open("w") as file:  # when the reload has opened it too
+            time.sleep(2 * END_S)  # longer than a silent client would be left
+            file.write(text)
+        assert b"HTTP/1.1 200" in read_to_end(client)
+        (tmp_path / "again").write_text(text)
+        (tmp_path / "again").rename(path)
+        echod.wait_for("upgrade done")
+
+
+def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, tmp_path: Path) -> None:
+    """An upgrade drops an address at which clients wait, one right after it would reset them: it waits for them."""
+    installed.prove_at_once()
+    path = tmp_path / "echod.toml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    kept, gone = f'{{address = "unix:{tmp_path}/sock"}}', f'{{address = "127.0.0.1:{port}"}}'
+    # As few clients as can be are told at once that they are too many; the next ones wait.
+    rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"
+    path.write_text(f"listen = [{kept}, {gone}]\n{rest}")
+    with (
+        serving("-c", str(path), command=installed.command, environment=installed.environment) as echod,
+        contextlib.ExitStack() as clients,
+    ):
+        served, *_ = [clients.enter_context(connect(port)) for _ in range(AT_ONCE.start + 1)]
+        assert ask(served, b"hello\n") == b"HELLO\n"
+        late = [clients.enter_context(connect(port)) for _ in range(5)]
+        path.write_text(f"listen = [{kept}]\n{rest}")
+        upgrade(echod)
+        upgrade(echod)
+        for client in late:
+            assert read_to_end(client) == b"ERROR too many connections from your address\n"
 
 
 # -- however it was started --------------------------------------------------------------------------------------------
