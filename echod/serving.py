@@ -100,7 +100,11 @@ def serve(start: Start) -> int:
     """Serve until told to stop; return the exit status. Raises what keeps a service from starting."""
     load = startup.loader(start.options.sources, start.environment, process.raise_open_files(), start.folder)
     mailbox = Mailbox()
-    guard = Guard(mailbox.put, unserved=start.statuses.ok, cut_off=start.statuses.cut_off)
+    unserved = start.statuses.cut_off if start.legacy else start.statuses.ok
+    guard = Guard(mailbox.put, unserved=unserved, cut_off=start.statuses.cut_off)
+    for each in start.legacy.state.process.orders if start.legacy else ():  # before those that the kernel has kept
+        if order := signals.order(*each):
+            guard.deliver(order)
     # Around all, for who hears that there is no daemon may start the next one at once.
     with signals.delivered(guard.deliver, guard.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
@@ -208,8 +212,6 @@ def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, re
     start = parts.start
     parts.guard.serving(lambda: reloads.config.timeouts.drain, last_words=lambda: logs.sink.close(LOG_FLUSH_S))
     if start.legacy:
-        for order in filter(None, (signals.order(*each) for each in start.legacy.state.process.orders)):
-            parts.guard.deliver(order)
         return
     if logs.is_at_terminal:
         logs.sink.write(greeting(server.addresses, os.getpid()).encode())

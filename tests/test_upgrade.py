@@ -427,6 +427,58 @@ def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
         assert not os.path.exists(f"/proc/{child}")
 
 
+SLOW = {
+    "successor": """
+before = Successor.replace
+def standing_still(self, *all):
+    time.sleep(0.5)
+    before(self, *all)
+Successor.replace = standing_still""",
+    "sink": """
+before = Sink.flush
+def flush(self, timeout_s):
+    time.sleep(1)
+    return before(self, timeout_s)
+Sink.flush = flush""",
+}
+"""A program that stands still in the moment of the change: half a second in which it still takes signals, and one in
+which the kernel keeps them."""
+
+
+def test_signals_are_followed_in_their_order(installed: Installed) -> None:
+    """Whether the old program had taken them from the kernel or not."""
+    installed.add("slow", **SLOW)
+    installed.switch("slow")
+    with serving(command=installed.command, environment=installed.environment) as echod:
+        installed.switch("one")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        echod.send(signal.SIGHUP)
+        time.sleep(1)
+        echod.send(signal.SIGTERM)
+        assert echod.exit_status() == 0
+        assert len(echod.events_named("upgrade done")) == 1
+        events = [event["event"] for event in echod.events]
+        assert events.index("reload started") < events.index("drain started")
+
+
+@pytest.mark.parametrize("wait_s", [0, 1])
+def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed, wait_s: float) -> None:
+    """It has proven itself and hangs all the same: a stop ends it, and isn't told as one that all were content with."""
+    installed.add("slow", **SLOW)
+    installed.switch("slow")
+    hang = "import time; rehearse = lambda *all: None; _first = lambda *all: time.sleep(1000)"
+    installed.add("two", serving=hang, guard="STARTING_S = 0.1")
+    with serving(command=installed.command, environment=installed.environment) as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        installed.switch("two")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        time.sleep(wait_s)
+        echod.send(signal.SIGTERM)
+        assert echod.process.wait(DEADLINE_S) == 3
+
+
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
