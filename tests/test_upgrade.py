@@ -582,6 +582,29 @@ def test_a_daemon_with_a_pid_file(tmp_path: Path) -> None:
     assert "exception" not in log.read_text()
 
 
+def test_the_command_line_stays_as_it_was() -> None:
+    """However many upgrades there were, `ps` shows the same."""
+
+    def command_line(echod: Daemon) -> bytes:
+        return Path(f"/proc/{echod.pid}/cmdline").read_bytes()
+
+    with serving() as echod:
+        upgrade(echod)
+        once = command_line(echod)
+        upgrade(echod)
+        assert command_line(echod) == once
+
+
+def test_a_script_that_only_an_interpreter_runs(tmp_path: Path) -> None:
+    """Neither executable nor with a first line that names an interpreter: the one that it was started with goes on."""
+    script = tmp_path / "echod"
+    script.write_text("import sys\nfrom echod.__main__ import main\nsys.exit(main())\n")
+    with serving(command=(sys.executable, "-X", "utf8", str(script))) as echod:
+        upgrade(echod)
+    with serving(command=(sys.executable, str(script))) as echod:
+        upgrade(echod)
+
+
 def test_sockets_of_a_service_manager_stay_inherited() -> None:
     """They keep their names through upgrades and reloads, and are left open and listening by whoever stops."""
     with two_sockets() as (one, other), activated(one, other, names="a:b") as echod:
@@ -591,6 +614,7 @@ def test_sockets_of_a_service_manager_stay_inherited() -> None:
         echod.reload("reload applied")
         with connect(ports[1]) as client:
             assert ask(client, b"hello\n") == b"HELLO\n"
+        assert not {3, 4} & {*_inheritable(echod)}
         assert echod.stop() == 0
         with connect(ports[0]):
             pass
@@ -602,9 +626,14 @@ def test_one_descriptor_for_each_and_none_is_inherited_by_children(tmp_path: Pat
         assert ask(client, b"hello\n") == b"HELLO\n"
         upgrade(echod)
         upgrade(echod)
-        flags = {
-            int(number): int(Path(f"/proc/{echod.pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8)
-            for number in os.listdir(f"/proc/{echod.pid}/fd")
-        }
-        assert [number for number, each in flags.items() if number > 2 and not each & os.O_CLOEXEC] == []
+        assert _inheritable(echod) == []
         client.close()
+
+
+def _inheritable(echod: Daemon) -> list[int]:
+    """Its descriptors that a child would inherit, but for the standard streams."""
+    flags = {
+        int(number): int(Path(f"/proc/{echod.pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8)
+        for number in os.listdir(f"/proc/{echod.pid}/fd")
+    }
+    return [number for number, each in flags.items() if number > 2 and not each & os.O_CLOEXEC]
