@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import random
 import re
@@ -39,6 +40,12 @@ from tests.daemon import (
 )
 from tests.streams import stream_through_upgrades, upgrade
 from tests.test_inheriting import activated, two_sockets
+
+PASSING = 800
+"""Clients whose log lines are more than a pipe holds."""
+
+OTHERS = 20
+"""At most so many lines of the log are of no client."""
 
 PROJECT = Path(__file__).parents[1]
 
@@ -168,6 +175,30 @@ def test_an_execve_that_fails_changes_nothing(installed: Installed) -> None:
     removing = f"before = rehearse\ndef rehearse(*all):\n    before(*all)\n    __import__('os').unlink({str(script)!r})"
     installed.add("two", serving=removing)
     _is_refused(installed, "no such file or directory", lambda: installed.switch("two"))
+
+
+def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_path: Path) -> None:
+    """A signal that came in that moment is followed, the admin endpoint answers, no child inherits a descriptor."""
+    admin, script = tmp_path / "admin", installed.folder / "current/bin/echod"
+    installed.add("slow", **SLOW)
+    installed.add("two", serving=f"rehearse = lambda *all: os.unlink({str(script)!r})")
+    installed.switch("slow")
+    arguments = settings(admin_listen=f"unix:{admin}")
+    with (
+        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
+        connect(echod.port) as client,
+    ):
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        installed.switch("two")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        echod.send(signal.SIGHUP)
+        echod.wait_for("upgrade refused")
+        echod.wait_for("reload applied")
+        asking = [CONSOLE_SCRIPT, "stats", "--admin", f"unix:{admin}"]
+        subprocess.run(asking, check=True, capture_output=True, timeout=DEADLINE_S)
+        assert _inheritable(echod) == []
+        client.close()
 
 
 def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], object]) -> None:
@@ -319,10 +350,71 @@ def test_counters_go_on() -> None:
         same = ("connections", "lines", "bytes_in", "bytes_out", "reloads", "log_dropped")
         assert {name: after[name] for name in same} == {name: before[name] for name in same}
         assert after["upgrades"] == 2
+        assert after["config_generation"] == before["config_generation"] + 2
         assert ask(client, b"three\n") == b"THREE\n"
         client.close()
         closed = echod.wait_for("connection closed", lines=2)
         assert (closed["bytes_in"], closed["bytes_out"]) == (10, 10)
+
+
+def test_the_limit_of_an_address_goes_on() -> None:
+    """Clients from before an upgrade count against it, and no more once they have left."""
+    with serving(*settings(limits_connections_per_address=1)) as echod, connect(echod.port) as client:
+        assert ask(client, b"one\n") == b"ONE\n"
+        upgrade(echod)
+        with connect(echod.port) as second:
+            assert read_to_end(second) == b"ERROR too many connections from your address\n"
+        client.close()
+        echod.wait_for("connection closed", lines=1)
+        with connect(echod.port) as third:
+            assert ask(third, b"three\n") == b"THREE\n"
+
+
+def test_a_self_check_under_way_is_nobody(installed: Installed, tmp_path: Path) -> None:
+    """A program that accepts nobody asked itself whether it is well: the next one accepts that and counts nobody."""
+    installed.add("deaf", listener="Listener._accept_some = lambda self: False")
+    installed.switch("deaf")
+    watchdog = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
+    with (
+        serving(command=installed.command, environment=installed.environment | watchdog) as echod,
+        connect(echod.port) as client,
+    ):
+        installed.switch("one")
+        upgrade(echod)
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        assert echod.stats()["connections"]["accepted"] == 1
+        client.close()
+
+
+def test_lines_that_the_log_s_reader_does_not_take_are_counted(tmp_path: Path) -> None:
+    """What a program could not write before it was replaced is lost in whole lines, and the next one tells how many."""
+    admin, (reading, writing) = f"unix:{tmp_path}/admin", os.pipe()
+    command = [sys.executable, "-m", "echod", "serve", "-l", "127.0.0.1:0", *settings(admin_listen=admin)]
+
+    def stats() -> Event:
+        asking = [CONSOLE_SCRIPT, "stats", "--json", "--admin", admin]
+        answer: Event = json.loads(subprocess.run(asking, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
+        return answer
+
+    def upgraded(times: int) -> list[int]:
+        return [1] if stats()["upgrades"] == times else []
+
+    with open(reading, "rb") as log, subprocess.Popen(command, stderr=writing, env=clean_environment()) as process:
+        os.close(writing)
+        try:
+            events = [json.loads(log.readline()) for _ in ("admin endpoint", "ready")]
+            port = int(events[-1]["listen"][0].rpartition(":")[2])
+            for _ in range(PASSING):
+                with connect(port) as client:
+                    assert ask(client, b"hello\n") == b"HELLO\n"
+            for number in (1, 2):
+                process.send_signal(signal.SIGUSR2)
+                _until_there(partial(upgraded, number))
+            dropped = stats()["log_dropped"]
+        finally:
+            process.terminate()
+        logged = sum(json.loads(line)["event"] == "connection closed" for line in log)
+    assert PASSING - logged <= dropped <= PASSING - logged + OTHERS
 
 
 def test_endings_go_on() -> None:
@@ -603,6 +695,26 @@ def test_a_script_that_only_an_interpreter_runs(tmp_path: Path) -> None:
         upgrade(echod)
     with serving(command=(sys.executable, str(script))) as echod:
         upgrade(echod)
+
+
+def test_relative_paths_are_meant_from_where_it_was_started(tmp_path: Path) -> None:
+    """A daemon lives in /, and the program before it has told the next one where the paths came from."""
+    (tmp_path / "echod.toml").write_text(f"listen = [{{address = 'unix:{tmp_path}/sock'}}]\nlog.file = 'log'\n")
+    command = [sys.executable, "-m", "echod", "serve", "--daemon", "--pidfile", "pid", "-c", "echod.toml"]
+    subprocess.run(command, env=clean_environment(), cwd=tmp_path, check=True, timeout=DEADLINE_S)
+    pid, log = int((tmp_path / "pid").read_text()), tmp_path / "log"
+    try:
+        for number, event in ((signal.SIGUSR2, "upgrade done"), (signal.SIGHUP, "reload applied")):
+            os.kill(pid, number)
+            _until_there(partial(_found, log, event))
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        _until_there(lambda: [1] if not (tmp_path / "pid").exists() else [])
+    assert '"warning"' not in log.read_text()
+
+
+def _found(log: Path, event: str) -> list[int]:
+    return [1] if f'"{event}"' in log.read_text() else []
 
 
 def test_sockets_of_a_service_manager_stay_inherited() -> None:
