@@ -746,8 +746,10 @@ def test_one_descriptor_for_each_and_none_is_inherited_by_children(tmp_path: Pat
 
 def _inheritable(echod: Daemon) -> list[int]:
     """Its descriptors that a child would inherit, but for the standard streams."""
-    flags = {
-        int(number): int(Path(f"/proc/{echod.pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8)
-        for number in os.listdir(f"/proc/{echod.pid}/fd")
-    }
-    return [number for number, each in flags.items() if number > 2 and not each & os.O_CLOEXEC]
+    found = []
+    for number in map(int, os.listdir(f"/proc/{echod.pid}/fd")):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            flags = int(Path(f"/proc/{echod.pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8)
+            if number > 2 and not flags & os.O_CLOEXEC:
+                found.append(number)
+    return found
