@@ -137,6 +137,9 @@ def _serve(serve: cli.Serve, tell: "Tell", folder: str = "") -> int:
 def _start(serve: cli.Serve, tell: "Tell", folder: str) -> int:
     from echod import serving, successor
 
+    # Ignored, as whoever started us may have left it, the kernel forgets how a child ended (wait(2)), and Python then
+    # takes a preflight that failed for one that went well.
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     legacy = _legacy(os.getpid())
     if legacy:
         folder = legacy.state.process.folder

@@ -84,13 +84,14 @@ class Endpoint:
         """Return when each listener that went away has served its backlog and is closed."""
         await self._listeners.retired()
 
-    async def rest(self) -> None:
+    async def rest(self) -> bool:
         """Accept nobody until `wake`, and return when the clients that are there have their answers, or had the time.
 
-        None of them is to wait for a reload then.
+        False if some wait for the verdict of a reload still: they stay.
         """
         self._listeners.pause("resting")
         await self._emptied()
+        return not self._exchanges
 
     def wake(self) -> None:
         """Accept clients again."""
@@ -107,6 +108,8 @@ class Endpoint:
             async with asyncio.timeout(END_S):
                 await self.retired()
         await self._emptied()
+        for exchange in [*self._exchanges]:
+            exchange.close()
         self._listeners.close_now()
 
     async def _emptied(self) -> None:
@@ -116,7 +119,8 @@ class Endpoint:
                     self._gone.clear()
                     await self._gone.wait()
         for exchange in [*self._exchanges]:
-            exchange.close()
+            if not exchange.is_awaited:
+                exchange.close()
 
     # -- answers ---------------------------------------------------------------------------------------------------
 

@@ -172,19 +172,19 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin (asyncio.Protocol), or end what was ended before it began."""
-        transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
-        self._transport = transport
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
+        farewell, self._farewell = self._farewell, b""  # which may be much: not to be held any longer
         # No buffer of our own: `pause_writing` then means exactly that the kernel took less than it was given.
         transport.set_write_buffer_limits(high=0)
-        if self._farewell is None:
-            transport.abort()
+        if farewell is None:
+            self._abort()
         elif self.reason == "client":
-            self._write(self._farewell)
+            self._write(farewell)
             transport.close()
         elif self.reason is not None:
-            self._half_close(self._farewell)
-        elif self._farewell:
-            self._write(self._farewell)
+            self._half_close(farewell)
+        elif farewell:
+            self._write(farewell)
             asyncio.get_running_loop().call_soon(self._read_on)
 
     def eof_received(self) -> bool:

@@ -103,6 +103,8 @@ class Legacy:
 def legacy(state: State, clients: Iterable[Past]) -> Legacy:
     """Take the sockets over, each client's when it is asked for; raises HandoverError."""
     try:
+        for _, descriptor in state.process.heirs:
+            os.set_inheritable(descriptor, False)
         heirs = adopt(Inherited(name, descriptor) for name, descriptor in state.process.heirs)
         known = {heir.socket.fileno(): heir.socket for heir in heirs}
         listeners, admin = (_bound(each, known) for each in (state.service.listeners, state.service.admin))

@@ -47,6 +47,11 @@ class Generation:
         for bound in self._sockets:
             bound.listen()
 
+    def try_listening(self) -> None:
+        """See whether `listen` can go well, before a `discard` and noticed by no client; raises ListenError."""
+        for bound in self._sockets:
+            bound.try_listening()
+
     @property
     def _sockets(self) -> list[sockets.Bound]:
         return [bound for bound in (*self.listeners.values(), *self.admin.values()) if bound]

@@ -21,6 +21,7 @@ from echod.crossing import Legacy
 from echod.generation import Generation
 from echod.handover import Process, Service
 from echod.logs import Logs
+from echod.preflight import PreflightError
 from echod.reload import Parts, Prepare, Reloads
 from echod.server import PROGRESS_S, Drained, Server
 from echod.signals import Command, Order
@@ -29,7 +30,7 @@ from echod.stats import Stats
 from echod.successor import Successor
 from echod.supervision import supervise
 from echod.systemd import Notifier
-from echod.upgrade import Steps, Upgrades
+from echod.upgrade import SETTLE_S, Steps, Upgrades
 from echod.watch import BEAT_S, Watch
 
 EXTENSION_S = 3.0
@@ -161,11 +162,23 @@ def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroun
             ourselves=[crossing.address_of(name) for name in server.selfcheck.names],
         )
 
+    async def prove() -> str:
+        while True:
+            async with asyncio.timeout(SETTLE_S):
+                await reloads.idle()
+            generation = around.stats.config_generation
+            try:
+                return await around.successor.prove(service())
+            except PreflightError:
+                if reloads.is_idle and generation == around.stats.config_generation:
+                    raise
+                # It was told of listeners that are no more, or not of one whose address is taken since, by us.
+
     async def settle() -> None:
         while True:
             await reloads.idle()
-            await endpoint.rest()
-            if reloads.is_idle:
+            await asyncio.gather(server.retired(), endpoint.retired())  # who waits in those would be reset
+            if await endpoint.rest() and reloads.is_idle:
                 return
             endpoint.wake()
 
@@ -175,7 +188,7 @@ def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroun
         again = [Order(Command.UPGRADE, "USR2", 0)] if is_wanted_again else []
         around.successor.replace(service(), pasts, descriptors, again)
 
-    return Steps(lambda: around.successor.prove(service()), settle, endpoint.wake, replace)
+    return Steps(prove, settle, endpoint.wake, replace)
 
 
 async def _serve(server: Server, reloads: Reloads, upgrades: Upgrades, around: Surroundings) -> Order:

@@ -71,7 +71,13 @@ def rehearse(options: Serve, environment: MutableMapping[str, str], legacy: Lega
     given = Given(legacy.heirs, startup.runtime_admin(environment))
     kept = Kept(dict.fromkeys(legacy.listeners), dict.fromkeys(legacy.admin))  # nothing of them is ours to change
     try:
-        generation.prepare(load, given, kept).discard()
+        prepared = generation.prepare(load, given, kept)
+        try:
+            prepared.try_listening()
+        finally:
+            prepared.discard()
+    except ListenError as error:
+        raise generation.PrepareError([f"listen: {error}"]) from error
     finally:
         for bound in (*legacy.listeners.values(), *legacy.admin.values()):
             bound.socket.close()
@@ -95,9 +101,8 @@ def serve(start: Start) -> int:
     load = startup.loader(start.options.sources, start.environment, process.raise_open_files(), start.folder)
     mailbox = Mailbox()
     guard = Guard(mailbox.put, unserved=start.statuses.ok, cut_off=start.statuses.cut_off)
-    if start.legacy:  # clients are served already, but for a moment
-        stop_s = _stop_s(start.legacy.config)
-        guard.serving(lambda: stop_s, last_words=lambda: None)
+    if start.legacy:  # whose clients are served, but for a moment
+        _take_orders(start.legacy, guard)
     # Around all, for who hears that there is no daemon may start the next one at once.
     with signals.delivered(guard.deliver, guard.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
@@ -117,6 +122,14 @@ def serve(start: Start) -> int:
         return _run(_first(start, prepare), _Parts(start, mailbox, guard, delivery, belongings, prepare))
 
 
+def _take_orders(legacy: Legacy, guard: Guard) -> None:
+    """Follow what the program before us didn't, before what the kernel has kept; a stop may take as long as any."""
+    stop_s = _stop_s(legacy.config)
+    guard.serving(lambda: stop_s, last_words=lambda: None)
+    for order in filter(None, (signals.order(*each) for each in legacy.state.process.orders)):
+        guard.deliver(order)
+
+
 def _lock(start: Start) -> pidfile.PidFile | None:
     if start.legacy and (left := start.legacy.state.process.pidfile):
         os.set_inheritable(left[1], False)
@@ -128,11 +141,18 @@ def _lock(start: Start) -> pidfile.PidFile | None:
 def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
     if start.legacy is None:
         return startup.prepare_as(privileges.find(start.options.user, start.options.group), prepare)
+    # What fails now has become so since the preflight: clients have to be served all the same.
     kept = Kept(start.legacy.listeners, start.legacy.admin)
     try:
-        return prepare(kept)
-    except generation.PrepareError as error:  # since the preflight: clients have to be served all the same
+        first = prepare(kept)
+    except generation.PrepareError as error:
         return generation.unchanged(start.legacy.config, kept, error.faults)
+    try:
+        first.listen()
+    except ListenError as error:
+        first.discard()
+        return generation.unchanged(start.legacy.config, kept, [f"listen: {error}"])
+    return first
 
 
 def _run(first: Generation, parts: _Parts) -> int:
@@ -200,8 +220,6 @@ def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, re
     gc.enable()
     parts.guard.serving(lambda: _stop_s(reloads.config), last_words=lambda: logs.sink.close(LOG_FLUSH_S))
     if start.legacy:
-        for order in filter(None, (signals.order(*each) for each in start.legacy.state.process.orders)):
-            parts.guard.deliver(order)
         return
     if logs.is_at_terminal:
         logs.sink.write(greeting(server.addresses, os.getpid()).encode())

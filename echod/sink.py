@@ -6,8 +6,10 @@ shared with whoever started this process.
 
 import os
 import select
+import stat
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
@@ -76,6 +78,8 @@ class _Writer:
         self._is_owned = is_owned
         self._is_torn = False
         self._in_hand = 0  # lines that the thread is writing
+        # A pipe takes as much at once or nothing of it (pipe(7)): who ends a write that waits tears no line.
+        self._piece_bytes = select.PIPE_BUF if _is_pipe(descriptor) else 2 * _BATCH_BYTES
         self._nobody = threading.Event()
         self._queue: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()  # an event: tell when you are here
         self._thread = threading.Thread(target=self._run, args=(predecessor,), name="log", daemon=True)
@@ -111,9 +115,9 @@ class _Writer:
         self._is_torn = self._is_owned and _ends_torn(self._descriptor)
         while True:
             batch, told = self._gather()
-            if batch:
-                self._write(b"".join(batch))
-            self._in_hand = 0
+            for piece in _pieces(batch, self._piece_bytes):
+                self._write(b"".join(piece))
+                self._in_hand -= len(piece)
             if told is None:
                 break
             told.set()
@@ -153,6 +157,27 @@ class _Writer:
                 break
         if done:
             self._is_torn = data[done - 1 : done] != b"\n"
+
+
+def _pieces(lines: Iterable[bytes], longest: int) -> Iterator[list[bytes]]:
+    """The lines in pieces of so many bytes, unless a line alone is longer."""
+    piece: list[bytes] = []
+    size = 0
+    for line in lines:
+        if piece and size + len(line) > longest:
+            yield piece
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if piece:
+        yield piece
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
 
 
 def _ends_torn(descriptor: int) -> bool:

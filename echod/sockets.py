@@ -74,6 +74,17 @@ class Bound:
             name = peer_name(self.socket.family, self.socket.getsockname())
             raise ListenError(f"{name}: {(error.strerror or str(error)).lower()}") from error
 
+    def try_listening(self) -> None:
+        """See whether `listen` can go well, on a socket that is to be closed and that no client finds meanwhile.
+
+        Of two new addresses that overlap both can be bound, and only one listened on. Raises ListenError. A Unix socket
+        is refused when it is bound already, and who shares a port can't be in anybody's way.
+        """
+        sock = self.socket
+        is_shared = sock.family == socket.AF_UNIX or sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        if not is_shared and _bind_to_no_interface(sock):
+            self.listen()
+
     def close(self) -> None:
         """Close the socket and remove its file, if it is still the same."""
         if self.file is not None:

@@ -32,8 +32,10 @@ def command_line(
     head = original[: len(original) - len(arguments)]
     script = os.path.join(folder, head[-1])
     if head[-2:-1] == ["-m"] or not os.path.isfile(script):
-        return (interpreter, *head[1:-2], "-P", "-m", "echod"), tuple(arguments)
-    return ((script,) if len(head) == 2 else (interpreter, *head[1:-1], script)), tuple(arguments)
+        flags = [flag for flag in head[1:-2] if flag != "-P"]  # of the upgrade before
+        return (interpreter, *flags, "-P", "-m", "echod"), tuple(arguments)
+    is_by_itself = len(head) == 2 and os.access(script, os.X_OK)
+    return ((script,) if is_by_itself else (interpreter, *head[1:-1], script)), tuple(arguments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import structlog
 from echod.preflight import PreflightError
 
 SETTLE_S = 5.0
-"""How long a reload that is under way may keep an upgrade waiting."""
+"""How long what is under way may keep an upgrade waiting: a reload, a listener that is to be closed."""
 
 log = structlog.get_logger()
 
@@ -68,7 +68,7 @@ class Upgrades:
             except PreflightError as error:
                 _refuse(*error.faults)
             except TimeoutError:
-                _refuse(f"a reload is under way that doesn't end within {SETTLE_S:g} s")
+                _refuse(f"a reload or a listener that is to be closed doesn't come to its end within {SETTLE_S:g} s")
             except OSError as error:
                 _refuse(f"{error.filename or 'execve'}: {(error.strerror or str(error)).lower()}")
             except Exception as error:  # whatever it is, this program serves on

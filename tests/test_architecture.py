@@ -152,6 +152,7 @@ ROOMS = {
         "generation",
         "handover",
         "logs",
+        "preflight",
         "reload",
         "server",
         "signals",

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
 import uvloop
 
 from echod.connection import CHUNK_BYTES, Connection
+from echod.handover import Past
 
 LINE_BYTES = 65_536
 GROWING = "ΐ".encode() * (LINE_BYTES // 2)
@@ -55,6 +57,36 @@ def test_one_client_holds_at_most_the_line_limit_and_three_chunks(begun: int) ->
     with _full_pair() as (ours, client), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         held = runner.run(_held(ours, client, begun, rest))
     assert 0 < held <= LINE_BYTES + 3 * CHUNK_BYTES
+
+
+async def _references_to_unsent(ours: socket.socket, client: socket.socket) -> tuple[int, int]:
+    """How often what a client was owed by the program before is held: before it is known, and when it was taken."""
+    loop = asyncio.get_running_loop()
+    closed = asyncio.Event()
+    unsent = b"owed" * 100_000
+    before = sys.getrefcount(unsent)
+    connection = Connection(ours, "", LINE_BYTES, loop.time(), lambda _: closed.set())
+    connection.resume(Past(descriptor=ours.fileno(), family=ours.family, peer=b"", opened_at=0.0, unsent=unsent))
+    await loop.connect_accepted_socket(lambda: connection, ours)
+    left = len(unsent)
+    while left:
+        left -= len(await loop.sock_recv(client, left))
+    while connection.unsent_bytes:
+        await asyncio.sleep(0)
+    after = sys.getrefcount(unsent)
+    connection.end_now()
+    await closed.wait()
+    return before, after
+
+
+def test_what_was_owed_before_an_upgrade_is_forgotten_when_it_was_taken() -> None:
+    """It may be much, and a connection may live for days."""
+    ours, client = socket.socketpair()
+    with ours, client, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        ours.setblocking(False)
+        client.setblocking(False)
+        before, after = runner.run(_references_to_unsent(ours, client))
+    assert after == before
 
 
 class Noted(Connection):

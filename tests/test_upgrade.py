@@ -1,7 +1,9 @@
 """A live upgrade: a new program, the same process, the same connections, and not a byte lost, doubled or reordered."""
 
 import asyncio
+import contextlib
 import itertools
+import json
 import os
 import random
 import re
@@ -18,6 +20,11 @@ from typing import Any
 
 import pytest
 
+from echod.admin import END_S
+from echod.admission import AT_ONCE
+from echod.config import RESERVED_FILES
+from echod.process import allowed_open_files
+from echod.sockets import LINGER_S
 from tests.daemon import (
     CONSOLE_SCRIPT,
     DEADLINE_S,
@@ -34,6 +41,12 @@ from tests.daemon import (
 )
 from tests.streams import stream_through_upgrades, upgrade
 from tests.test_inheriting import activated, two_sockets
+
+PASSING = 800
+"""Clients whose log lines are more than a pipe holds."""
+
+OTHERS = 20
+"""At most so many lines of the log are of no client."""
 
 PROJECT = Path(__file__).parents[1]
 
@@ -85,6 +98,13 @@ class Installed:
         )
         script.chmod(0o755)
 
+    def prove_at_once(self) -> None:
+        """Make a preflight of the first one a matter of milliseconds, in which nothing is proven."""
+        script = self.folder / "one/bin/echod"
+        _, rest = script.read_text().split("\n", 1)
+        proving = f'[ "$1" = preflight ] && exit 0\nexec {script.parent / "python"} "$0" "$@"'
+        script.write_text(f"#!/bin/sh\n''':'\n{proving}\n'''\n{rest}")
+
     def switch(self, name: str) -> None:
         """Make it the one that is installed now."""
         link = self.folder / "next"
@@ -131,6 +151,20 @@ def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) 
     _is_refused(installed, complaint, lambda: installed.switch("two"))
 
 
+def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(installed: Installed) -> None:
+    """Who starts echod may ignore SIGCHLD, which an execve hands on: how the preflight ended is told all the same."""
+    installed.add("two", server="def")
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = (sys.executable, "-c", ignoring, *installed.command)
+    with serving(command=command, environment=installed.environment) as echod, connect(echod.port) as client:
+        installed.switch("two")
+        assert "SyntaxError" in upgrade(echod, "upgrade refused")["errors"][0]
+        assert ask(client, b"still here\n") == b"STILL HERE\n"
+        client.close()
+
+
 def test_a_missing_interpreter_changes_nothing(installed: Installed) -> None:
     """What the script's first line names is gone."""
     _is_refused(installed, "no such file or directory", (installed.folder / "one/bin/python").unlink)
@@ -142,6 +176,30 @@ def test_an_execve_that_fails_changes_nothing(installed: Installed) -> None:
     removing = f"before = rehearse\ndef rehearse(*all):\n    before(*all)\n    __import__('os').unlink({str(script)!r})"
     installed.add("two", serving=removing)
     _is_refused(installed, "no such file or directory", lambda: installed.switch("two"))
+
+
+def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_path: Path) -> None:
+    """A signal that came in that moment is followed, the admin endpoint answers, no child inherits a descriptor."""
+    admin, script = tmp_path / "admin", installed.folder / "current/bin/echod"
+    installed.add("slow", **SLOW)
+    installed.add("two", serving=f"rehearse = lambda *all: os.unlink({str(script)!r})")
+    installed.switch("slow")
+    arguments = settings(admin_listen=f"unix:{admin}")
+    with (
+        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
+        connect(echod.port) as client,
+    ):
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        installed.switch("two")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        echod.send(signal.SIGHUP)
+        echod.wait_for("upgrade refused")
+        echod.wait_for("reload applied")
+        asking = [CONSOLE_SCRIPT, "stats", "--admin", f"unix:{admin}"]
+        subprocess.run(asking, check=True, capture_output=True, timeout=DEADLINE_S)
+        assert _inheritable(echod) == []
+        client.close()
 
 
 def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], object]) -> None:
@@ -211,6 +269,60 @@ def test_a_configuration_that_is_refused_changes_nothing(tmp_path: Path) -> None
         client.close()
 
 
+OVERLAPPING = '{{address = "127.0.0.1:{0}"}}, {{address = "0.0.0.0:{0}"}}'
+"""Both can be bound, but the second one can't be listened on beside the first."""
+
+
+def _overlap(path: Path, port: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        overlapping = OVERLAPPING.format(free.getsockname()[1])
+    path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {overlapping}]\n')
+
+
+def test_addresses_that_overlap_are_refused_by_the_preflight(tmp_path: Path) -> None:
+    """What only listen(2) can tell is told before anything has happened."""
+    path = tmp_path / "echod.toml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
+    with serving("-c", str(path)) as echod, connect(port) as client:
+        _overlap(path, port)
+        (error,) = upgrade(echod, "upgrade refused")["errors"]
+        assert re.fullmatch(r"listen: 0\.0\.0\.0:\d+: address already in use", error)
+        assert ask(client, b"still here\n") == b"STILL HERE\n"
+        client.close()
+
+
+def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
+    installed: Installed, tmp_path: Path
+) -> None:
+    """A preflight that overlooks what is wrong: clients are served as before, and the log says what is wrong."""
+    installed.add("two", serving="rehearse = lambda *all: None")
+    path = tmp_path / "echod.toml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
+    arguments = ("-c", str(path))
+    with (
+        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
+        connect(port) as client,
+    ):
+        client.sendall(b"begun ")
+        installed.switch("two")
+        for break_it, complaint in (
+            (partial(_overlap, path, port), "address already in use"),
+            (partial(path.write_text, "limits.connections = 0"), "limits.connections"),
+        ):
+            break_it()
+            known = len(echod.events)
+            assert upgrade(echod)["listen"] == [f"127.0.0.1:{port}"]
+            warning = echod.wait_for("configuration", after=known)["warning"]
+            assert warning.startswith("the configuration of before goes on: ")
+            assert complaint in warning
+        assert ask(client, b"and ended\n") == b"BEGUN AND ENDED\n"
+        client.close()
+
+
 # -- everything crosses ------------------------------------------------------------------------------------------------
 
 
@@ -219,9 +331,10 @@ def test_time_goes_on(tmp_path: Path) -> None:
     with serving(*settings(timeouts_line=2)) as echod, connect(echod.port) as client:
         client.sendall(b"begun")
         upgrade(echod)
+        upgrade(echod)
         assert read_line(client) == b"ERROR line not finished within 2 s\n"
         closed = echod.wait_for("connection closed", reason="line timeout")
-        assert 2 <= closed["duration_s"] < 5
+        assert 2 + LINGER_S <= closed["duration_s"] < 5, "it is read for a second more, to an end that doesn't come"
         assert echod.stats()["uptime_s"] >= closed["duration_s"]
 
 
@@ -239,10 +352,71 @@ def test_counters_go_on() -> None:
         same = ("connections", "lines", "bytes_in", "bytes_out", "reloads", "log_dropped")
         assert {name: after[name] for name in same} == {name: before[name] for name in same}
         assert after["upgrades"] == 2
+        assert after["config_generation"] == before["config_generation"] + 2
         assert ask(client, b"three\n") == b"THREE\n"
         client.close()
         closed = echod.wait_for("connection closed", lines=2)
         assert (closed["bytes_in"], closed["bytes_out"]) == (10, 10)
+
+
+def test_the_limit_of_an_address_goes_on() -> None:
+    """Clients from before an upgrade count against it, and no more once they have left."""
+    with serving(*settings(limits_connections_per_address=1)) as echod, connect(echod.port) as client:
+        assert ask(client, b"one\n") == b"ONE\n"
+        upgrade(echod)
+        with connect(echod.port) as second:
+            assert read_to_end(second) == b"ERROR too many connections from your address\n"
+        client.close()
+        echod.wait_for("connection closed", lines=1)
+        with connect(echod.port) as third:
+            assert ask(third, b"three\n") == b"THREE\n"
+
+
+def test_a_self_check_under_way_is_nobody(installed: Installed, tmp_path: Path) -> None:
+    """A program that accepts nobody asked itself whether it is well: the next one accepts that and counts nobody."""
+    installed.add("deaf", listener="Listener._accept_some = lambda self: False")
+    installed.switch("deaf")
+    watchdog = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
+    with (
+        serving(command=installed.command, environment=installed.environment | watchdog) as echod,
+        connect(echod.port) as client,
+    ):
+        installed.switch("one")
+        upgrade(echod)
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        assert echod.stats()["connections"]["accepted"] == 1
+        client.close()
+
+
+def test_lines_that_the_log_s_reader_does_not_take_are_counted(tmp_path: Path) -> None:
+    """What a program could not write before it was replaced is lost in whole lines, and the next one tells how many."""
+    admin, (reading, writing) = f"unix:{tmp_path}/admin", os.pipe()
+    command = [sys.executable, "-m", "echod", "serve", "-l", "127.0.0.1:0", *settings(admin_listen=admin)]
+
+    def stats() -> Event:
+        asking = [CONSOLE_SCRIPT, "stats", "--json", "--admin", admin]
+        answer: Event = json.loads(subprocess.run(asking, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
+        return answer
+
+    def upgraded(times: int) -> list[int]:
+        return [1] if stats()["upgrades"] == times else []
+
+    with open(reading, "rb") as log, subprocess.Popen(command, stderr=writing, env=clean_environment()) as process:
+        os.close(writing)
+        try:
+            events = [json.loads(log.readline()) for _ in ("admin endpoint", "ready")]
+            port = int(events[-1]["listen"][0].rpartition(":")[2])
+            for _ in range(PASSING):
+                with connect(port) as client:
+                    assert ask(client, b"hello\n") == b"HELLO\n"
+            for number in (1, 2):
+                process.send_signal(signal.SIGUSR2)
+                _until_there(partial(upgraded, number))
+            dropped = stats()["log_dropped"]
+        finally:
+            process.terminate()
+        logged = sum(json.loads(line)["event"] == "connection closed" for line in log)
+    assert PASSING - logged <= dropped <= PASSING - logged + OTHERS
 
 
 def test_endings_go_on() -> None:
@@ -347,6 +521,58 @@ def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
         assert not os.path.exists(f"/proc/{child}")
 
 
+SLOW = {
+    "successor": """
+before = Successor.replace
+def standing_still(self, *all):
+    time.sleep(0.5)
+    before(self, *all)
+Successor.replace = standing_still""",
+    "sink": """
+before = Sink.flush
+def flush(self, timeout_s):
+    time.sleep(1)
+    return before(self, timeout_s)
+Sink.flush = flush""",
+}
+"""A program that stands still in the moment of the change: half a second in which it still takes signals, and one in
+which the kernel keeps them."""
+
+
+def test_signals_are_followed_in_their_order(installed: Installed) -> None:
+    """Whether the old program had taken them from the kernel or not."""
+    installed.add("slow", **SLOW)
+    installed.switch("slow")
+    with serving(command=installed.command, environment=installed.environment) as echod:
+        installed.switch("one")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        echod.send(signal.SIGHUP)
+        time.sleep(1)
+        echod.send(signal.SIGTERM)
+        assert echod.exit_status() == 0
+        assert len(echod.events_named("upgrade done")) == 1
+        events = [event["event"] for event in echod.events]
+        assert events.index("reload started") < events.index("drain started")
+
+
+@pytest.mark.parametrize("wait_s", [0, 1])
+def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed, wait_s: float) -> None:
+    """It has proven itself and hangs all the same: a stop ends it, and isn't told as one that all were content with."""
+    installed.add("slow", **SLOW)
+    installed.switch("slow")
+    hang = "import time; rehearse = lambda *all: None; _first = lambda *all: time.sleep(1000)"
+    installed.add("two", serving=hang, guard="STARTING_S = 0.1")
+    with serving(command=installed.command, environment=installed.environment) as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\n") == b"HELLO\n"
+        installed.switch("two")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        time.sleep(wait_s)
+        echod.send(signal.SIGTERM)
+        assert echod.process.wait(DEADLINE_S) == 3
+
+
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -356,6 +582,69 @@ def _until_there(look: Callable[[], list[int]]) -> list[int]:
     while not (found := look()):
         assert time.monotonic() < end
     return found
+
+
+# -- beside a reload ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(signal.SIGHUP, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGHUP)])
+def test_a_reload_at_the_same_time_is_in_nobody_s_way(order: tuple[signal.Signals, ...], tmp_path: Path) -> None:
+    """An address that the reload begins to listen on while the next program proves itself is no address in use."""
+    path = tmp_path / "echod.toml"
+    before = f'{{address = "unix:{tmp_path}/one"}}'
+    path.write_text(f"listen = [{before}]\n")
+    with serving("-c", str(path)) as echod:
+        path.write_text(f'listen = [{before}, {{address = "unix:{tmp_path}/two"}}]\n')
+        for number in order:
+            echod.send(number)
+        verdict = echod.wait_until(partial(_reaction, echod, signal.SIGUSR2), "no verdict")
+        assert (verdict["event"], len(verdict.get("listen", ()))) == ("upgrade done", 2)
+
+
+def test_who_waits_for_the_verdict_of_a_reload_gets_it(tmp_path: Path) -> None:
+    """A reload that is asked for in the last moment, and takes its time, is awaited with whoever asked."""
+    path, fifo = tmp_path / "echod.toml", tmp_path / "fifo"
+    text = f'listen = [{{address = "unix:{tmp_path}/sock"}}]\nadmin.listen = "unix:{tmp_path}/admin"\n'
+    path.write_text(text)
+    os.mkfifo(fifo)
+    with serving("-c", str(path)) as echod, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE_S)
+        client.connect(f"{tmp_path}/admin")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade proven")
+        fifo.rename(path)
+        client.sendall(b"POST /reload HTTP/1.1\r\nhost: x\r\n\r\n")
+        with path.open("w") as file:  # when the reload has opened it too
+            time.sleep(2 * END_S)  # longer than a silent client would be left
+            file.write(text)
+        assert b"HTTP/1.1 200" in read_to_end(client)
+        (tmp_path / "again").write_text(text)
+        (tmp_path / "again").rename(path)
+        echod.wait_for("upgrade done")
+
+
+def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, tmp_path: Path) -> None:
+    """An upgrade drops an address at which clients wait, one right after it would reset them: it waits for them."""
+    installed.prove_at_once()
+    path = tmp_path / "echod.toml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    kept, gone = f'{{address = "unix:{tmp_path}/sock"}}', f'{{address = "127.0.0.1:{port}"}}'
+    # As few clients as can be are told at once that they are too many; the next ones wait.
+    rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"
+    path.write_text(f"listen = [{kept}, {gone}]\n{rest}")
+    with (
+        serving("-c", str(path), command=installed.command, environment=installed.environment) as echod,
+        contextlib.ExitStack() as clients,
+    ):
+        served, *_ = [clients.enter_context(connect(port)) for _ in range(AT_ONCE.start + 1)]
+        assert ask(served, b"hello\n") == b"HELLO\n"
+        late = [clients.enter_context(connect(port)) for _ in range(5)]
+        path.write_text(f"listen = [{kept}]\n{rest}")
+        upgrade(echod)
+        upgrade(echod)
+        for client in late:
+            assert read_to_end(client) == b"ERROR too many connections from your address\n"
 
 
 # -- however it was started --------------------------------------------------------------------------------------------
@@ -387,6 +676,49 @@ def test_a_daemon_with_a_pid_file(tmp_path: Path) -> None:
     assert "exception" not in log.read_text()
 
 
+def test_the_command_line_stays_as_it_was() -> None:
+    """However many upgrades there were, `ps` shows the same."""
+
+    def command_line(echod: Daemon) -> bytes:
+        return Path(f"/proc/{echod.pid}/cmdline").read_bytes()
+
+    with serving() as echod:
+        upgrade(echod)
+        once = command_line(echod)
+        upgrade(echod)
+        assert command_line(echod) == once
+
+
+def test_a_script_that_only_an_interpreter_runs(tmp_path: Path) -> None:
+    """Neither executable nor with a first line that names an interpreter: the one that it was started with goes on."""
+    script = tmp_path / "echod"
+    script.write_text("import sys\nfrom echod.__main__ import main\nsys.exit(main())\n")
+    with serving(command=(sys.executable, "-X", "utf8", str(script))) as echod:
+        upgrade(echod)
+    with serving(command=(sys.executable, str(script))) as echod:
+        upgrade(echod)
+
+
+def test_relative_paths_are_meant_from_where_it_was_started(tmp_path: Path) -> None:
+    """A daemon lives in /, and the program before it has told the next one where the paths came from."""
+    (tmp_path / "echod.toml").write_text(f"listen = [{{address = 'unix:{tmp_path}/sock'}}]\nlog.file = 'log'\n")
+    command = [sys.executable, "-m", "echod", "serve", "--daemon", "--pidfile", "pid", "-c", "echod.toml"]
+    subprocess.run(command, env=clean_environment(), cwd=tmp_path, check=True, timeout=DEADLINE_S)
+    pid, log = int((tmp_path / "pid").read_text()), tmp_path / "log"
+    try:
+        for number, event in ((signal.SIGUSR2, "upgrade done"), (signal.SIGHUP, "reload applied")):
+            os.kill(pid, number)
+            _until_there(partial(_found, log, event))
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        _until_there(lambda: [1] if not (tmp_path / "pid").exists() else [])
+    assert '"warning"' not in log.read_text()
+
+
+def _found(log: Path, event: str) -> list[int]:
+    return [1] if f'"{event}"' in log.read_text() else []
+
+
 def test_sockets_of_a_service_manager_stay_inherited() -> None:
     """They keep their names through upgrades and reloads, and are left open and listening by whoever stops."""
     with two_sockets() as (one, other), activated(one, other, names="a:b") as echod:
@@ -396,6 +728,7 @@ def test_sockets_of_a_service_manager_stay_inherited() -> None:
         echod.reload("reload applied")
         with connect(ports[1]) as client:
             assert ask(client, b"hello\n") == b"HELLO\n"
+        assert not {3, 4} & {*_inheritable(echod)}
         assert echod.stop() == 0
         with connect(ports[0]):
             pass
@@ -407,9 +740,16 @@ def test_one_descriptor_for_each_and_none_is_inherited_by_children(tmp_path: Pat
         assert ask(client, b"hello\n") == b"HELLO\n"
         upgrade(echod)
         upgrade(echod)
-        flags = {
-            int(number): int(Path(f"/proc/{echod.pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8)
-            for number in os.listdir(f"/proc/{echod.pid}/fd")
-        }
-        assert [number for number, each in flags.items() if number > 2 and not each & os.O_CLOEXEC] == []
+        assert _inheritable(echod) == []
         client.close()
+
+
+def _inheritable(echod: Daemon) -> list[int]:
+    """Its descriptors that a child would inherit, but for the standard streams."""
+    found = []
+    for number in map(int, os.listdir(f"/proc/{echod.pid}/fd")):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            flags = int(Path(f"/proc/{echod.pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8)
+            if number > 2 and not flags & os.O_CLOEXEC:
+                found.append(number)
+    return found
