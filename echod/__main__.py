@@ -140,7 +140,7 @@ def _start(serve: cli.Serve, tell: "Tell", folder: str) -> int:
     # Ignored, as whoever started us may have left it, the kernel forgets how a child ended (wait(2)), and Python then
     # takes a preflight that failed for one that went well.
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
-    legacy = _legacy(os.getpid())
+    legacy = _legacy()
     if legacy:
         folder = legacy.state.process.folder
     arguments = sys.argv[1:]
@@ -163,27 +163,28 @@ def _is_upgraded() -> bool:
     return handover.VARIABLE in os.environ
 
 
-def _legacy(pid: int) -> "Legacy | None":
+def _legacy() -> "Legacy | None":
     from echod import crossing, handover
 
-    left = handover.received(os.environ, pid)
+    left = handover.received(os.environ, os.getpid())
     os.environ.pop(handover.VARIABLE, None)  # not meant for children
     return crossing.legacy(*left) if left else None
 
 
 def _rehearse(serve: cli.Serve) -> int:
-    from echod import generation, handover, inheritance, serving
+    from echod import generation, handover, serving
 
     _end_by(_HELD)
     try:
-        legacy = _legacy(os.getppid())
-        if not legacy:
+        left = handover.received(os.environ, os.getppid())
+        if not left:
             return _refuse(_tell_here, ["preflight is for an upgrade alone, which USR2 asks for"])
-        serving.rehearse(serve, os.environ, legacy)
+        del os.environ[handover.VARIABLE]
+        serving.rehearse(serve, os.environ, left[0])
     except generation.PrepareError as error:
         complain(error.faults)
         return BAD_CONFIG if error.is_configuration else COULD_NOT_START
-    except (inheritance.UnfitSocketError, handover.HandoverError) as error:
+    except handover.HandoverError as error:
         return _refuse(_tell_here, [str(error)])
     show_line(f"echod {__version__}")
     return OK

@@ -113,12 +113,37 @@ def legacy(state: State, clients: Iterable[Past]) -> Legacy:
     return Legacy(state, listeners, admin, heirs, _clients(clients))
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """The listeners that a state tells of, by their names alone, for who is not to hold them."""
+
+    listeners: dict[Key, None]
+    admin: dict[Key, None]
+    heirs: tuple[Heir, ...]
+    """With a closed socket each: they are listened on already, so nobody needs another."""
+
+
+def outline(state: State) -> Outline:
+    """What a program has to know of the listeners to prepare what it would do with them."""
+    endpoints = {each.descriptor: _endpoint(each) for each in state.service.listeners}
+    with socket.socket() as closed:
+        heirs = tuple(Heir(name, endpoints[descriptor], closed) for name, descriptor in state.process.heirs)
+    listeners, admin = (
+        {(_endpoint(each), each.number): None for each in described}
+        for described in (state.service.listeners, state.service.admin)
+    )
+    return Outline(listeners, admin, heirs)
+
+
+def _endpoint(described: Listening) -> Endpoint:
+    return Endpoint(socket.AddressFamily(described.family), sockaddr_of(described.address))
+
+
 def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -> Listeners:
     bound: Listeners = {}
     for each in described:
         sock = known.get(each.descriptor) or _socket(each.descriptor)
-        endpoint = Endpoint(socket.AddressFamily(each.family), sockaddr_of(each.address))
-        bound[endpoint, each.number] = Bound(sock, each.file, each.is_inherited)
+        bound[_endpoint(each), each.number] = Bound(sock, each.file, each.is_inherited)
     return bound
 
 

@@ -71,17 +71,19 @@ async def _ended(process: "subprocess.Popen[bytes]", reading: int, words: bytear
     """Return when the process has ended, and is no zombie any more; raises TimeoutError."""
     loop = asyncio.get_running_loop()
     has_ended = asyncio.Event()
-    ending = os.pidfd_open(process.pid)
-    loop.add_reader(ending, has_ended.set)
-    loop.add_reader(reading, _listen, reading, words)
+    ending = -1
     try:
+        ending = os.pidfd_open(process.pid)
+        loop.add_reader(ending, has_ended.set)
+        loop.add_reader(reading, _listen, reading, words)
         async with asyncio.timeout(PREFLIGHT_S):
             await has_ended.wait()
         _listen(reading, words)
     finally:
         loop.remove_reader(reading)
-        loop.remove_reader(ending)
-        os.close(ending)
+        if ending >= 0:
+            loop.remove_reader(ending)
+            os.close(ending)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what it has left behind, if not itself
         with suppress(subprocess.TimeoutExpired):

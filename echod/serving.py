@@ -12,14 +12,25 @@ from functools import partial
 
 import structlog
 
-from echod import __version__, generation, inheritance, lifecycle, pidfile, privileges, process, signals, startup
+from echod import (
+    __version__,
+    crossing,
+    generation,
+    inheritance,
+    lifecycle,
+    pidfile,
+    privileges,
+    process,
+    signals,
+    startup,
+)
 from echod.cli import Serve
 from echod.config import Config
 from echod.crossing import Legacy
 from echod.generation import Generation, Given, Kept
 from echod.greeting import greeting
 from echod.guard import Guard
-from echod.handover import Process
+from echod.handover import Process, State
 from echod.logs import STANDARD_ERROR, Logs
 from echod.reload import Prepare, Reloads
 from echod.server import Server
@@ -63,24 +74,20 @@ class Start:
     """os.execve."""
 
 
-def rehearse(options: Serve, environment: MutableMapping[str, str], legacy: Legacy) -> None:
+def rehearse(options: Serve, environment: MutableMapping[str, str], left: State) -> None:
     """Do all that a program does that takes over, but serve; raises PrepareError, and whatever an import raises."""
     import uvloop
 
-    load = startup.loader(options.sources, environment, process.raise_open_files(), legacy.state.process.folder)
-    given = Given(legacy.heirs, startup.runtime_admin(environment))
-    kept = Kept(dict.fromkeys(legacy.listeners), dict.fromkeys(legacy.admin))  # nothing of them is ours to change
+    load = startup.loader(options.sources, environment, process.raise_open_files(), left.process.folder)
+    there = crossing.outline(left)
+    given = Given(there.heirs, startup.runtime_admin(environment))
+    prepared = generation.prepare(load, given, Kept(there.listeners, there.admin))
     try:
-        prepared = generation.prepare(load, given, kept)
-        try:
-            prepared.try_listening()
-        finally:
-            prepared.discard()
+        prepared.try_listening()
     except ListenError as error:
         raise generation.PrepareError([f"listen: {error}"]) from error
     finally:
-        for bound in (*legacy.listeners.values(), *legacy.admin.values()):
-            bound.socket.close()
+        prepared.discard()
     uvloop.new_event_loop().close()
 
 

@@ -753,3 +753,21 @@ def _inheritable(echod: Daemon) -> list[int]:
             if number > 2 and not flags & os.O_CLOEXEC:
                 found.append(number)
     return found
+
+
+def test_a_preflight_that_outlives_us_holds_nothing_of_ours(installed: Installed) -> None:
+    """A next program that hangs has no listener: when this one is killed, its port is free."""
+    installed.add("two", serving="import time; time.sleep(1000)")
+    with serving(command=installed.command, environment=installed.environment) as echod:
+        port = echod.port
+        installed.switch("two")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade started")
+        (child,) = _until_there(lambda: _children(echod.pid))
+        try:
+            echod.process.kill()
+            echod.process.wait()
+            with pytest.raises(ConnectionRefusedError):
+                connect(port)
+        finally:
+            os.kill(child, signal.SIGKILL)
