@@ -43,10 +43,10 @@ class Slow:
         loop = asyncio.get_running_loop()
         await loop.sock_connect(self._socket, ("127.0.0.1", port))
         sending = asyncio.ensure_future(self._send(loop))
-        while chunk := await loop.sock_recv(self._socket, 65_536 if self.is_hurried else 4096):
+        while chunk := await loop.sock_recv(self._socket, 65_536 if self.is_hurried else 1024):
             self.received.update(chunk)
             if not self.is_hurried:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.02)  # 2 MB would take longer than the test
         await sending
         self._socket.close()
 
@@ -115,7 +115,7 @@ async def stream_through_upgrades(echod: Daemon, rounds: int) -> list[Event]:
 async def _until(look: Callable[[], bool], complaint: str) -> None:
     try:
         async with asyncio.timeout(DEADLINE_S):
-            while not await asyncio.to_thread(look):
+            while not await asyncio.to_thread(look):  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise AssertionError(complaint) from None
