@@ -23,9 +23,10 @@ DOCKER_BUILD_FLAGS ?=
 DOCKER_RUN_FLAGS ?= --publish 8888:8888
 
 # The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it. The
-# systemd suite needs a machine of its own, the Docker suite an engine.
+# systemd suite needs a machine of its own, the Docker suite an engine; the balancer suite takes a minute.
 FAULTS = tests/faults tests/fuzz
-TESTS = -n $(WORKERS) --dist worksteal $(FAULTS:%=--ignore=%) --ignore=tests/systemd --ignore=tests/docker
+ELSEWHERE = $(FAULTS) tests/balancer tests/systemd tests/docker
+TESTS = -n $(WORKERS) --dist worksteal $(ELSEWHERE:%=--ignore=%)
 
 BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
@@ -42,7 +43,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help
 help: ## show this help
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
 	@echo "variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV)"
 
 .PHONY: run
@@ -73,6 +74,10 @@ WITH_ATHERIS = [ -d "$(VENV)/atheris" ] \
   || $(PIP) install --retries 1 --only-binary :all: --target "$(VENV)/atheris" "atheris>=3" >/dev/null 2>&1 \
   || echo "atheris can't be installed here: hypothesis alone looks for findings, without knowing what it reaches"
 
+.PHONY: test-balancer
+test-balancer: $(VENV)/.echod $(VENV)/.dev ## restart three behind an HAProxy as docs/scaling.md says, and print the figures
+	@$(BIN)/python -m pytest tests/balancer --timeout 180 $(PYTEST_ARGS)
+
 .PHONY: test-systemd
 test-systemd: $(VENV)/.echod $(VENV)/.dev ## install it on a machine booted by systemd (ECHOD_TEST_MACHINE="...", see CONTRIBUTING) and test it there
 	@$(BIN)/python -m pytest tests/systemd --timeout 300 $(PYTEST_ARGS)
@@ -88,6 +93,7 @@ check: lint types ## what CI runs: lint, types, and the tests with their coverag
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=$(COVERAGE_MIN)
 	@$(MAKE) test-faults
+	@$(MAKE) test-balancer
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff: format and rules

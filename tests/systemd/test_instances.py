@@ -1,5 +1,8 @@
-"""Instances of the template that share a port."""
+"""Instances of the template: those that share a port, and those behind a balancer."""
 
+import json
+
+from tests.balancer.haproxy import fenced
 from tests.systemd.conftest import Report
 from tests.systemd.machine import ADDRESS, Machine
 
@@ -39,3 +42,23 @@ def test_three_instances_share_the_port_and_one_can_go(machine: Machine, report:
     assert after["ended"] == late["ended"]
     assert still_served.count(True) == CLIENTS - after["ended"]
     assert (passing["reset"], passing["complaints"]) == (0, [])
+
+
+def test_instances_with_ports_of_their_own(machine: Machine, report: Report) -> None:
+    """As docs/scaling.md says: each has its two ports, can be reloaded, and is given the time to leave."""
+    drop_in = fenced("/etc/systemd/system/echod@.service.d/override.conf")
+    machine.configure("[timeouts]\nlame_duck = 4\n")
+    machine.drop_in("echod@.service", f"{drop_in}TimeoutStopSec=2\n")
+    machine("systemctl", "start", *INSTANCES)
+    for number, unit in enumerate(INSTANCES, 1):
+        assert machine.ask("say_line", f"127.0.0.1:888{number}", 3)["reply"] == "XXX\n"
+        stats = json.loads(machine("echod", "stats", "--json", "--admin", f"127.0.0.1:889{number}"))
+        assert str(stats["pid"]) == machine.show(unit, "MainPID")["MainPID"]
+    cursor = machine.cursor()
+    machine("systemctl", "reload", *INSTANCES)
+    assert [len(machine.events(unit, "reload applied", cursor)) for unit in INSTANCES] == [1, 1, 1]
+    machine("systemctl", "stop", "echod@2")
+    (stopped,) = machine.events("echod@2", "stopped", cursor)
+    result = machine.show("echod@2", "Result")["Result"]
+    report("7 a lame duck of 4 s, TimeoutStopSec=2", exit_status=stopped["exit_status"], result=result)
+    assert (stopped["exit_status"], result) == (0, "success")
