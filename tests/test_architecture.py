@@ -41,6 +41,7 @@ ROOMS = {
     "__init__": room(unknown=EVERYTHING),
     "address": room(unknown=EVERYTHING),
     "protocol": room(unknown=EVERYTHING | {"msgspec"}),
+    "proxy": room(unknown=EVERYTHING),
     "pace": room(unknown=EVERYTHING),
     "greeting": room(unknown=EVERYTHING),
     "rates": room(unknown=EVERYTHING),
