@@ -132,7 +132,7 @@ def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
     try:
         return prepare(kept)
     except generation.PrepareError as error:  # since the preflight: clients have to be served all the same
-        return generation.unchanged(start.legacy.config, kept, error.faults)
+        return generation.unchanged(start.legacy.config, kept, start.legacy.proxied, error.faults)
 
 
 def _run(first: Generation, parts: _Parts) -> int:
