@@ -36,6 +36,7 @@ class Wanted:
 
     address: Address
     reuse_port: bool = False
+    proxy_protocol: bool = False
     is_private: bool = False
     """A Unix socket's file is for its user and root alone."""
 
@@ -53,13 +54,16 @@ NONE_KEPT: Mapping[Key, Bound | None] = {}
 
 
 def bind_all(
-    entries: Iterable[Wanted], kept: Mapping[Key, Bound | None] = NONE_KEPT, heirs: Sequence[Heir] = ()
+    entries: Iterable[Wanted],
+    kept: Mapping[Key, Bound | None] = NONE_KEPT,
+    heirs: Sequence[Heir] = (),
+    proxied: set[Key] | None = None,
 ) -> dict[Key, Bound | None]:
     """A bound socket for every endpoint of the entries, in order, but None for those that are `kept`.
 
     An heir is taken for the endpoint it listens on; heirs that no entry wants come behind, for who waits in them waits
-    for us. Of a kept one that comes with its socket the options are changed too. All or nothing: raises BindErrors with
-    every fault, and nothing stays bound then.
+    for us. Of a kept one that comes with its socket the options are changed too. Those of entries that want a PROXY
+    header are added to `proxied`. All or nothing: raises BindErrors with every fault, and nothing stays bound then.
     """
     sockets: dict[Key, Bound | None] = {}
     unclaimed = list(heirs)
@@ -70,10 +74,11 @@ def bind_all(
         heir = next((heir for heir in unclaimed if heir.endpoint == endpoint), None)
         if heir:
             unclaimed.remove(heir)
+        if proxied is not None and how and how.proxy_protocol:
+            proxied.add(key)
         if key in kept:
             sockets[key] = None
-            if (bound := kept[key]) and how and not heir:
-                share_port(bound.socket, is_shared=how.reuse_port)
+            _adapt(None if heir else kept[key], how)
         else:
             sockets[key] = Bound(heir.socket, is_inherited=True) if heir else bind(endpoint, how)
 
@@ -89,6 +94,11 @@ def bind_all(
         discard(sockets)
         raise BindErrors(faults)
     return sockets
+
+
+def _adapt(bound: Bound | None, how: Wanted | None) -> None:
+    if bound and how:
+        share_port(bound.socket, is_shared=how.reuse_port)
 
 
 def _endpoints(address: Address, heirs: Sequence[Heir]) -> list[Endpoint]:

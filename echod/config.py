@@ -25,6 +25,9 @@ class Listen(Struct, frozen=True, kw_only=True):
             description="host:port, [v6]:port, unix:/path; port 0 = any free one; systemd:NAME = a socket handed over"
         ),
     ]
+    proxy_protocol: Annotated[
+        bool, Meta(description="the client's real address comes in a PROXY v1/v2 header; only for a balancer's")
+    ] = False
     reuse_port: Annotated[bool, Meta(description="several instances share the port (same user)")] = False
 
 

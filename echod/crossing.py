@@ -6,7 +6,7 @@ handover that fails has cost nothing.
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from echod.config import Config
 from echod.connection import Connection
 from echod.handover import Address, HandoverError, Listening, Past, State
 from echod.inheritance import UnfitSocketError, adopt
+from echod.prelude import Prelude
 from echod.sockets import Bound, Endpoint, Key, SockAddr
 from echod.systemd import Inherited
 
@@ -46,8 +47,20 @@ def past(connection: Connection, *, is_counted: bool) -> Past:
     )
 
 
-def listening(listeners: Mapping[Key, Bound]) -> list[Listening]:
-    """Everything about listening sockets."""
+def past_of_prelude(prelude: Prelude) -> Past:
+    """Everything about a client whose PROXY header isn't there yet."""
+    return Past(
+        descriptor=prelude.sock.fileno(),
+        family=prelude.sock.family,
+        peer=address_of(prelude.peer),
+        is_counted=False,
+        opened_at=prelude.began_at,
+        header=prelude.header,
+    )
+
+
+def listening(listeners: Mapping[Key, Bound], proxied: Collection[Key] = ()) -> list[Listening]:
+    """Everything about listening sockets; the clients of `proxied` ones come with a PROXY header."""
     return [
         Listening(
             descriptor=bound.socket.fileno(),
@@ -56,6 +69,7 @@ def listening(listeners: Mapping[Key, Bound]) -> list[Listening]:
             number=number,
             file=bound.file,
             is_inherited=bound.is_inherited,
+            is_proxied=(endpoint, number) in proxied,
         )
         for (endpoint, number), bound in listeners.items()
     ]
@@ -82,6 +96,8 @@ class Legacy:
     state: State
     listeners: Listeners
     admin: Listeners
+    proxied: frozenset[Key]
+    """The listeners whose clients come with a PROXY header."""
     heirs: tuple[Heir, ...]
     clients: Iterable[tuple[socket.socket, SockAddr, Past]]
     """To be gone through once."""
@@ -110,7 +126,8 @@ def legacy(state: State, clients: Iterable[Past]) -> Legacy:
         listeners, admin = (_bound(each, known) for each in (state.service.listeners, state.service.admin))
     except (OSError, UnfitSocketError) as error:
         raise HandoverError(f"a listening socket: {error}") from error
-    return Legacy(state, listeners, admin, heirs, _clients(clients))
+    proxied = frozenset(_key(each) for each in state.service.listeners if each.is_proxied)
+    return Legacy(state, listeners, admin, proxied, heirs, _clients(clients))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,26 +142,25 @@ class Outline:
 
 def outline(state: State) -> Outline:
     """What a program has to know of the listeners to prepare what it would do with them."""
-    endpoints = {each.descriptor: _endpoint(each) for each in state.service.listeners}
+    endpoints = {each.descriptor: _key(each)[0] for each in state.service.listeners}
     with socket.socket() as closed:
         heirs = tuple(Heir(name, endpoints[descriptor], closed) for name, descriptor in state.process.heirs)
     listeners, admin = (
-        {(_endpoint(each), each.number): None for each in described}
-        for described in (state.service.listeners, state.service.admin)
+        {_key(each): None for each in described} for described in (state.service.listeners, state.service.admin)
     )
     return Outline(listeners, admin, heirs)
-
-
-def _endpoint(described: Listening) -> Endpoint:
-    return Endpoint(socket.AddressFamily(described.family), sockaddr_of(described.address))
 
 
 def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -> Listeners:
     bound: Listeners = {}
     for each in described:
         sock = known.get(each.descriptor) or _socket(each.descriptor)
-        bound[_endpoint(each), each.number] = Bound(sock, each.file, each.is_inherited)
+        bound[_key(each)] = Bound(sock, each.file, each.is_inherited)
     return bound
+
+
+def _key(described: Listening) -> Key:
+    return Endpoint(socket.AddressFamily(described.family), sockaddr_of(described.address)), described.number
 
 
 def _clients(clients: Iterable[Past]) -> Iterator[tuple[socket.socket, SockAddr, Past]]:

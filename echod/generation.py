@@ -35,6 +35,8 @@ class Generation:
     """The listeners of the configuration, in its order; None is one that exists already."""
     admin: Mapping[sockets.Key, sockets.Bound | None]
     """The listeners of the admin endpoint, likewise."""
+    proxied: frozenset[sockets.Key]
+    """The listeners whose clients come with a PROXY header."""
     log_descriptor: int | None
 
     def give(self, uid: int, gid: int) -> None:
@@ -109,17 +111,19 @@ def prepare(
         if descriptor is not None:
             undo.callback(os.close, descriptor)
         faults: list[str] = []
-        listeners = _bound("listen", partial(_wanted, loaded, given.heirs), kept.listeners, faults, given.heirs)
+        proxied: set[sockets.Key] = set()
+        bind = partial(binding.bind_all, heirs=given.heirs, proxied=proxied)
+        listeners = _bound("listen", partial(_wanted, loaded, given.heirs), kept.listeners, faults, bind)
         undo.callback(binding.discard, listeners)
         admin = _admin(config.admin.listen, given.runtime_admin, kept.admin, faults)
         undo.callback(binding.discard, admin)
         if faults:
             raise PrepareError(faults)
         undo.pop_all()
-    return Generation(config, loaded.warnings, listeners, admin, descriptor)
+    return Generation(config, loaded.warnings, listeners, admin, frozenset(proxied), descriptor)
 
 
-def unchanged(config: Config, kept: Kept, faults: Sequence[str]) -> Generation:
+def unchanged(config: Config, kept: Kept, proxied: frozenset[sockets.Key], faults: Sequence[str]) -> Generation:
     """What goes on with a configuration that was in force, because of the faults of the one that was to be."""
     try:
         descriptor = logs.open_file(config.log)
@@ -127,7 +131,7 @@ def unchanged(config: Config, kept: Kept, faults: Sequence[str]) -> Generation:
         faults = [*faults, f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]
         descriptor = None
     warnings = tuple(f"the configuration of before goes on: {fault}" for fault in faults)
-    return Generation(config, warnings, dict.fromkeys(kept.listeners), dict.fromkeys(kept.admin), descriptor)
+    return Generation(config, warnings, dict.fromkeys(kept.listeners), dict.fromkeys(kept.admin), proxied, descriptor)
 
 
 Sockets = dict[sockets.Key, sockets.Bound | None]
@@ -140,7 +144,10 @@ def _wanted(loaded: Loaded, heirs: Sequence[binding.Heir]) -> list[binding.Wante
     """
     if heirs and not loaded.is_listen_set:
         return []
-    wanted = [binding.Wanted(parse_address(entry.address), entry.reuse_port) for entry in loaded.config.listen]
+    wanted = [
+        binding.Wanted(parse_address(entry.address), entry.reuse_port, entry.proxy_protocol)
+        for entry in loaded.config.listen
+    ]
     return wanted if loaded.is_listen_set else [each for each in wanted if binding.is_possible(each.address)]
 
 
@@ -169,11 +176,11 @@ def _bound(
     wanted: Callable[[], list[binding.Wanted]],
     kept: Mapping[sockets.Key, sockets.Bound | None],
     faults: list[str],
-    heirs: Sequence[binding.Heir] = (),
+    bind: Callable[..., Sockets] = binding.bind_all,
 ) -> Sockets:
     """The sockets of what is wanted; what is wrong goes to `faults`, under the name of who wants them."""
     try:
-        return binding.bind_all(wanted(), kept, heirs)
+        return bind(wanted(), kept)
     except ValueError as error:
         faults.append(f"{name}: {error}")  # no key of the configuration, for that is valid
     except binding.BindErrors as error:

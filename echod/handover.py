@@ -44,6 +44,8 @@ class Listening(Struct, kw_only=True, omit_defaults=True):
     file: tuple[int, int] | None = None
     """Device and inode of a Unix socket's file, if it is ours to remove."""
     is_inherited: bool = False
+    is_proxied: bool = False
+    """Whether its clients come with a PROXY header."""
 
 
 class Past(Struct, kw_only=True, omit_defaults=True):
@@ -53,7 +55,7 @@ class Past(Struct, kw_only=True, omit_defaults=True):
     family: int
     peer: Address
     is_counted: bool = True
-    """False for one that is being turned away, or is ourselves."""
+    """False for one that is being turned away, is ourselves, or has its PROXY header still to come."""
     opened_at: float
     bytes_in: int = 0
     bytes_out: int = 0
@@ -66,6 +68,8 @@ class Past(Struct, kw_only=True, omit_defaults=True):
     """Why it is ending, if it is."""
     is_aborted: bool = False
     pace: dict[str, float | None] = {}
+    header: bytes | None = None
+    """The PROXY header as far as it has come; None where it is whole, or none is expected."""
 
 
 class Process(Struct, kw_only=True, omit_defaults=True):

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from itertools import chain
 from typing import Literal, assert_never
 
 import structlog
@@ -98,7 +99,7 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     if around.legacy:
         _adopt(around.legacy, first.config, server, endpoint)
     endpoint.apply(first.admin)
-    server.apply(first.config, first.listeners)
+    server.apply(first.config, first.listeners, first.proxied)
     notifier = around.notifier
 
     def status() -> str:
@@ -133,11 +134,11 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
 
 def _adopt(legacy: Legacy, config: Config, server: Server, endpoint: Endpoint) -> None:
     """Go on where the program before us stopped: with its listeners first, whatever the configuration says now."""
-    server.selfcheck.recognize(legacy.ourselves)
+    server.clients.selfcheck.recognize(legacy.ourselves)
     endpoint.apply(legacy.admin)
-    server.apply(config, legacy.listeners)
+    server.apply(config, legacy.listeners, legacy.proxied)
     for sock, peer, past in legacy.clients:
-        server.adopt(sock, peer, past)
+        server.clients.adopt(sock, peer, past)
 
 
 def _tell_upgrade(before: Process, server: Server) -> None:
@@ -155,11 +156,11 @@ def _tell_upgrade(before: Process, server: Server) -> None:
 def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroundings) -> Steps:
     def service() -> Service:
         return Service(
-            listeners=crossing.listening(server.listening),
+            listeners=crossing.listening(server.listening, server.proxied),
             admin=crossing.listening(endpoint.listening),
             config=crossing.config(reloads.config),
             stats=around.stats.past(),
-            ourselves=[crossing.address_of(name) for name in server.selfcheck.names],
+            ourselves=[crossing.address_of(name) for name in server.clients.selfcheck.names],
         )
 
     async def prove() -> str:
@@ -183,8 +184,12 @@ def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroun
             endpoint.wake()
 
     def replace(*, is_wanted_again: bool) -> None:
-        pasts = (crossing.past(connection, is_counted=is_counted) for connection, is_counted in server.clients())
-        descriptors = [connection.descriptor for connection, _ in server.clients()]
+        pasts = chain(
+            (crossing.past(connection, is_counted=is_counted) for connection, is_counted in server.clients.each()),
+            map(crossing.past_of_prelude, server.clients.preludes),
+        )
+        descriptors = [connection.descriptor for connection, _ in server.clients.each()]
+        descriptors += [prelude.sock.fileno() for prelude in server.clients.preludes]
         again = [Order(Command.UPGRADE, "USR2", 0)] if is_wanted_again else []
         around.successor.replace(service(), pasts, descriptors, again)
 

@@ -40,8 +40,8 @@ class Listener:
         on_starved: Callable[[OSError], None],
     ) -> None:
         self.bound = bound
+        self.on_accept = on_accept
         self._socket = bound.socket
-        self._on_accept = on_accept
         self._on_starved = on_starved
         self._loop = asyncio.get_running_loop()
         self._pauses: set[str] = set()
@@ -147,7 +147,7 @@ class Listener:
             if self._is_closing:
                 self._last_client_at = self._loop.time()
                 sockets.welcome(sock)
-            self._on_accept(sock, peer)
+            self.on_accept(sock, peer)
         return True
 
     def _accept_failed(self, error: OSError) -> bool:

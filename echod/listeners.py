@@ -8,6 +8,10 @@ from contextlib import ExitStack, suppress
 from echod.listener import CLOSE_S, Listener
 from echod.sockets import Bound, Key, SockAddr
 
+OnAccept = Callable[[socket.socket, SockAddr], None]
+
+NOWHERE_ELSE: Mapping[Key, OnAccept] = {}
+
 TELL_STARVED_S = 10.0
 """At most this often the owner hears that clients wait for want of descriptors or memory: each pause is only 0.2 s."""
 
@@ -15,9 +19,7 @@ TELL_STARVED_S = 10.0
 class Listeners:
     """Hands each socket that any of them accepts, and its peer's address, to `on_accept`, which must not raise."""
 
-    def __init__(
-        self, on_accept: Callable[[socket.socket, SockAddr], None], on_starved: Callable[[OSError], None]
-    ) -> None:
+    def __init__(self, on_accept: OnAccept, on_starved: Callable[[OSError], None]) -> None:
         self._on_accept = on_accept
         self._on_starved = on_starved
         self._starved_told_at = float("-inf")
@@ -49,14 +51,22 @@ class Listeners:
         """Whether any is still on its way to being closed."""
         return bool(self._retiring)
 
-    def apply(self, sockets: Mapping[Key, Bound | None], bound_s: float) -> None:
+    def apply(
+        self,
+        sockets: Mapping[Key, Bound | None],
+        bound_s: float,
+        elsewhere: Mapping[Key, OnAccept] = NOWHERE_ELSE,
+    ) -> None:
         """Change over to these: a socket is a new one, None stays as it is, the others retire within `bound_s`.
 
+        Clients of those that are named in `elsewhere` are handed there; a listener that retires goes on as it was.
         Raises ListenError, and nothing has changed then.
         """
         listeners = self._with_new(sockets)  # all that can fail
         for key in self._in_force.keys() - sockets.keys():
             self._retire(self._in_force[key], bound_s)
+        for key, listener in listeners.items():
+            listener.on_accept = elsewhere.get(key, self._on_accept)
         self._in_force = listeners
 
     def pause(self, reason: str) -> None:

@@ -130,7 +130,7 @@ class Reloads:
         try:
             generation.listen()
             self._parts.endpoint.apply(generation.admin)
-            self._parts.server.apply(generation.config, generation.listeners)
+            self._parts.server.apply(generation.config, generation.listeners, generation.proxied)
         except BaseException:
             generation.discard()
             raise

@@ -1,12 +1,11 @@
-"""The live connections: open them, apply a configuration to them, drain them.
+"""The service: clients come through listeners, a configuration is applied to them, they are drained.
 
-Owns their set and the listeners; every change of them happens here. Signals, files, arguments and the service manager
-are not known: the lifecycle calls the verbs, and what people should hear of goes to the log.
+Owns the listeners, and decides what time and a stop do to clients; who is let in is decided elsewhere. Signals, files,
+arguments and the service manager are not known: the lifecycle calls the verbs.
 """
 
 import asyncio
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,11 @@ from typing import Any
 import structlog
 
 from echod import deadlines
-from echod.admission import Admission
+from echod.clients import Clients
 from echod.config import Config, Timeouts
 from echod.connection import Connection
-from echod.handover import Past
 from echod.listeners import Listeners
-from echod.selfcheck import SelfCheck
-from echod.sockets import Bound, Key, SockAddr
+from echod.sockets import Bound, Key
 from echod.stats import Stats
 
 SWEEP_SLICE = 256
@@ -50,19 +47,13 @@ class Server:
         self._config = config
         self._stats = stats
         self._loop = asyncio.get_running_loop()
-        self._connections: set[Connection] = set()
-        self._admission = Admission(stats, open_files)
-        self._listeners = Listeners(self._on_accept, self._admission.starved)
-        self.selfcheck = SelfCheck()
-        self._openings: set[asyncio.Task[object]] = set()
-        self._emptied = asyncio.Event()
-        self._unacknowledged = 0
+        self.clients = Clients(config.limits, stats, open_files, self._on_crowd)
+        self._listeners = Listeners(self.clients.come, self.clients.admission.starved)
+        self.proxied: frozenset[Key] = frozenset()
+        """The listeners whose clients come with a PROXY header."""
         self._is_full = False
-        self._is_draining = False
         self.is_leaving = False
         self._is_cutting = False
-        self._forget_connection = self._on_closed  # one bound method for all, not one a connection
-        self._forget_uncounted = self._on_uncounted_closed
         self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
 
     # -- what others ask -------------------------------------------------------------------------------------------
@@ -80,31 +71,31 @@ class Server:
     @property
     def open_connections(self) -> int:
         """How many clients are connected, those that are turned away not counted."""
-        return len(self._connections)
+        return len(self.clients.served)
 
     def snapshot(self) -> dict[str, Any]:
         """The statistics at this moment."""
-        return self._stats.snapshot("draining" if self.is_leaving else "serving", self._connections)
+        return self._stats.snapshot("draining" if self.is_leaving else "serving", self.clients.served)
 
     async def is_well(self, deadline_s: float) -> bool:
         """Whether a client would be served within `deadline_s`; True too if one would have to wait by intention."""
         listener = self._listeners.open_socket
-        if self._is_draining or listener is None or len(self._connections) >= self._config.limits.connections:
+        if self.clients.is_draining or listener is None or len(self.clients) >= self._config.limits.connections:
             return True
-        return await self.selfcheck.passes(listener, deadline_s)
-
-    def clients(self) -> Iterator[tuple[Connection, bool]]:
-        """Each connection that is open, and whether it counts in the statistics."""
-        yield from ((connection, True) for connection in self._connections)
-        yield from ((connection, False) for connection in self._admission.uncounted)
+        return await self.clients.selfcheck.passes(listener, deadline_s)
 
     # -- a configuration -------------------------------------------------------------------------------------------
 
-    def apply(self, config: Config, sockets: Mapping[Key, Bound | None]) -> None:
-        """Put `config` in force with these listeners: a socket is a new one, None stays as it is, the others retire."""
-        self._listeners.apply(sockets, config.timeouts.drain)
+    def apply(self, config: Config, sockets: Mapping[Key, Bound | None], proxied: frozenset[Key]) -> None:
+        """Put `config` in force with these listeners: a socket is a new one, None stays as it is, the others retire.
+
+        The clients of `proxied` ones come with a PROXY header.
+        """
+        self._listeners.apply(sockets, config.timeouts.drain, dict.fromkeys(proxied, self.clients.come_proxied))
+        self.proxied = proxied
         self._config = config
-        for connection in self._connections:
+        self.clients.limits = config.limits
+        for connection in self.clients.served:
             connection.echo.line_bytes = config.limits.line_bytes  # for the line begun too
         self._pause_or_resume()
 
@@ -112,95 +103,25 @@ class Server:
         """Return when each listener that went away has served its backlog and is closed."""
         await self._listeners.retired()
 
-    # -- connections come and go -----------------------------------------------------------------------------------
-
-    def _on_accept(self, sock: socket.socket, peer: SockAddr) -> None:
-        line_bytes = self._config.limits.line_bytes
-        now = self._loop.time()
-        host = peer[0] if isinstance(peer, tuple) else None
-        if self.selfcheck.is_ours(peer):
-            connection = Connection(sock, peer, line_bytes, now, self._forget_uncounted)
-            self._admission.uncounted.add(connection)
-        elif refusal := self._admission.refusal(host, len(self._connections), self._config.limits):
-            connection = Connection(sock, peer, line_bytes, now, self._forget_uncounted)
-            self._admission.turn_away(connection, *refusal)
-            self._pause_or_resume()
-        else:
-            connection = Connection(sock, peer, line_bytes, now, self._forget_connection)
-            self._connections.add(connection)
-            self._admission.let_in(host)
-            self._stats.accepted += 1
-            if self._is_draining:
-                connection.start_draining(now)
-        self._start(connection, sock)
-
-    def adopt(self, sock: socket.socket, peer: SockAddr, past: Past) -> None:
-        """Go on with a client of the program before us, whatever the limits; it is in the counts already."""
-        forget = self._forget_connection if past.is_counted else self._forget_uncounted
-        connection = Connection(sock, peer, self._config.limits.line_bytes, self._loop.time(), forget)
-        connection.resume(past)
-        if past.is_counted:
-            self._connections.add(connection)
-            self._admission.let_in(connection.host)
-        else:
-            self._admission.uncounted.add(connection)
-        self._start(connection, sock)
-
     async def opened(self) -> None:
         """Return when each client that has come so far is served."""
-        await asyncio.gather(*self._openings, return_exceptions=True)
+        await self.clients.openings.opened()
 
-    def _start(self, connection: Connection, sock: socket.socket) -> None:
-        opening = self._loop.create_task(self._open(connection, sock))
-        self._openings.add(opening)
-        opening.add_done_callback(self._openings.discard)
-
-    async def _open(self, connection: Connection, sock: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(lambda: connection, sock)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # such as no memory for a socket: the client sees a reset, the log says why
-            sock.close()
-            connection.connection_lost(error)
-            log.warning("connection not opened", peer=connection.peer, error=str(error))
-
-    def _on_uncounted_closed(self, connection: Connection) -> None:
-        self._admission.forget(connection)
-        if self._is_full:
+    def _on_crowd(self) -> None:
+        if self._is_crowded != self._is_full:
             self._pause_or_resume()
-        self._check_emptied()
+
+    @property
+    def _is_crowded(self) -> bool:
+        return self.clients.admission.is_full(self._config.limits, len([*self._listeners]))
 
     def _pause_or_resume(self) -> None:
         """Accept or not, as there are descriptors to turn clients away with: to be called whenever that may change."""
-        self._is_full = self._admission.is_full(self._config.limits, len([*self._listeners]))
+        self._is_full = self._is_crowded
         if self._is_full:
             self._listeners.pause("turning away")
         else:
             self._listeners.resume("turning away")
-
-    def _on_closed(self, connection: Connection) -> None:
-        reason = connection.reason
-        assert reason is not None
-        self._connections.discard(connection)
-        self._admission.let_out(connection.host)
-        self._stats.close(reason, connection)
-        self._unacknowledged += connection.unacknowledged_bytes > 0
-        log.info(
-            "connection closed",
-            peer=connection.peer,
-            reason=reason,
-            lines=connection.lines,
-            bytes_in=connection.bytes_in,
-            bytes_out=connection.bytes_out,
-            duration_s=round(self._loop.time() - connection.opened_at, 6),
-        )
-        self._check_emptied()
-
-    def _check_emptied(self) -> None:
-        if not self._connections and not self._admission.uncounted:
-            self._emptied.set()
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -210,10 +131,10 @@ class Server:
             interval_s = _sweep_interval(self._config.timeouts)
             due = self._loop.time() + interval_s
             await asyncio.sleep(interval_s)
-            self._admission.tell(len(self._connections))
+            self.clients.admission.tell(len(self.clients.served))
             # The worst of late, forgotten by and by.
             self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
-            for part in _slices(self._connections):
+            for part in _slices(self.clients.served):
                 now = self._loop.time()
                 for connection in part:
                     deadlines.tend(connection, now, self._config.timeouts)
@@ -228,14 +149,14 @@ class Server:
         """
         before = dict(self._stats.closed)
         started_at = self._loop.time()
-        self._is_draining = self.is_leaving = True
+        self.clients.is_draining = self.is_leaving = True
         self._sweeper.cancel()
-        for connection in self._connections:
+        for connection in self.clients.served:
             connection.start_draining(started_at)
         self._listeners.apply({}, self._config.timeouts.drain)
         self._pause_or_resume()
         await self._settle(started_at, report)
-        while self._connections or self._admission.uncounted:  # cut off, which takes a turn of the loop or two
+        while self.clients.are_any:  # cut off, which takes a turn of the loop or two
             await asyncio.sleep(0)
         await self._listeners.retired()
         await self.opened()
@@ -246,9 +167,10 @@ class Server:
         """End a drain now: close the listeners and cut off whoever is still owed a reply."""
         self._is_cutting = True
         self._listeners.close_now()
-        for connection in [*self._connections, *self._admission.uncounted]:
+        self.clients.preludes.give_up()
+        for connection in self.clients.connections:
             connection.end_now()
-        self._emptied.set()
+        self.clients.emptied.set()
 
     async def _settle(self, started_at: float, report: Callable[[int, float], None]) -> None:
         """Finish each connection once it is quiet, and what is left at the end of the drain, until none is left."""
@@ -257,23 +179,24 @@ class Server:
         tick_s = min(max(timeouts.drain_quiet / 10, 0.01), 0.1)
         reported_at = started_at
         is_over = False
-        while (self._listeners.are_retiring or self._connections or self._admission.uncounted) and not self._is_cutting:
+        while (self._listeners.are_retiring or self.clients.are_any) and not self._is_cutting:
             now = self._loop.time()
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
-                for connection in [*self._connections, *self._admission.uncounted]:
+                self.clients.preludes.give_up()
+                for connection in self.clients.connections:
                     deadlines.end_at_line_boundary(connection)
             if now - reported_at >= PROGRESS_S:
                 reported_at = now
-                report(len(self._connections), max(0.0, deadline - now))
+                report(len(self.clients.served), max(0.0, deadline - now))
             await self._settle_quiet(timeouts)
             with suppress(TimeoutError):
                 async with asyncio.timeout(tick_s):
-                    await self._emptied.wait()
-            self._emptied.clear()
+                    await self.clients.emptied.wait()
+            self.clients.emptied.clear()
 
     async def _settle_quiet(self, timeouts: Timeouts) -> None:
-        for part in _slices(self._connections):
+        for part in _slices(self.clients.served):
             now = self._loop.time()
             for connection in part:
                 deadlines.tend(connection, now, timeouts)
@@ -283,7 +206,7 @@ class Server:
     def _drained(self, before: Mapping[str, int]) -> Drained:
         ended = {reason: count - before[reason] for reason, count in self._stats.closed.items()}
         cut = ended["cut"] + ended["write timeout"]
-        return Drained(sum(ended.values()) - cut, cut, self._unacknowledged)
+        return Drained(sum(ended.values()) - cut, cut, self.clients.unacknowledged)
 
 
 def _sweep_interval(timeouts: Timeouts) -> float:

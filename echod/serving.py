@@ -153,12 +153,12 @@ def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
     try:
         first = prepare(kept)
     except generation.PrepareError as error:
-        return generation.unchanged(start.legacy.config, kept, error.faults)
+        return generation.unchanged(start.legacy.config, kept, start.legacy.proxied, error.faults)
     try:
         first.listen()
     except ListenError as error:
         first.discard()
-        return generation.unchanged(start.legacy.config, kept, [f"listen: {error}"])
+        return generation.unchanged(start.legacy.config, kept, start.legacy.proxied, [f"listen: {error}"])
     return first
 
 

@@ -192,11 +192,11 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
         wrong = _wrong_address(address, seen) if "address" in entry else "missing"
         if wrong:
             faults.append(f"{path}.address: {wrong}{_got(address) if 'address' in entry else ''}")
-        reuse_port = entry.get("reuse_port", False)
-        if not isinstance(reuse_port, bool):
-            faults.append(f"{path}.reuse_port: expected bool{_got(reuse_port)}")
-        elif not wrong:
-            yield Listen(address=address, reuse_port=reuse_port)
+        flags = {key: value for key, value in entry.items() if key in LISTEN_KEYS - {"address"}}
+        unfit = [key for key, value in flags.items() if not isinstance(value, bool)]
+        faults += [f"{path}.{key}: expected bool{_got(flags[key])}" for key in unfit]
+        if not wrong and not unfit:
+            yield Listen(address=address, **flags)
 
 
 def _wrong_address(address: Any, seen: set[Address]) -> str:

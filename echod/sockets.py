@@ -42,13 +42,18 @@ class Endpoint:
 
 
 def peer_name(family: int, sockaddr: SockAddr | None) -> str:
-    """A socket address as people write it; a client of a Unix socket has no name of its own."""
-    if family == socket.AF_UNIX:
-        return f"unix:{os.fsdecode(sockaddr)}" if isinstance(sockaddr, str | bytes) and sockaddr else "unix"
-    if not isinstance(sockaddr, tuple):
-        return "unknown"  # the peer was gone before it was accepted
-    host, port = sockaddr[0], sockaddr[1]
-    return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    """A socket address as people write it, whatever the family of the socket that brought it.
+
+    A client of a Unix socket has no name of its own.
+    """
+    if isinstance(sockaddr, tuple):
+        host, port = sockaddr[0], sockaddr[1]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if isinstance(sockaddr, str | bytes) and sockaddr:
+        # It may hold anything: what can't be shown in a line would spoil it.
+        return "unix:" + "".join(each if each.isprintable() else repr(each)[1:-1] for each in os.fsdecode(sockaddr))
+    # None: the peer was gone before it was accepted.
+    return "unix" if family == socket.AF_UNIX or sockaddr == "" else "unknown"
 
 
 class ListenError(Exception):

@@ -25,7 +25,7 @@ CLOSE_REASONS = (
     "drained",
     "cut",
 )
-REJECT_REASONS = ("limit", "address")
+REJECT_REASONS = ("limit", "address", "proxy")
 
 
 class Traffic(Protocol):

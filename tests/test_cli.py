@@ -213,7 +213,7 @@ def test_check_prints_the_config_in_force(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     printed = tomllib.loads(done.stdout)
     assert [printed["timeouts"][name] for name in ("idle", "line", "write", "drain")] == [1, 2, 3, 8]
-    assert printed["listen"] == [{"address": "b:0", "reuse_port": False}]
+    assert printed["listen"] == [{"address": "b:0", "proxy_protocol": False, "reuse_port": False}]
     assert printed["limits"]["connections"] == 5
 
 

@@ -68,7 +68,7 @@ def test_defaults() -> None:
     loaded = load(None, {}, (), PLENTY)
     assert loaded == Loaded(Config(), ())
     assert msgspec.to_builtins(loaded.config) == {
-        "listen": ({"address": "127.0.0.1:8888", "reuse_port": False},),
+        "listen": ({"address": "127.0.0.1:8888", "proxy_protocol": False, "reuse_port": False},),
         "limits": {"connections": 10_000, "connections_per_address": 0, "line_bytes": 65_536},
         "timeouts": {"idle": 300, "line": 30, "write": 30, "drain": 8, "drain_quiet": 0.5, "lame_duck": 0},
         "log": {"level": "info", "format": "auto", "file": ""},
@@ -208,6 +208,10 @@ FILE_FAULTS = [
     (
         "[[listen]]\naddress = 'a:1'\nreuse_port = 1",
         "listen[0].reuse_port: expected bool (got 1)",
+    ),
+    (
+        "[[listen]]\naddress = 'a:1'\nproxy_protocol = 'v2'",
+        "listen[0].proxy_protocol: expected bool (got 'v2')",
     ),
     (
         "[[listen]]\naddress = 'systemd:'",
@@ -478,7 +482,12 @@ configs = st.builds(
         max_size=3,
         unique=True,
     ).flatmap(
-        lambda texts: st.tuples(*(st.builds(Listen, address=st.just(text), reuse_port=st.booleans()) for text in texts))
+        lambda texts: st.tuples(
+            *(
+                st.builds(Listen, address=st.just(text), proxy_protocol=st.booleans(), reuse_port=st.booleans())
+                for text in texts
+            )
+        )
     ),
     limits=st.builds(Limits, connections=st.integers(1, 1_000_000), line_bytes=st.integers(1, 16_777_216)),
     timeouts=st.builds(Timeouts, idle=seconds, line=seconds, write=seconds, drain=seconds, drain_quiet=seconds),

@@ -73,6 +73,7 @@ def test_what_is_written_is_read() -> None:
 def test_any_bytes_cross(unfinished: bytes, unsent: bytes, reason: str | None) -> None:
     """What clients sent and are owed is not looked at."""
     past = Past(descriptor=3, family=2, peer=[], opened_at=0.0, unfinished=unfinished, unsent=unsent, reason=reason)
+    past.header = unsent or None
     assert read(handover.save(STATE, [past] * 3)) == (STATE, [past] * 3)
 
 

@@ -5,7 +5,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from echod import binding, listener, sockets
 from echod.address import TcpAddress, UnixAddress, parse_address
 from echod.listener import CLOSE_S, QUIET_S, Listener
 from echod.listeners import TELL_STARVED_S, Listeners
+from echod.sockets import SockAddr
 from tests.daemon import DEADLINE_S
 from tests.test_binding import wanted
 
@@ -291,5 +292,34 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
         assert listeners.bound.keys() == before
         listeners.apply({}, bound_s=8)
         await listeners.retired()
+
+    _run(scenario())
+
+
+def test_one_that_retires_hands_its_clients_where_it_did() -> None:
+    """One that stays can be told another place; who waits in the backlog of one that goes comes where it did."""
+
+    async def scenario() -> None:
+        came: asyncio.Queue[str] = asyncio.Queue()
+
+        def to(place: str) -> Callable[[socket.socket, SockAddr], None]:
+            def on_accept(sock: socket.socket, _: SockAddr) -> None:
+                came.put_nowait(place)
+                sock.close()
+
+            return on_accept
+
+        listeners = Listeners(to("here"), lambda _: None)
+        bound = binding.bind_all(wanted(parse_address("127.0.0.1:0")))
+        (key,) = bound
+        for place in ("there", "here", "there"):
+            listeners.apply(bound, 1.0, {key: to("there")} if place == "there" else {})
+            bound = {key: None}
+            with socket.create_connection(listeners.bound[key].socket.getsockname()):
+                assert await came.get() == place
+        with socket.create_connection(listeners.bound[key].socket.getsockname()):
+            listeners.apply({}, 1.0)
+            await listeners.retired()
+            assert await came.get() == "there"
 
     _run(scenario())

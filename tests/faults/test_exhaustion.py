@@ -129,7 +129,7 @@ def test_each_of_2_000_clients_too_many_is_told_and_nobody_else_notices(
         }
         report(it.row())
         assert {received for received, _ in alone + told} == {f"ERROR {words}\n".encode()}
-        assert stats["connections"]["rejected"] == {"limit": 0, "address": 0} | {reason: ALONE + FLOOD}
+        assert stats["connections"]["rejected"] == {"limit": 0, "address": 0, "proxy": 0} | {reason: ALONE + FLOOD}
         assert stats["connections"]["closed"]["reset"] == 0
         assert it.peak_descriptors <= it.usage_before.descriptors + room + TOLD_AT_ONCE
         assert Usage.of(echod.pid).descriptors == it.usage_before.descriptors - 1 + room

@@ -1,0 +1,125 @@
+"""The clients of a balancer from the accept until their PROXY header is there, which says who they are.
+
+Reads by hand, and takes of what has arrived exactly the header: the rest belongs to the connection. Owns the sockets
+meanwhile; who is let in, and what becomes of one that isn't, is decided elsewhere.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+
+from echod import proxy
+from echod.proxy import ProxyError
+from echod.sockets import SockAddr
+
+HEADER_S = 5.0
+"""How long a header may take; a balancer sends it at once."""
+
+
+class Prelude:
+    """One client whose header isn't there yet; `end` is called once, with where it comes from or what is wrong."""
+
+    __slots__ = ("_end", "_timer", "began_at", "header", "peer", "sock")
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: SockAddr,
+        began_at: float,
+        header: bytes,
+        end: Callable[["Prelude", SockAddr | ProxyError], None],
+    ) -> None:
+        self.sock = sock
+        self.peer = peer
+        self.began_at = began_at
+        self.header = header
+        """What has been read of it."""
+        self._end = end
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Read what is there, which is the whole header as a rule, and wait for what isn't."""
+        if not self._read():
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self.sock, self._read)
+            self._timer = loop.call_at(self.began_at + HEADER_S, self._time_out)
+
+    def fail(self, why: str) -> None:
+        """Wait no longer."""
+        self._finish(ProxyError(why))
+
+    def _time_out(self) -> None:
+        if not self._read():  # what waits for us, as after a pause of the whole process, is not the client's delay
+            self.fail(f"not finished within {HEADER_S:g} s")
+
+    def _read(self) -> bool:
+        """Take what has arrived of the header; return whether that was the end of it."""
+        try:
+            source = self._source()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.fail((error.strerror or str(error)).lower())
+        except ProxyError as error:
+            self._finish(error)
+        else:
+            self._finish(self.peer if source is None else source)
+        return True
+
+    def _source(self) -> SockAddr | None:
+        """Where the client comes from, None if that isn't told; raises BlockingIOError until the header is whole."""
+        arrived = self.sock.recv(proxy.MAX_BYTES - len(self.header), socket.MSG_PEEK)
+        if not arrived:
+            raise ProxyError("the client has left")
+        found = proxy.read(self.header + arrived)
+        if found is None:
+            self.header += self.sock.recv(len(arrived))
+            raise BlockingIOError
+        self.sock.recv(found.length - len(self.header))
+        return found.source
+
+    def _finish(self, result: SockAddr | ProxyError) -> None:
+        if self._timer:
+            self._timer.cancel()
+            asyncio.get_running_loop().remove_reader(self.sock)
+        self._end(self, result)
+
+
+class Preludes:
+    """All of them: hands the sockets on, with the client's address to `on_ready`, or else with ours and why not."""
+
+    def __init__(
+        self,
+        on_ready: Callable[[socket.socket, SockAddr], None],
+        on_failed: Callable[[socket.socket, SockAddr, str], None],
+    ) -> None:
+        self._on_ready = on_ready
+        self._on_failed = on_failed
+        self._under_way: set[Prelude] = set()
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._under_way)
+
+    def __iter__(self) -> Iterator[Prelude]:
+        """Each of them."""
+        return iter(self._under_way)
+
+    def begin(self, sock: socket.socket, peer: SockAddr, began_at: float, header: bytes = b"") -> None:
+        """Wait for the header of a client, the beginning of which may have been read before."""
+        sock.setblocking(False)
+        prelude = Prelude(sock, peer, began_at, header, self._end)
+        self._under_way.add(prelude)
+        prelude.begin()
+
+    def give_up(self) -> None:
+        """Wait no longer for any."""
+        for prelude in [*self._under_way]:
+            prelude.fail("the end of the drain")
+
+    def _end(self, prelude: Prelude, result: SockAddr | ProxyError) -> None:
+        self._under_way.discard(prelude)
+        if isinstance(result, ProxyError):
+            self._on_failed(prelude.sock, prelude.peer, str(result))
+        else:
+            self._on_ready(prelude.sock, result)
