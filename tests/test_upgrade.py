@@ -563,8 +563,11 @@ def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed,
     installed.switch("slow")
     hang = "import time; rehearse = lambda *all: None; _first = lambda *all: time.sleep(1000)"
     installed.add("two", serving=hang, guard="STARTING_S = 0.1")
-    program = {"command": installed.command, "environment": installed.environment}
-    with serving(*settings(timeouts_drain=1), **program) as echod, connect(echod.port) as client:
+    flags = settings(timeouts_drain=1)
+    with (
+        serving(*flags, command=installed.command, environment=installed.environment) as echod,
+        connect(echod.port) as client,
+    ):
         assert ask(client, b"hello\n") == b"HELLO\n"
         installed.switch("two")
         echod.send(signal.SIGUSR2)
