@@ -99,7 +99,8 @@ def test_200_clients_that_never_read_are_cut_off_and_nobody_else_is_harmed(
         assert max(end.stuck_s for end in ends) < WRITE_S + DEADLINE_S
         assert {ask(client, b"after\n") for client in quiet} == {b"AFTER\n"}
         assert after.descriptors == idle.descriptors
-        it.assert_bystander_unaffected()
+        # While they fill up, a turn of all of them comes between: 200 chunks of 64 KiB, about 0.8 ms each.
+        it.assert_bystander_unaffected(slack_ms=STUCK * 0.8)
 
 
 @dataclass(frozen=True, slots=True)
