@@ -192,7 +192,7 @@ def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_pa
         assert ask(client, b"hello\n") == b"HELLO\n"
         installed.switch("two")
         echod.send(signal.SIGUSR2)
-        echod.wait_for("upgrade proven")
+        echod.wait_for("standing still")
         echod.send(signal.SIGHUP)
         echod.wait_for("upgrade refused")
         echod.wait_for("reload applied")
@@ -525,6 +525,7 @@ SLOW = {
     "successor": """
 before = Successor.replace
 def standing_still(self, *all):
+    __import__("structlog").get_logger().info("standing still")
     time.sleep(0.5)
     before(self, *all)
 Successor.replace = standing_still""",
@@ -535,7 +536,7 @@ def flush(self, timeout_s):
     return before(self, timeout_s)
 Sink.flush = flush""",
 }
-"""A program that stands still in the moment of the change: half a second in which it still takes signals, and one in
+"""A program that stands still in the moment of the change, and says so: half a second in which it takes signals, one in
 which the kernel keeps them."""
 
 
@@ -546,7 +547,7 @@ def test_signals_are_followed_in_their_order(installed: Installed) -> None:
     with serving(command=installed.command, environment=installed.environment) as echod:
         installed.switch("one")
         echod.send(signal.SIGUSR2)
-        echod.wait_for("upgrade proven")
+        echod.wait_for("standing still")
         echod.send(signal.SIGHUP)
         time.sleep(1)
         echod.send(signal.SIGTERM)
@@ -556,7 +557,7 @@ def test_signals_are_followed_in_their_order(installed: Installed) -> None:
         assert events.index("reload started") < events.index("drain started")
 
 
-@pytest.mark.parametrize("wait_s", [0.2, 1])
+@pytest.mark.parametrize("wait_s", [0, 1])
 def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed, wait_s: float) -> None:
     """It has proven itself and hangs all the same: a stop ends it, and isn't told as one that all were content with."""
     installed.add("slow", **SLOW)
@@ -571,12 +572,10 @@ def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed,
         assert ask(client, b"hello\n") == b"HELLO\n"
         installed.switch("two")
         echod.send(signal.SIGUSR2)
-        echod.wait_for("upgrade proven")
+        echod.wait_for("standing still")
         time.sleep(wait_s)
         echod.send(signal.SIGTERM)
-        status = echod.process.wait(DEADLINE_S)
-        # On a machine that stands still itself it may come before the moment, and is an ordinary stop then.
-        assert status == 3 or (status == 0 and echod.events_named("upgrade refused"))
+        assert echod.process.wait(DEADLINE_S) == 3
 
 
 def _children(pid: int) -> list[int]:
