@@ -213,6 +213,7 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
 def test_clients_that_keep_coming_while_it_closes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel can't hold new handshakes back, accepting goes on while they come, for half a second at most."""
     monkeypatch.setattr(sockets, "refuse_new_handshakes", lambda _: None)
+    monkeypatch.setattr(listener, "QUIET_S", 0.3)  # far from the pace of those who come, however slow the machine
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()

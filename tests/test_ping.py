@@ -261,10 +261,11 @@ def test_a_late_reply_is_not_the_next_ones() -> None:
 def test_what_is_said_after_a_reply() -> None:
     """A second reply that comes behind the first, in its own good time, is noticed at the next round trip."""
     is_read = threading.Event()
+    again = iter([True])
 
     def double_later(client: socket.socket, line: bytes) -> None:
         client.sendall(line.decode().upper().encode())
-        if not is_read.is_set():
+        if next(again, False):
             is_read.wait(DEADLINE_S)
             client.sendall(b"HALLO\n")
 
@@ -280,14 +281,15 @@ def test_what_is_said_after_a_reply() -> None:
 
 def test_a_connection_that_is_reset_between_round_trips() -> None:
     """However a server ends a connection between two round trips, the next begins with a new one."""
+    is_read = threading.Event()
+    once = iter([True])
 
     def answer_and_reset(client: socket.socket, line: bytes) -> None:
         client.sendall(line.decode().upper().encode())
-        if not is_read.is_set():
+        if next(once, False):
             is_read.wait(DEADLINE_S)
             reset(client, line)
 
-    is_read = threading.Event()
     with server(answer_and_reset) as address, pinging("-c", "2", "-i", "0.7", address) as ping:
         assert wait_for(ping, "seq=1 .* ms\n")
         is_read.set()
