@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 SOURCES := echod tests tools
-LOCKS := requirements/run.lock requirements/build.lock requirements/dev.lock
+LOCKS := requirements/run.lock requirements/build.lock requirements/dev.lock requirements/bench.lock
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -73,6 +73,11 @@ fuzz: $(VENV)/.echod $(VENV)/.dev ## look for bytes that echod is wrong about, f
 WITH_ATHERIS = [ -d "$(VENV)/atheris" ] \
   || $(PIP) install --retries 1 --only-binary :all: --target "$(VENV)/atheris" "atheris>=3" >/dev/null 2>&1 \
   || echo "atheris can't be installed here: hypothesis alone looks for findings, without knowing what it reaches"
+
+# What the peers need goes into a folder that echod doesn't see: structlog imports Twisted where it finds it.
+.PHONY: bench
+bench: $(VENV)/.echod $(VENV)/.bench ## measure echod, its peers and the limit side by side, and write docs/performance.md; options in ARGS="..."
+	@PYTHONPATH=$(VENV)/bench $(BIN)/python -m tests.bench $(ARGS)
 
 .PHONY: test-balancer
 test-balancer: $(VENV)/.echod $(VENV)/.dev ## restart three behind an HAProxy as docs/scaling.md says, and print the figures
@@ -148,7 +153,8 @@ config: $(VENV)/.echod ## renew systemd/echod.toml from the keys and their defau
 	@mv systemd/echod.toml.new systemd/echod.toml
 
 # -- the locks --------------------------------------------------------------------------------------------------------
-# Each is constrained by those before it, so that one environment can hold all three. uv itself comes and goes.
+# Each but the last is constrained by those before it, so that one environment can hold all three. uv itself comes and
+# goes.
 
 COMPILE = uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
@@ -163,6 +169,7 @@ lock: $(VENV)/.python ## renew requirements/*.lock from pyproject.toml; UPGRADE=
 	$(COMPILE) pyproject.toml -o requirements/run.lock; \
 	$(COMPILE) --group build -c requirements/run.lock -o requirements/build.lock; \
 	$(COMPILE) --group dev -c requirements/run.lock -c requirements/build.lock -o requirements/dev.lock; \
+	$(COMPILE) --group bench -o requirements/bench.lock; \
 	if grep -nE '^ *-[^-]|^ *--[^h]|://|file:|$(CURDIR)' $(LOCKS); then echo "make lock: a lock names a place" >&2; exit 1; fi
 
 # -- set-up -----------------------------------------------------------------------------------------------------------
@@ -212,6 +219,12 @@ $(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py
 $(VENV)/.dev: $(VENV)/.run requirements/dev.lock
 	@echo "Installing requirements/dev.lock ..."
 	@$(PIP) install --require-hashes -r requirements/dev.lock
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.python requirements/bench.lock
+	@echo "Installing requirements/bench.lock into $(VENV)/bench ..."
+	@rm -rf "$(VENV)/bench"
+	@$(PIP) install --require-hashes --target "$(VENV)/bench" -r requirements/bench.lock
 	@touch $@
 
 .PHONY: FORCE

@@ -1,0 +1,1 @@
+"""The benchmark: echod, its peers and the practical limit, measured side by side in one run."""
