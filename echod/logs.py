@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -32,7 +32,14 @@ class Logs:
     def __init__(self, config: Log, descriptor: int | None) -> None:
         """Begin to log; `descriptor` is what `open_file` gave for `config`."""
         self.sink = _sink(descriptor)
+        self._in_force = _InForce(self.sink)
         self._configure(config)
+        structlog.configure(
+            processors=[self._in_force.render],
+            wrapper_class=_Logger,
+            logger_factory=lambda *_: self._in_force,
+            cache_logger_on_first_use=True,  # else each event would make a logger anew, for half of its time
+        )
         _divert_standard_library()
 
     def apply(self, config: Log, descriptor: int | None) -> None:
@@ -45,20 +52,14 @@ class Logs:
 
     def always(self, event: str, **fields: Any) -> None:
         """Log an event at level info whatever the level in force."""
-        self.sink.write(_as_line(self._render(None, "info", {"event": event, **fields})))
+        self.sink.write(_as_line(self._in_force.render(None, "info", {"event": event, **fields})))
 
     def _configure(self, config: Log) -> None:
         self.is_at_terminal = _is_at_terminal(config)
         is_for_people = config.format == "console" or (config.format == "auto" and self.is_at_terminal)
-        self._render: Renderer = _console(self.is_at_terminal) if is_for_people else render_json
-        structlog.configure(
-            processors=[self._render],
-            wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.level]),
-            logger_factory=lambda *_: _SinkLogger(self.sink),
-            # A cached logger would never hear of a new level.
-            cache_logger_on_first_use=False,
-        )
-        logging.getLogger().setLevel(_LEVELS[config.level])
+        self._in_force.renderer = _console(self.is_at_terminal) if is_for_people else render_json
+        self._in_force.level = _LEVELS[config.level]
+        logging.getLogger().setLevel(self._in_force.level)
 
 
 def _is_at_terminal(config: Log) -> bool:
@@ -99,8 +100,22 @@ def render_json(_: Any, level: str, event: MutableMapping[str, Any]) -> bytes:
         return msgspec.json.encode({key: _harmless(value) for key, value in fields.items()})
 
 
-def _now() -> str:
-    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+class _Clock:
+    """Tells the time as text; all but the microseconds is made once a second."""
+
+    def __init__(self) -> None:
+        self._second = (0, "")
+
+    def __call__(self) -> str:
+        now_s, now_us = divmod(time.time_ns() // 1000, 1_000_000)
+        second, text = self._second
+        if now_s != second:
+            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now_s))
+            self._second = (now_s, text)
+        return f"{text}.{now_us:06}Z"
+
+
+_now = _Clock()
 
 
 def _harmless(value: Any) -> str:
@@ -133,16 +148,53 @@ def _as_line(rendered: Any) -> bytes:
     return (rendered if isinstance(rendered, bytes) else rendered.encode(errors="backslashreplace")) + b"\n"
 
 
-class _SinkLogger:
-    """What structlog calls with a rendered event."""
+# -- loggers -----------------------------------------------------------------------------------------------------------
+
+
+class _InForce:
+    """What every logger is bound to, once and for all; what a new configuration changes, changes in here."""
 
     def __init__(self, sink: Sink) -> None:
+        self.level = logging.INFO
+        self.renderer: Renderer = render_json
         self._sink = sink
 
-    def msg(self, rendered: bytes | str) -> None:
+    def render(self, logger: Any, level: str, event: EventDict) -> ProcessorReturnValue:
+        """The last processor of structlog's, and the only one."""
+        return self.renderer(logger, level, event)
+
+    def _write(self, rendered: bytes | str) -> None:
         self._sink.write(_as_line(rendered))
 
-    debug = info = warning = error = critical = exception = msg
+    debug = info = warning = error = _write
+
+
+class _Logger(structlog.BoundLoggerBase):
+    """A logger that looks at the level at each event: a new one takes effect on loggers in use."""
+
+    _logger: _InForce
+
+    def debug(self, event: str, **fields: Any) -> None:
+        if self._logger.level <= logging.DEBUG:
+            self._proxy_to_logger("debug", event, **fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        if self._logger.level <= logging.INFO:
+            self._proxy_to_logger("info", event, **fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        if self._logger.level <= logging.WARNING:
+            self._proxy_to_logger("warning", event, **fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._proxy_to_logger("error", event, **fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        self.error(event, exc_info=True, **fields)
+
+    def log(self, level: int, event: str, **fields: Any) -> None:
+        if self._logger.level <= level:
+            self._proxy_to_logger(logging.getLevelName(level).lower(), event, **fields)
 
 
 # -- the standard library ----------------------------------------------------------------------------------------------
