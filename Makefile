@@ -22,10 +22,11 @@ IMAGE ?= echod
 DOCKER_BUILD_FLAGS ?=
 DOCKER_RUN_FLAGS ?= --publish 8888:8888
 
-# The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it. The
-# systemd suite needs a machine of its own, the Docker suite an engine; the balancer suite takes a minute.
+# The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it. So does
+# the guard of the benchmark. The systemd suite needs a machine of its own, the Docker suite an engine; the balancer
+# suite takes a minute.
 FAULTS = tests/faults tests/fuzz
-ELSEWHERE = $(FAULTS) tests/balancer tests/systemd tests/docker
+ELSEWHERE = $(FAULTS) tests/balancer tests/bench tests/systemd tests/docker
 TESTS = -n $(WORKERS) --dist worksteal $(ELSEWHERE:%=--ignore=%)
 
 BIN := $(VENV)/bin
@@ -79,6 +80,10 @@ WITH_ATHERIS = [ -d "$(VENV)/atheris" ] \
 bench: $(VENV)/.echod $(VENV)/.bench ## measure echod, its peers and the limit side by side, and write docs/performance.md; options in ARGS="..."
 	@PYTHONPATH=$(VENV)/bench $(BIN)/python -m tests.bench $(ARGS)
 
+.PHONY: test-bench
+test-bench: $(VENV)/.echod $(VENV)/.dev ## hold what a line costs against the bare protocol (a ratio), and test the load generator
+	@$(BIN)/python -m pytest tests/bench --timeout 180 $(PYTEST_ARGS)
+
 .PHONY: test-balancer
 test-balancer: $(VENV)/.echod $(VENV)/.dev ## restart three behind an HAProxy as docs/scaling.md says, and print the figures
 	@$(BIN)/python -m pytest tests/balancer --timeout 180 $(PYTEST_ARGS)
@@ -99,6 +104,7 @@ check: lint types ## what CI runs: lint, types, and the tests with their coverag
 	@$(BIN)/coverage report --fail-under=$(COVERAGE_MIN)
 	@$(MAKE) test-faults
 	@$(MAKE) test-balancer
+	@$(MAKE) test-bench
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff: format and rules

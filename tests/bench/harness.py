@@ -77,7 +77,7 @@ class Harness:
         """Build it in the folder; raises MissingError."""
         self.cores = cores()
         self._folder = folder
-        self._load = compiled(Path(__file__).with_name("load.c"), folder)
+        self.program = compiled(Path(__file__).with_name("load.c"), folder)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for the servers, which inherit it
 
@@ -141,7 +141,7 @@ class Harness:
 
     @contextlib.contextmanager
     def _loading(self, server: Running, *arguments: "str | Path") -> "Iterator[subprocess.Popen[bytes]]":
-        command = [self._load, str(server.port), str(server.process.pid), *arguments]
+        command = [self.program, str(server.port), str(server.process.pid), *arguments]
         with self._pinned(self.cores.load, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as load:
             yield load
 

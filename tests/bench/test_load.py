@@ -1,0 +1,98 @@
+"""The load generator: it counts what came back, notices a wrong byte, and accounts the server's time, not its own."""
+
+import contextlib
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bench.harness import Harness
+from tests.bench.peers import bare, echod
+from tests.bench.workloads import WORKLOADS, Workload
+from tests.daemon import DEADLINE_S, serving
+
+FEW = Workload("few", "3 connections, 4 lines at a time", 3, depth=4)
+COMING = Workload("coming", "3 at a time", 3, mode="churn")
+
+
+def _run(harness: Harness, folder: Path, port: int, pid: int, workload: Workload) -> "subprocess.CompletedProcess[str]":
+    request, reply = workload.write(folder)
+    arguments = [str(port), str(pid), workload.mode, str(workload.connections), str(request), str(reply), "0", "0.2"]
+    return subprocess.run([harness.program, *arguments], capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+@contextlib.contextmanager
+def _answering(answer: Callable[[socket.socket], object]) -> Iterator[int]:
+    """A server that does this with each client; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # it is shut down
+                while True:
+                    client, _ = listener.accept()
+                    with client, contextlib.suppress(OSError):
+                        answer(client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(DEADLINE_S)
+
+
+@pytest.mark.parametrize("workload", [FEW, COMING], ids=lambda workload: workload.name)
+def test_it_counts_what_was_answered(harness: Harness, folder: Path, workload: Workload) -> None:
+    """What it says was answered, the server answered, but for what was under way in the end."""
+    with serving() as server:
+        done = _run(harness, folder, server.port, server.pid, workload)
+        assert (done.returncode, done.stderr) == (0, "")
+        counted = int(done.stdout.partition('"blocks": ')[2].partition(",")[0])
+        answered = server.stats()["lines"] / workload.depth
+        assert counted > 0
+        assert counted <= answered <= counted + 2 * workload.connections
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (lambda client: client.sendall(client.recv(65536).upper().replace(b"Z", b"z")), "a reply was wrong"),
+        (lambda client: client.sendall(client.recv(65536).upper() + b"\nMORE\n"), "a reply was wrong"),
+        (lambda client: client.recv(1), "a connection was ended: "),
+        (lambda client: client.sendall(client.recv(65536)[:5].upper()), "a connection was ended: "),
+    ],
+    ids=["one letter", "more than that", "no reply", "half a reply"],
+)
+def test_it_notices(harness: Harness, folder: Path, answer: Callable[[socket.socket], object], complaint: str) -> None:
+    """A server that isn't right has no figures."""
+    with _answering(answer) as port:
+        done = _run(harness, folder, port, 1, Workload("one", "", 1))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"load: {complaint}")
+
+
+def test_it_accounts_the_time_of_the_server(harness: Harness) -> None:
+    """The kernel's own account of the process from outside says the same, and neither counts the load."""
+    workload = next(each for each in WORKLOADS if each.name == "50")
+    with harness.serving(bare()) as server:
+        clock = ~server.process.pid << 3 | 2  # the CPU-time clock of a process: clock_getcpuclockid(3)
+        before = time.clock_gettime(clock)
+        figures = harness.measure(server, workload, 0.5)
+        spent = time.clock_gettime(clock) - before
+    accounted = figures.cpu_us * figures.lines_per_s * 0.5 / 1e6
+    assert accounted < spent, "it warmed up, too"
+    assert accounted > 0.3 * spent
+
+
+def test_every_server_of_ours_takes_every_workload(harness: Harness) -> None:
+    """All of them compare right with what is sent, mixed UTF-8 too."""
+    with harness.serving(echod()) as server:
+        for workload in WORKLOADS:
+            figures = harness.measure(server, workload, 0.1)
+            assert figures.cpu_us > 0
+            assert figures.p50_us <= figures.p99_us
