@@ -36,9 +36,11 @@ def tables(results: Results, peers: Sequence[Peer]) -> str:
 
 
 def replaced(document: str, measured: str) -> str:
-    """The document with what stands between the marks renewed."""
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    """The document with what stands between the marks renewed; raises ValueError if they aren't there."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError("the document has no place for what is measured")
     return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
 
 

@@ -58,6 +58,7 @@ WORKLOADS = (
     Workload("8x64x1K", "8 connections, 64 lines of 1 KB at a time", 8, depth=64, line_bytes=1024, limit_goal=4.5),
     Workload("utf-8", "50 connections, 16 lines of mixed UTF-8 at a time", 50, depth=16, is_mixed=True),
     Workload("churn", "connect, one line, close; 50 at a time", 50, mode="churn", limit_goal=1.5),
+    Workload("churn-reset", "the same, closed with a reset", 50, mode="churn-reset", limit_goal=1.5),
 )
 
 IDLE = Workload("idle", "10 000 idle connections", 10_000, mode="idle")

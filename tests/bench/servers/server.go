@@ -16,7 +16,7 @@ func serve(conn net.Conn) {
 	reader := bufio.NewReader(conn)
 	writer := bufio.NewWriter(conn)
 	for {
-		line, err := reader.ReadBytes('\n')
+		line, err := reader.ReadSlice('\n') // as long as its buffer at most: no copy is made
 		if err != nil {
 			return
 		}
