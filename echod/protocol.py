@@ -11,6 +11,10 @@ _ASCII_WHITESPACE = b"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f "
 """What str.strip takes from ASCII text; bytes.strip alone would leave the separators 1c to 1f."""
 
 
+_LONG_BYTES = 256
+"""From such a length on it is cheaper to look at a line's two ends than to make a string of it."""
+
+
 class Fault(Enum):
     """What makes a line unanswerable; it is the last line of its connection that gets a reply."""
 
@@ -99,6 +103,9 @@ class Echo:
     def _answer(self, lines: bytes) -> bytes:
         # Decoding, stripping and upper-casing whole chunks is exact: LF is part of no UTF-8 sequence, and mapping to
         # upper case looks at no neighbour (only the final sigma of lower case does). Twice as fast as line by line.
+        if lines.find(b"\n", 0, _LONG_BYTES) < 0 and lines.isascii() and (count := _long_lines(lines)):
+            self.answered += count
+            return lines.upper()
         try:
             texts = lines.decode().split("\n")
         except UnicodeDecodeError as error:
@@ -131,3 +138,15 @@ def _end_of_sound_lines(lines: bytes, line_bytes: int) -> int:
     else:
         return len(lines)
     return start
+
+
+def _long_lines(lines: bytes) -> int:
+    """How many lines of ASCII there are, or 0 if one isn't long or has whitespace at an end."""
+    count = start = 0
+    while start < len(lines):
+        end = lines.find(b"\n", start)
+        if end - start < _LONG_BYTES or lines[start] in _ASCII_WHITESPACE or lines[end - 1] in _ASCII_WHITESPACE:
+            return 0
+        start = end + 1
+        count += 1
+    return count

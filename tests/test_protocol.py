@@ -139,6 +139,19 @@ def test_neighbours_do_not_matter() -> None:
         assert told([data], 100) == reference(data, 100, is_ended=True)
 
 
+@pytest.mark.parametrize("length", [254, 255, 256, 257, 1023])
+@pytest.mark.parametrize("margin", [*SPACES, *OTHERS, " \r", ""])
+def test_long_lines(margin: str, length: int) -> None:
+    """Of long lines, too, each is stripped at both ends, whatever is in the others; one of them may be short."""
+    long = "x" * length
+    for odd in (f"{margin}{long}", f"{long}{margin}", f"{long}{margin}{long}", margin, "short"):
+        for lines in ([long, odd, long], [odd, long], [long, odd]):
+            data = "".join(f"{line}\n" for line in lines).encode()
+            echo = Echo(5_000)
+            assert echo.receive(data) == reference(data, 5_000, is_ended=True)
+            assert echo.answered == len(lines)
+
+
 @settings(max_examples=150, deadline=None)
 @given(streams)
 def test_no_lower_case(data: bytes) -> None:
