@@ -9,10 +9,10 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
+from msgspec import Struct
 
 from echod.address import Address, HandedOver, TcpAddress, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
@@ -35,8 +35,7 @@ def _printable(text: str) -> str:
     return "".join([letter if letter.isprintable() else repr(letter)[1:-1] for letter in text])
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """A valid configuration, and what the operator should know about it."""
 
     config: Config
