@@ -7,7 +7,6 @@ import codecs
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -87,6 +86,8 @@ def _packed(environment: Mapping[str, str]) -> list[Setting]:
 def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
     if file is None:
         return
+    import tomllib  # 3 ms that only a file needs
+
     try:
         document = tomllib.loads(_text(file))
     except _UnfitFileError as error:
@@ -128,7 +129,7 @@ def _text(file: str) -> str:
 
 
 # What Kubernetes puts into every container for a Service that happens to be called echod, echod-log, ...
-_KUBERNETES = re.compile(r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+_KUBERNETES = r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 
 
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
@@ -139,7 +140,7 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iter
         elif (
             name.startswith("ECHOD_")
             and name not in ("ECHOD_CONFIG", DEFAULT_LISTEN)
-            and not _KUBERNETES.fullmatch(name)
+            and not re.fullmatch(_KUBERNETES, name)
         ):
             # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
             nearest = _nearest(name, [*known, "ECHOD_CONFIG"], cutoff=0.8)
