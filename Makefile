@@ -217,9 +217,11 @@ $(VENV)/.run: $(VENV)/.python requirements/run.lock requirements/build.lock
 	@$(PIP) install --require-hashes -r requirements/run.lock -r requirements/build.lock
 	@touch $@
 
-# Editable, so the code is never installed twice; but its version and its commands are written down at installation.
+# Editable, so the code is never installed twice; but its version and its commands are written down at installation. As
+# bytecode too, for where PYTHONDONTWRITEBYTECODE is set each start would compile all of it, twice as long.
 $(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q echod
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.lock

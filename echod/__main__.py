@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _output_failed(error)
     if not isinstance(invocation, cli.Serve):
         return status
+    # Imports make objects by the ten thousand and no garbage, and each search for it looks at all of them: a tenth of
+    # the start. It is switched on again once clients are served.
+    gc.disable()
     if is_rehearsal:
         return _rehearse(invocation)
     is_to_detach = invocation.is_daemon and not _is_upgraded()
@@ -113,9 +116,6 @@ def _refuse(tell: "Tell", faults: Sequence[str]) -> int:
 
 
 def _serve(serve: cli.Serve, tell: "Tell", folder: str = "") -> int:
-    # Imports make objects by the ten thousand and no garbage, and each search for it looks at all of them: a tenth of
-    # the start. It is switched on again once clients are served.
-    gc.disable()
     # Imported here, for the other commands don't need them.
     from echod import generation, handover, inheritance, pidfile, privileges, signals
 

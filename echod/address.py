@@ -1,8 +1,8 @@
 """An address as people write it: `host:port`, `[v6]:port`, `unix:/path` or `systemd:NAME`."""
 
 import re
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple
 
 UNIX_PATH_BYTES = 107
 """Longest path of a Unix socket: sun_path holds 108 bytes with its NUL (unix(7))."""
@@ -10,8 +10,7 @@ UNIX_PATH_BYTES = 107
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
-@dataclass(frozen=True, slots=True)
-class TcpAddress:
+class TcpAddress(NamedTuple):
     """A host, by name or number, and a port; port 0 means any free one."""
 
     host: str
@@ -21,8 +20,7 @@ class TcpAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
+class UnixAddress(NamedTuple):
     """The absolute path of a Unix stream socket."""
 
     path: str
@@ -31,8 +29,7 @@ class UnixAddress:
         return f"unix:{self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class HandedOver:
+class HandedOver(NamedTuple):
     """The sockets of that name which a service manager hands over at the start."""
 
     name: str

@@ -9,10 +9,10 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from msgspec import Struct
 
 from echod.aside import aside
 from echod.exchange import Answer, Exchange, Request
@@ -38,8 +38,7 @@ END_S = 0.25
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """What a reload came to: the keys that it changed, or every fault for which nothing has changed."""
 
     changed: tuple[str, ...] = ()

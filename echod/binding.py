@@ -11,8 +11,9 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from itertools import count
+
+from msgspec import Struct
 
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress
 from echod.sockets import Bound, Endpoint, Key, identity, share_port
@@ -30,8 +31,7 @@ class BindErrors(Exception):
         self.faults = tuple(faults)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """An address to listen on, and how."""
 
     address: Address
@@ -41,8 +41,7 @@ class Wanted:
     """A Unix socket's file is for its user and root alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Heir:
+class Heir(Struct, frozen=True):
     """A listening socket that was handed over, under the name that its unit gives it."""
 
     name: str

@@ -3,8 +3,8 @@
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from echod import __version__
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress, parse_address
@@ -17,8 +17,7 @@ LONGEST_LINE = 16_777_216
 A_DAY_S = 86_400
 
 
-@dataclass(frozen=True, slots=True)
-class Serve:
+class Serve(NamedTuple):
     """`echod serve`"""
 
     sources: Sources
@@ -28,36 +27,31 @@ class Serve:
     group: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """`echod check`"""
 
     sources: Sources
 
 
-@dataclass(frozen=True, slots=True)
-class ShowDefaults:
+class ShowDefaults(NamedTuple):
     """`echod config`"""
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(NamedTuple):
     """`echod ping`"""
 
     plan: Plan
     as_json: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Which daemon to ask: at an address, or the one that a configuration file tells of."""
 
     admin: Address | None
     file: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class AskStats:
+class AskStats(NamedTuple):
     """`echod stats`"""
 
     target: Target
@@ -65,8 +59,7 @@ class AskStats:
     is_watched: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class AskReload:
+class AskReload(NamedTuple):
     """`echod reload`"""
 
     target: Target

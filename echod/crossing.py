@@ -8,10 +8,10 @@ import os
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from echod.binding import Heir
 from echod.config import Config
@@ -89,8 +89,7 @@ def address_of(sockaddr: SockAddr) -> Address:
 # -- what the program before has left ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Legacy:
+class Legacy(Struct, frozen=True):
     """What the program before us in this process has left: its state, with sockets for descriptors."""
 
     state: State
@@ -130,8 +129,7 @@ def legacy(state: State, clients: Iterable[Past]) -> Legacy:
     return Legacy(state, listeners, admin, proxied, heirs, _clients(clients))
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
+class Outline(Struct, frozen=True):
     """The listeners that a state tells of, by their names alone, for who is not to hold them."""
 
     listeners: dict[Key, None]

@@ -7,8 +7,9 @@ that Python runs there, and ends with what the daemon told through a pipe. Knows
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import NoReturn
+
+from msgspec import Struct
 
 UMASK = 0o027
 
@@ -22,8 +23,7 @@ class DetachError(Exception):
     """Why there is no daemon."""
 
 
-@dataclass(slots=True)
-class Caller:
+class Caller(Struct):
     """Who started the daemon and waits for word of it; hears one word at most."""
 
     _descriptor: int | None

@@ -9,8 +9,9 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from echod.sockets import LINGER_S
 
@@ -24,8 +25,7 @@ REQUEST_S = 5.0
 """How long a client may take to ask, and again to take its answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What a client asks for."""
 
     method: str
@@ -34,8 +34,7 @@ class Request:
     """Whether it came through a Unix socket."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What a client is told."""
 
     status: int

@@ -7,8 +7,9 @@ is open, the listeners are bound, those of the admin endpoint too. Until it is p
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
+
+from msgspec import Struct, field
 
 from echod import binding, logs, sockets
 from echod.address import parse_address
@@ -25,8 +26,7 @@ class PrepareError(Exception):
         self.is_configuration = is_configuration
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(Struct, frozen=True):
     """What `prepare` made; whoever doesn't use it owes it a `discard`."""
 
     config: Config
@@ -66,8 +66,7 @@ class Generation:
             os.close(self.log_descriptor)
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(Struct, frozen=True):
     """What the process was given at its start, whatever the configuration says."""
 
     heirs: Sequence[binding.Heir] = ()
@@ -76,8 +75,7 @@ class Given:
     """Where the admin endpoint answers, too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Struct, frozen=True):
     """The listeners that exist: those that a new configuration wants too are not bound again.
 
     With their sockets where an option may be changed that otherwise only a bind sets: nobody serves with them yet.

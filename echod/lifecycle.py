@@ -7,13 +7,13 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from itertools import chain
 from typing import Literal, assert_never
 
 import structlog
+from msgspec import Struct
 
 from echod import __version__, crossing
 from echod.admin import Endpoint, Verdict
@@ -47,8 +47,7 @@ class Outcome(Enum):
     CUT_OFF = "some client was cut off"
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
+class Surroundings(Struct, frozen=True):
     """What a run is given: orders to follow, a way to reload, logs to write, whom to tell that clients are served."""
 
     next_order: Callable[[], Awaitable[Order]]

@@ -10,7 +10,8 @@ import fcntl
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _LONGEST = 64
 """Bytes; a file longer than this holds more than a pid, and isn't ours to overwrite."""
@@ -20,8 +21,7 @@ class PidFileError(Exception):
     """Why the pid file can't be had."""
 
 
-@dataclass(frozen=True, slots=True)
-class PidFile:
+class PidFile(Struct, frozen=True):
     """A pid file that is ours as long as its descriptor is open."""
 
     path: str

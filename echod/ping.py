@@ -48,7 +48,7 @@ def ping(plan: Plan, write: Callable[[str], None], *, as_json: bool) -> bool:
 def _paced(plan: Plan) -> Iterator[int]:
     """The numbers of the round trips, each when it is due; one that took longer than the interval delays the rest."""
     due = time.monotonic()
-    for sequence in count(1) if plan.count is None else range(1, plan.count + 1):
+    for sequence in count(1) if plan.rounds is None else range(1, plan.rounds + 1):
         if (early_s := due - time.monotonic()) > 0:
             time.sleep(early_s)
         due = max(due, time.monotonic() - plan.interval_s) + plan.interval_s

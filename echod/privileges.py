@@ -9,15 +9,15 @@ import pwd
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
 class PrivilegeError(Exception):
     """Why privileges can't be dropped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """Whose rights a process has: user, group, and every group."""
 
     name: str

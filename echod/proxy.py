@@ -6,8 +6,9 @@ sockets and time are not known here.
 
 import re
 import struct
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+
+from msgspec import Struct
 
 MAX_BYTES = 4096
 """The longest header that is read. Version 2 allows 64 KiB, of which a sender uses a few hundred bytes."""
@@ -30,8 +31,7 @@ Source = tuple[str, int] | tuple[str, int, int, int] | str | bytes
 """As the socket module has the addresses of IPv4, IPv6 and Unix sockets."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """A whole header: how many bytes it has, and where the client comes from; None if that isn't told."""
 
     length: int

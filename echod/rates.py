@@ -1,8 +1,7 @@
 """How fast the statistics grow: two snapshots, and what is remembered of all that were seen."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 COUNTERS = ("connections.accepted", "connections.closed.", "connections.rejected.", "lines", "bytes_in", "bytes_out")
 """What is told as so many a second; with a dot at its end all that is below."""
@@ -10,8 +9,7 @@ COUNTERS = ("connections.accepted", "connections.closed.", "connections.rejected
 LARGEST = 1e18
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """What the last seconds came to."""
 
     per_second: Mapping[str, float]

@@ -7,9 +7,9 @@ that began after the request.
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import structlog
+from msgspec import Struct
 
 from echod.admin import Endpoint, Verdict
 from echod.aside import aside
@@ -28,8 +28,7 @@ DRAINING = Verdict(faults=("draining",))
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(Struct, frozen=True):
     """What a generation is put in force in."""
 
     server: Server

@@ -6,9 +6,8 @@ here.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 from echod.address import TcpAddress, UnixAddress
 
@@ -22,12 +21,11 @@ SHOWN = 60
 """How much of a reply is shown."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Whom to ask, how often and how much: `count` None is without an end, `text_bytes` is without the LF."""
+class Plan(NamedTuple):
+    """Whom to ask, how often and how much: `rounds` None is without an end, `text_bytes` is without the LF."""
 
     target: TcpAddress | UnixAddress
-    count: int | None
+    rounds: int | None
     interval_s: float
     wait_s: float
     text_bytes: int

@@ -7,10 +7,10 @@ arguments and the service manager are not known: the lifecycle calls the verbs.
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from msgspec import Struct
 
 from echod import deadlines
 from echod.clients import Clients
@@ -29,8 +29,7 @@ PROGRESS_S = 0.9
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Drained:
+class Drained(Struct, frozen=True):
     """How a drain ended: connections that got what they were owed, and that were cut off."""
 
     clean: int

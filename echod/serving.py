@@ -7,10 +7,10 @@ import gc
 import os
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
+from msgspec import Struct
 
 from echod import (
     __version__,
@@ -47,8 +47,7 @@ Tell = Callable[[int, Sequence[str]], bool]
 """Says how the start went, to whoever asked for it: a status and lines to show. False if nobody waits any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Statuses:
+class Statuses(Struct, frozen=True):
     """How the process ends: the exit statuses."""
 
     ok: int
@@ -56,8 +55,7 @@ class Statuses:
     cut_off: int
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     """What a service is started with."""
 
     options: Serve
@@ -91,8 +89,7 @@ def rehearse(options: Serve, environment: MutableMapping[str, str], left: State)
     uvloop.new_event_loop().close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
+class _Parts(Struct, frozen=True):
     """What there is beside a generation."""
 
     start: Start

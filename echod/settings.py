@@ -7,12 +7,11 @@ import codecs
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
+from msgspec import Struct
 
 from echod.address import Address, HandedOver, TcpAddress, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
@@ -35,8 +34,7 @@ def _printable(text: str) -> str:
     return "".join([letter if letter.isprintable() else repr(letter)[1:-1] for letter in text])
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """A valid configuration, and what the operator should know about it."""
 
     config: Config
@@ -88,6 +86,8 @@ def _packed(environment: Mapping[str, str]) -> list[Setting]:
 def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
     if file is None:
         return
+    import tomllib  # 3 ms that only a file needs
+
     try:
         document = tomllib.loads(_text(file))
     except _UnfitFileError as error:
@@ -129,7 +129,7 @@ def _text(file: str) -> str:
 
 
 # What Kubernetes puts into every container for a Service that happens to be called echod, echod-log, ...
-_KUBERNETES = re.compile(r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+_KUBERNETES = r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 
 
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
@@ -140,7 +140,7 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iter
         elif (
             name.startswith("ECHOD_")
             and name not in ("ECHOD_CONFIG", DEFAULT_LISTEN)
-            and not _KUBERNETES.fullmatch(name)
+            and not re.fullmatch(_KUBERNETES, name)
         ):
             # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
             nearest = _nearest(name, [*known, "ECHOD_CONFIG"], cutoff=0.8)

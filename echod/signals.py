@@ -11,8 +11,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from enum import Enum
+
+from msgspec import Struct
 
 
 class Command(Enum):
@@ -36,8 +37,7 @@ _WAKE = signal.SIGRTMIN
 """Private to the waiting thread: ends it without a poll."""
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(Struct, frozen=True):
     """A command, the signal that brought it and who sent it (pid 0: the kernel, as for Ctrl-C)."""
 
     command: Command

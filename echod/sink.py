@@ -21,7 +21,8 @@ PREDECESSOR_S = 1.0
 
 _BATCH_BYTES = 65_536
 _GATHER_S = 0.01
-"""How long the writer rests after a write: lines of a busy moment then share one write and one wake-up (9 µs each)."""
+"""How long the writer rests after a write: lines of a busy moment then share one write and one wake-up (9 µs each).
+Not if somebody waits for it: a stop does, and in the moment of an upgrade all clients do."""
 
 
 class Sink:
@@ -81,6 +82,7 @@ class _Writer:
         # A pipe takes as much at once or nothing of it (pipe(7)): who ends a write that waits tears no line.
         self._piece_bytes = select.PIPE_BUF if _is_pipe(descriptor) else 2 * _BATCH_BYTES
         self._nobody = threading.Event()
+        self._is_awaited = threading.Event()
         self._queue: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()  # an event: tell when you are here
         self._thread = threading.Thread(target=self._run, args=(predecessor,), name="log", daemon=True)
         self._thread.start()
@@ -94,6 +96,7 @@ class _Writer:
         return self._queue.qsize() + self._in_hand
 
     def mark(self, reached: threading.Event) -> None:
+        self._is_awaited.set()
         self._queue.put(reached)
 
     def put(self, line: bytes) -> None:
@@ -103,6 +106,7 @@ class _Writer:
             self._refused += 1
 
     def finish(self) -> None:
+        self._is_awaited.set()
         self._queue.put(None)
 
     def wait(self, timeout_s: float) -> bool:
@@ -120,8 +124,10 @@ class _Writer:
                 self._in_hand -= len(piece)
             if told is None:
                 break
+            if told is not self._nobody:
+                self._is_awaited.clear()
             told.set()
-            time.sleep(_GATHER_S)
+            self._is_awaited.wait(_GATHER_S)
         if self._is_owned:
             with suppress(OSError):  # a full disk behind NFS may say so only now
                 os.close(self._descriptor)

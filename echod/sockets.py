@@ -9,8 +9,9 @@ import socket
 import struct
 import termios
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 BACKLOG = 4096
 """Handshakes that may wait for an accept; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4."""
@@ -30,8 +31,7 @@ SockAddr = tuple[Any, ...] | str | bytes
 """A socket address as the socket module has it: a tuple for TCP, a path for a Unix socket, bytes if abstract."""
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(Struct, frozen=True):
     """One socket address to listen on; a host name may resolve to several."""
 
     family: socket.AddressFamily
@@ -60,8 +60,7 @@ class ListenError(Exception):
     """Why a socket that is bound can't be listened on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(Struct, frozen=True):
     """A socket to listen on, and for a Unix one device and inode of its file: a later file isn't ours to remove."""
 
     socket: socket.socket

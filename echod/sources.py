@@ -1,11 +1,9 @@
 """What configures echod, as it was said: nothing here is read or understood yet."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """One value that a source gives to one key; the value is still text unless it comes from a file."""
 
     source: str
@@ -14,8 +12,7 @@ class Setting:
     is_text: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
+class Sources(NamedTuple):
     """Where the configuration comes from: a file, if one is named, and what the flags set."""
 
     file: str | None

@@ -7,8 +7,9 @@ to the sum of the closed ones. Who counts and who prints is not known here.
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
+
+from msgspec import Struct, field
 
 from echod import __version__
 
@@ -43,8 +44,7 @@ class Traffic(Protocol):
     bytes_out: int
 
 
-@dataclass(slots=True)
-class Stats:
+class Stats(Struct):
     """The counters of one process; only a snapshot of them goes anywhere."""
 
     gauges: Mapping[str, Callable[[], int]]
@@ -66,15 +66,15 @@ class Stats:
 
     def past(self) -> dict[str, Any]:
         """The counts, for a program that goes on with them: see `resume`."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "gauges"}
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "gauges"}
 
     def resume(self, past: Mapping[str, Any]) -> None:
         """Go on counting where another has left off; a reason that is no more keeps its count."""
-        for each in fields(self):
-            if isinstance(ours := getattr(self, each.name), dict):
-                ours.update(past.get(each.name, {}))
-            elif each.name in past:
-                setattr(self, each.name, past[each.name])
+        for name in self.__struct_fields__:
+            if isinstance(ours := getattr(self, name), dict):
+                ours.update(past.get(name, {}))
+            elif name in past:
+                setattr(self, name, past[name])
 
     def close(self, reason: str, traffic: Traffic) -> None:
         """Count a connection as closed and add what it carried."""

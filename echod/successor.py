@@ -8,8 +8,8 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from echod import handover, preflight
@@ -38,8 +38,7 @@ def command_line(
     return ((script,) if is_by_itself else (interpreter, *head[1:-1], script)), tuple(arguments)
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(Struct, frozen=True):
     """What has to stand still in the moment of the change."""
 
     delivery: Delivery
@@ -47,8 +46,7 @@ class Moment:
     sink: Sink
 
 
-@dataclass(frozen=True, slots=True)
-class Successor:
+class Successor(Struct, frozen=True):
     """Proves itself in a child, and then takes this program's place."""
 
     command: tuple[str, ...]

@@ -9,7 +9,8 @@ import socket
 import time
 from collections.abc import MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
@@ -20,8 +21,7 @@ SEND_S = 1.0
 """How long an important message may wait for a service manager that is busy."""
 
 
-@dataclass(frozen=True, slots=True)
-class Inherited:
+class Inherited(Struct, frozen=True):
     """A listening socket that was handed over, under the name that its unit gives it."""
 
     name: str

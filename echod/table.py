@@ -4,10 +4,9 @@ A daemon of another version may lack a figure or have more: what is missing is l
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from math import log10
-from typing import Any
+from typing import Any, NamedTuple
 
 from echod.rates import Rates, flat, number
 
@@ -23,8 +22,7 @@ class Meaning(Enum):
     BAR = "36"
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """Some text of a line."""
 
     text: str
@@ -36,8 +34,7 @@ Line = tuple[Cell, ...]
 Format = Callable[[float], str]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A figure: `name` is that in the statistics, or with a star at its end all those below it."""
 
     label: str

@@ -6,10 +6,10 @@ how it is replaced is handed in; nothing of it has changed anything until the re
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
+from msgspec import Struct
 
 from echod.preflight import PreflightError
 
@@ -26,8 +26,7 @@ class Replace(Protocol):
         """Let the next program upgrade once more if that is wanted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
+class Steps(Struct, frozen=True):
     """What an upgrade consists of."""
 
     prove: Callable[[], Awaitable[str]]

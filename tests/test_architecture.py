@@ -263,7 +263,7 @@ RESERVED = {
     "os.killpg": {"preflight"},  # its child
     "os.kill": set[str](),
     "signal.signal": set[str](),
-    "time.sleep": {"dial", "follow", "ping", "screen", "sink"},  # commands; in its own thread
+    "time.sleep": {"dial", "follow", "ping", "screen"},  # commands
 }
 
 TOO_LONG: dict[str, str] = {}
@@ -365,6 +365,11 @@ def test_no_way_back(back: tuple[str, str]) -> None:
         reached |= ahead
         ahead = set().union(*map(arrows, ahead)) - reached
     assert end not in reached
+
+
+def test_values_are_declared_in_no_time() -> None:
+    """No module makes a dataclass: 0.7 ms of each start and upgrade, where a struct takes 0.02 and a NamedTuple 0.1."""
+    assert [module for module in ROOMS if "dataclasses" in foreign(module)] == []
 
 
 # -- who ends the process ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 
 from tests.daemon import (
     DEADLINE_S,
+    UNMEASURED,
     Daemon,
     ask,
     connect,
@@ -415,3 +416,24 @@ def test_closed_standard_streams_do_no_harm() -> None:
             assert ask(client, b"hello\n") == b"HELLO\n"
         echod.send(signal.SIGTERM)
         assert echod.process.wait(DEADLINE_S) == 0
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def test_it_imports_little() -> None:
+    """The first client is answered before anything is imported that only another command, option or fault needs.
+
+    Each start waits for every import, and so do the clients in the moment of an upgrade.
+    """
+    command = (sys.executable, "-X", "importtime", "-m", "echod")
+    with Daemon("-l", "127.0.0.1:0", command=command, environment=UNMEASURED) as echod:
+        with connect(echod.port) as client:
+            assert ask(client, b"hello\n") == b"HELLO\n"
+        echod.send(signal.SIGKILL)
+        echod.process.wait(DEADLINE_S)
+    imported = {line.rpartition("|")[2].strip() for line in echod.other_lines}
+    assert imported >= {"uvloop", "structlog", "msgspec", "echod.serving"}
+    ours = {"ask", "commands", "detach", "dial", "follow", "metrics", "ping", "rates", "screen", "table", "toml"}
+    others = {"daemon", "difflib", "encodings.idna", "h11", "prometheus_client", "tomllib"}
+    assert imported.isdisjoint(others | {f"echod.{module}" for module in ours})

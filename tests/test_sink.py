@@ -49,6 +49,23 @@ def test_lines_arrive_in_order_and_close_writes_what_is_queued(pipe: tuple[int, 
     assert sink.dropped == 0
 
 
+def test_who_waits_for_the_lines_waits_for_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer rests after a write, but not while a flush or a close waits for what is behind it."""
+    monkeypatch.setattr("echod.sink._GATHER_S", 4 * DEADLINE_S)
+    file = tmp_path / "log"
+    sink = Sink(os.open(file, os.O_WRONLY | os.O_CREAT), is_owned=True)
+    several_writes = [b"x" * 1023 + b"\n"] * 200
+    sink.write(b"first\n")
+    _wait_until(lambda: file.read_bytes() == b"first\n")
+    for line in several_writes:
+        sink.write(line)
+    assert sink.flush(DEADLINE_S) == 0
+    for line in several_writes:
+        sink.write(line)
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"first\n" + 2 * b"".join(several_writes)
+
+
 def test_a_stalled_reader_blocks_nobody_and_the_lost_lines_are_counted(pipe: tuple[int, int]) -> None:
     """The log's reader can stall: writing never blocks, the queue is bounded, the lost events are counted."""
     reader, writer = pipe
