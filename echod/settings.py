@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Struct
 
-from echod.address import Address, HandedOver, TcpAddress, parse_address
+from echod.address import HandedOver, TcpAddress, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
 from echod.sources import Setting
 
@@ -183,7 +183,7 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
         return
     if not entries:
         faults.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
-    seen: set[Address] = set()
+    seen: set[str] = set()
     for index, entry in enumerate(entries):
         path = f"{setting.source}: listen[{index}]"
         for key in entry.keys() - LISTEN_KEYS:
@@ -199,7 +199,7 @@ def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
             yield Listen(address=address, **flags)
 
 
-def _wrong_address(address: Any, seen: set[Address]) -> str:
+def _wrong_address(address: Any, seen: set[str]) -> str:
     if not isinstance(address, str):
         return "expected str"
     if wrong := _unfit_text(address):
@@ -208,9 +208,10 @@ def _wrong_address(address: Any, seen: set[Address]) -> str:
         parsed = parse_address(address)
     except ValueError as error:
         return str(error)
-    if parsed in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
+    # As text: tuples of two kinds are equal if what they hold is.
+    if str(parsed) in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
         return "listed twice"
-    seen.add(parsed)
+    seen.add(str(parsed))
     return ""
 
 
@@ -271,7 +272,7 @@ def _hold_apart(config: Config, setting: Setting | None) -> None:
     if isinstance(admin, HandedOver):
         raise ConfigError([f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}"])
     is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
-    if not is_any_port and admin in [parse_address(entry.address) for entry in config.listen]:
+    if not is_any_port and str(admin) in [str(parse_address(entry.address)) for entry in config.listen]:
         raise ConfigError([f"{setting.source}: admin.listen: clients are served there{_got(setting.value)}"])
 
 

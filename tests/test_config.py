@@ -363,6 +363,13 @@ def test_port_0_twice(file: Path) -> None:
     assert addresses(loaded) == ["a:0", "a:0"]
 
 
+def test_a_socket_may_be_named_like_a_path(file: Path) -> None:
+    """What a service manager's socket is called and where a Unix socket lies are two things, even if spelt alike."""
+    named = "[[listen]]\naddress = 'systemd:/x'\n"
+    assert addresses(from_file(f"{named}[[listen]]\naddress = 'unix:/x'", file)) == ["systemd:/x", "unix:/x"]
+    assert from_file(f"{named}[admin]\nlisten = 'unix:/x'", file).config.admin.listen == "unix:/x"
+
+
 @pytest.mark.parametrize(
     ("text", "idle"), [("0", 0.0), ("0.5", 0.5), ("1e2", 100.0), ("31536000", 31_536_000.0), ("12345.67", 12_345.67)]
 )
