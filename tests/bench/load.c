@@ -7,7 +7,8 @@
 // MODE idle:   each connection does so once; then all stay open until standard input ends.
 //
 // Prints one JSON object: what came within SECONDS after the first WARM_S, and the CPU time that the kernel accounted to
-// process PID (all of its threads) and to this one meanwhile. Exit status 1 if a reply was wrong or a connection ended.
+// process PID (all of its threads) and to this one meanwhile. Exit status 1 if a reply was wrong or never came, or a
+// connection ended.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -32,7 +33,7 @@
 #define IP_BIND_ADDRESS_NO_PORT 24
 #endif
 
-enum { EVENTS = 512, BUCKETS = 64, SOURCES = 200, OPENING_AT_ONCE = 500 };
+enum { EVENTS = 512, BUCKETS = 64, SOURCES = 200, OPENING_AT_ONCE = 500, LAST_REPLIES_S = 5 };
 
 typedef struct {
   size_t length;
@@ -49,7 +50,7 @@ typedef struct {
 static struct sockaddr_in server = {.sin_family = AF_INET};
 static text request, reply;
 static char *received;
-static bool is_churn, is_reset, is_idle;
+static bool is_churn, is_reset, is_idle, is_ending;
 static int epoll;
 static uint64_t blocks, opened, latency[64 * BUCKETS];
 
@@ -129,7 +130,8 @@ static void begin(client *c) {
 static void open_client(client *c) {
   const int on = 1;
   struct sockaddr_in source = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(0x7f000001 + opened++ % SOURCES)};
-  c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if ((c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)) < 0)
+    die("socket: %s", strerror(errno));
   c->begun_ns = clock_ns(CLOCK_MONOTONIC);
   c->sent = c->received = 0;
   setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
@@ -164,6 +166,8 @@ static bool receive(client *c) {
 static void answered(client *c, uint64_t now_ns) {
   count(now_ns - c->begun_ns);
   blocks++;
+  if (is_ending)
+    return;
   if (is_churn) {
     close_client(c);
     open_client(c);
@@ -204,7 +208,18 @@ static void stay_idle(uint64_t connections) {
     ;
 }
 
-static void measure(clockid_t server_cpu, double seconds) {
+// Each client waits for one: without a look at the last of all, one that waits for ever would be missed among many.
+static void await_last_replies(uint64_t connections) {
+  uint64_t awaited = blocks + connections, end_ns = clock_ns(CLOCK_MONOTONIC) + LAST_REPLIES_S * 1000000000ull;
+  is_ending = true;
+  while (blocks < awaited) {
+    turn();
+    if (clock_ns(CLOCK_MONOTONIC) > end_ns)
+      die("%lu replies never came", awaited - blocks);
+  }
+}
+
+static void measure(clockid_t server_cpu, double seconds, uint64_t connections) {
   blocks = 0;
   memset(latency, 0, sizeof latency);
   uint64_t began_ns = clock_ns(CLOCK_MONOTONIC), end_ns = began_ns + seconds * 1e9, now_ns;
@@ -216,8 +231,11 @@ static void measure(clockid_t server_cpu, double seconds) {
   own_ns = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - own_ns;
   if (!blocks)
     die("no reply within %g s", seconds);
+  uint64_t counted = blocks;
+  double p50_us = quantile_us(0.5), p99_us = quantile_us(0.99);
+  await_last_replies(connections);
   printf("{\"blocks\": %lu, \"seconds\": %.6f, \"server_cpu_s\": %.6f, \"load_cpu_s\": %.6f, \"p50_us\": %.1f, \"p99_us\": %.1f}\n",
-         blocks, (now_ns - began_ns) / 1e9, server_ns / 1e9, own_ns / 1e9, quantile_us(0.5), quantile_us(0.99));
+         counted, (now_ns - began_ns) / 1e9, server_ns / 1e9, own_ns / 1e9, p50_us, p99_us);
 }
 
 int main(int argc, char **argv) {
@@ -249,6 +267,6 @@ int main(int argc, char **argv) {
   uint64_t warm_ns = clock_ns(CLOCK_MONOTONIC) + atof(argv[7]) * 1e9;
   while (clock_ns(CLOCK_MONOTONIC) < warm_ns)
     turn();
-  measure(server_cpu, atof(argv[8]));
+  measure(server_cpu, atof(argv[8]), connections);
   return 0;
 }

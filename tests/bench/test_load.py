@@ -76,6 +76,40 @@ def test_it_notices(harness: Harness, folder: Path, answer: Callable[[socket.soc
     assert done.stderr.startswith(f"load: {complaint}")
 
 
+def test_it_misses_a_reply_among_many(harness: Harness, folder: Path) -> None:
+    """A client that is never answered isn't hidden by another one that is."""
+
+    def answer_all(client: socket.socket) -> None:
+        while line := client.recv(65536):
+            client.sendall(line.upper())
+
+    with _answering(answer_all) as port:  # one client after the other
+        done = _run(harness, folder, port, 1, Workload("two", "", 2))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "load: 1 replies never came\n")
+
+
+def test_it_says_that_it_may_open_no_more_files(harness: Harness, folder: Path) -> None:
+    """Where the hard limit of descriptors is too low for the idle connections, the complaint says so."""
+    request, reply = Workload("files", "", 20).write(folder)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        command = [
+            "prlimit",
+            "--nofile=16",
+            harness.program,
+            port,
+            "1",
+            "blocks",
+            "20",
+            str(request),
+            str(reply),
+            "0",
+            "1",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, done.stderr) == (1, "load: socket: Too many open files\n")
+
+
 def test_it_accounts_the_time_of_the_server(harness: Harness) -> None:
     """The kernel's own account of the process from outside says the same, and neither counts the load."""
     workload = next(each for each in WORKLOADS if each.name == "50")
