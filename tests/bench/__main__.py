@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from tests.bench import machine, plot, report
 from tests.bench.harness import Harness
@@ -19,10 +20,14 @@ PLOT = DOCUMENT.with_suffix(".svg")
 
 STARTS_A_ROUND = 2
 
+_T = TypeVar("_T")
+
 
 def main() -> int:
     """Measure, print and write."""
     options = _options()
+    if options.write:
+        report.replaced(DOCUMENT.read_text(), "")  # or it would fail after a quarter of an hour
     with tempfile.TemporaryDirectory(prefix="echod-bench-") as folder:
         try:
             harness = Harness(Path(folder))
@@ -45,7 +50,7 @@ def main() -> int:
 
 
 def measured(harness: Harness, peers: Sequence[Peer], rounds: int, seconds: float) -> Results:
-    """Each server with each workload in each round, so that what drifts drifts for all of them."""
+    """Each server with each workload in each round, another one first: what drifts drifts for all of them."""
     results = Results()
     for number in range(rounds):
         print(f"round {number + 1} of {rounds} ...", flush=True)
@@ -53,10 +58,16 @@ def measured(harness: Harness, peers: Sequence[Peer], rounds: int, seconds: floa
         with ExitStack() as stack:
             running = [(peer, stack.enter_context(harness.serving(peer))) for peer in peers]
             for workload in WORKLOADS:
-                for peer, server in running:
+                for peer, server in turned(running, number):
                     if peer.knows_utf8 or not workload.is_mixed:
                         results.figures[workload.name, peer.name].append(harness.measure(server, workload, seconds))
     return results
+
+
+def turned(those: Sequence[_T], number: int) -> Sequence[_T]:
+    """The same, from another one on for each number."""
+    first = number % len(those)
+    return [*those[first:], *those[:first]]
 
 
 def _start_and_fill(harness: Harness, peers: Sequence[Peer], results: Results, *, is_first: bool) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.bench import report
+from tests.bench.__main__ import turned
 from tests.bench.harness import Figures
 from tests.bench.peers import bare, echod
 from tests.bench.results import Results, Spread
@@ -22,6 +23,11 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     assert results.ratio("50", "echod", "C") == pytest.approx(1.4)
     assert results.ratio("50", "echod", "Go") is None
     assert results.spread("50", "echod", lambda each: each.cpu_us) == Spread(7.0, 7.0, 14.0)
+
+
+def test_each_round_begins_with_another_server() -> None:
+    """Who is measured behind whom changes, so that what one leaves to the next isn't always the same one's."""
+    assert [turned("abc", number) for number in range(4)] == [[*"abc"], [*"bca"], [*"cab"], [*"abc"]]
 
 
 def test_a_peer_that_took_no_part_is_a_dash() -> None:
