@@ -31,6 +31,7 @@ class Sink:
     def __init__(self, descriptor: int, *, is_owned: bool = False) -> None:
         self._writers = [_Writer(descriptor, is_owned)]  # the last one takes the lines, those before are ending
         self._dropped_by_ended = 0
+        self._turn = threading.RLock()  # one writes, or changes writers; reentrant, for a destructor may log
 
     @property
     def dropped(self) -> int:
@@ -39,7 +40,8 @@ class Sink:
 
     def write(self, line: bytes) -> None:
         """Queue a line; never blocks."""
-        self._writers[-1].put(line)
+        with self._turn:  # or the line could come behind the end of one that was the last
+            self._writers[-1].put(line)
 
     def flush(self, timeout_s: float) -> int:
         """Wait until what is queued is written, for at most `timeout_s`; return how many lines are not."""
@@ -55,11 +57,13 @@ class Sink:
         is left behind with what it has after PREDECESSOR_S: a new place must not wait for an old one.
         """
         last = self._writers[-1]
-        last.finish()
-        ended = [writer for writer in self._writers if writer.wait(0)]
+        new = _Writer(descriptor, is_owned, last)
+        with self._turn:
+            self._writers.append(new)
+            last.finish()
+        ended = [writer for writer in self._writers[:-1] if writer.wait(0)]
         self._dropped_by_ended += sum(writer.dropped for writer in ended)
         self._writers = [writer for writer in self._writers if writer not in ended]
-        self._writers.append(_Writer(descriptor, is_owned, last))
 
     def close(self, timeout_s: float) -> bool:
         """Write what is queued, for at most `timeout_s`; return whether all of it was."""

@@ -186,6 +186,30 @@ def test_lines_keep_their_order_when_a_file_is_reopened(tmp_path: Path) -> None:
     assert file.read_bytes() == b"".join(lines)
 
 
+def test_no_line_of_another_thread_is_lost_when_a_file_is_reopened(tmp_path: Path) -> None:
+    """Who logs while the log is reopened has all of its lines in it, in order."""
+    file, flags = tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    sink = Sink(os.open(file, flags), is_owned=True)
+    lines: list[bytes] = []
+    is_over = threading.Event()
+
+    def write() -> None:
+        while not is_over.wait(0.0001):
+            for _ in range(10):
+                lines.append(b"%d\n" % len(lines))
+                sink.write(lines[-1])
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for _ in range(100):
+        sink.redirect(os.open(file, flags), is_owned=True)
+    is_over.set()
+    thread.join()
+    assert sink.close(DEADLINE_S)
+    assert sink.dropped == 0
+    assert file.read_bytes() == b"".join(lines)
+
+
 def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_path: Path) -> None:
     """What was written before `redirect` goes to the old target, which is closed if it was the sink's own."""
     reader, writer = pipe
