@@ -1,6 +1,7 @@
 """Measures everyone, interleaved, and writes the report: see `make bench`."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ _T = TypeVar("_T")
 def main() -> int:
     """Measure, print and write."""
     options = _options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a Ctrl-C: no server is left behind
     if options.write:
         report.replaced(DOCUMENT.read_text(), "")  # or it would fail after a quarter of an hour
     with tempfile.TemporaryDirectory(prefix="echod-bench-") as folder:
