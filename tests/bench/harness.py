@@ -50,6 +50,8 @@ class Figures:
     lines_per_s: float
     p50_us: float
     p99_us: float
+    server_share: float
+    """How busy the server was, as a part of its core: one that often sleeps shares no wake-up among several lines."""
     load_share: float
     """How busy the load was: near 1 it is the load that was measured."""
 
@@ -123,6 +125,7 @@ class Harness:
             lines_per_s=lines / found["seconds"],
             p50_us=found["p50_us"],
             p99_us=found["p99_us"],
+            server_share=found["server_cpu_s"] / found["seconds"],
             load_share=found["load_cpu_s"] / found["seconds"],
         )
 

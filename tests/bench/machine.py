@@ -19,7 +19,7 @@ def description(cores: Cores, missing: Mapping[str, str]) -> str:
     placed = (
         "**one core for server and load**: lines a second tell little"
         if cores.are_one
-        else "the server on one core, the load on another"
+        else f"the server on one core, the load on {'its other thread' if _are_siblings(cores) else 'another'}"
     )
     text = (
         f"{_processor()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}; {placed}; the load of the "
@@ -28,6 +28,12 @@ def description(cores: Cores, missing: Mapping[str, str]) -> str:
     if missing:
         text += "\n\nNot measured: " + "; ".join(f"{name} ({why})" for name, why in missing.items()) + "."
     return text
+
+
+def _are_siblings(cores: Cores) -> bool:
+    """Whether the two are threads of one core, which slow each other down."""
+    listed = Path(f"/sys/devices/system/cpu/cpu{cores.server}/topology/core_cpus_list")
+    return listed.exists() and str(cores.load) in re.split(r"[,-]", listed.read_text().strip())
 
 
 def _processor() -> str:

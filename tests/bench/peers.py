@@ -50,7 +50,7 @@ def echod() -> Peer:
 
 def bare() -> Peer:
     """What CI holds echod against."""
-    return Peer("bare", "the same event loop and the same work on a line, nothing else", _python("bare.py"))
+    return Peer("bare", "the same event loop and what a line asks for, nothing else", _python("bare.py"))
 
 
 def everyone(folder: Path) -> tuple[list[Peer], Mapping[str, str]]:
@@ -102,7 +102,7 @@ def _uvloop_streams(_: Path) -> Peer:
 def _twisted(_: Path) -> Peer:
     found = importlib.util.find_spec("twisted")
     if not found or not found.origin:
-        raise MissingError("not installed: `make bench` does it where it can")
+        raise MissingError("not installed: `make bench` does it")
     # In a folder of its own, which its server alone is told of: structlog imports Twisted where it finds it.
     environment = {"PYTHONPATH": str(Path(found.origin).parents[1])}
     return Peer("Twisted", "its line protocol, on epoll", _python("twisted_lines.py"), environment=environment)

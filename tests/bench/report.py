@@ -24,6 +24,8 @@ def tables(results: Results, peers: Sequence[Peer]) -> str:
             + _table(["workload", *names], (_rate_row(results, workload, names) for workload in WORKLOADS)),
             "### Round trips, median and 99th percentile, in µs\n\n"
             + _table(["workload", *names], (_latency_row(results, workload, names) for workload in WORKLOADS)),
+            "### How busy the server was, in % of its core\n\n"
+            + _table(["workload", *names], (_share_row(results, workload, names) for workload in WORKLOADS)),
             "### Memory and start\n\n" + _table(["", *names], _other_rows(results, names)),
             "### Held against the limit and the peers: CPU time, echod's as a multiple\n\n"
             + _table(
@@ -56,6 +58,11 @@ def _cpu_row(results: Results, workload: Workload, names: Sequence[str]) -> list
 def _rate_row(results: Results, workload: Workload, names: Sequence[str]) -> list[str]:
     spreads = [results.spread(workload.name, name, lambda each: each.lines_per_s / 1e3) for name in names]
     return [workload.about, *("–" if spread is None else _figure(spread.median) for spread in spreads)]
+
+
+def _share_row(results: Results, workload: Workload, names: Sequence[str]) -> list[str]:
+    spreads = [results.spread(workload.name, name, lambda each: each.server_share * 100) for name in names]
+    return [workload.about, *("–" if spread is None else f"{spread.median:.0f}" for spread in spreads)]
 
 
 def _latency_row(results: Results, workload: Workload, names: Sequence[str]) -> list[str]:

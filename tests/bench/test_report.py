@@ -11,7 +11,9 @@ from tests.bench.workloads import WORKLOADS, Workload
 
 
 def _figures(cpu_us: float, *, load_share: float = 0.5) -> Figures:
-    return Figures(cpu_us=cpu_us, lines_per_s=1e6 / cpu_us, p50_us=10, p99_us=20, load_share=load_share)
+    return Figures(
+        cpu_us=cpu_us, lines_per_s=1e6 / cpu_us, p50_us=10, p99_us=20, server_share=0.8, load_share=load_share
+    )
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
