@@ -1,10 +1,12 @@
-"""Options of the test run, and a folder that another user can look into."""
+"""Options of the test run, a folder that another user can look into, and an echod that is installed."""
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.installed import Installed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,3 +21,9 @@ def open_path() -> Iterator[Path]:
         folder = Path(name)
         folder.chmod(0o755)
         yield folder
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    """An echod that is installed, and can be so again."""
+    return Installed(tmp_path)

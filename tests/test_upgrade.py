@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +38,7 @@ from tests.daemon import (
     serving,
     settings,
 )
+from tests.installed import Installed
 from tests.streams import stream_through_upgrades, upgrade
 from tests.test_inheriting import activated, two_sockets
 
@@ -47,8 +47,6 @@ PASSING = 800
 
 OTHERS = 20
 """At most so many lines of the log are of no client."""
-
-PROJECT = Path(__file__).parents[1]
 
 
 def test_connections_stay_established() -> None:
@@ -65,62 +63,10 @@ def test_connections_stay_established() -> None:
 # -- what is installed -------------------------------------------------------------------------------------------------
 
 
-class Installed:
-    """An echod that is installed twice or thrice, each run by the script `current/bin/echod`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.add("one")
-        self.switch("one")
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        return (str(self.folder / "current/bin/echod"),)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        packages = next(path for path in sys.path if path.endswith("site-packages"))
-        return {"PYTHONPATH": f"{self.folder}/current/lib:{packages}"}
-
-    def add(self, name: str, **changes: str) -> None:
-        """Install one more, with text at the end of its modules."""
-        shutil.copytree(
-            PROJECT / "echod", self.folder / name / "lib/echod", ignore=shutil.ignore_patterns("__pycache__")
-        )
-        for module, text in changes.items():
-            with open(self.folder / name / f"lib/echod/{module}.py", "a") as file:
-                file.write(f"\n{text}\n")
-        script = self.folder / name / "bin/echod"
-        script.parent.mkdir()
-        (script.parent / "python").symlink_to(sys.executable)
-        script.write_text(
-            f"#!{script.parent / 'python'}\nimport sys\nfrom echod.__main__ import main\nsys.exit(main())\n"
-        )
-        script.chmod(0o755)
-
-    def prove_at_once(self) -> None:
-        """Make a preflight of the first one a matter of milliseconds, in which nothing is proven."""
-        script = self.folder / "one/bin/echod"
-        _, rest = script.read_text().split("\n", 1)
-        proving = f'[ "$1" = preflight ] && exit 0\nexec {script.parent / "python"} "$0" "$@"'
-        script.write_text(f"#!/bin/sh\n''':'\n{proving}\n'''\n{rest}")
-
-    def switch(self, name: str) -> None:
-        """Make it the one that is installed now."""
-        link = self.folder / "next"
-        link.symlink_to(name)
-        link.rename(self.folder / "current")
-
-
-@pytest.fixture
-def installed(tmp_path: Path) -> Installed:
-    return Installed(tmp_path)
-
-
 def test_from_one_version_to_another(installed: Installed) -> None:
     """The second prints its own version in `stats`; connections from before are still answered."""
     installed.add("two", __init__='__version__ = "2.0.0"')
-    with serving(command=installed.command, environment=installed.environment) as echod, connect(echod.port) as client:
+    with installed.serving() as echod, connect(echod.port) as client:
         client.sendall(b"begun by one")
         first = echod.stats()["version"]
         installed.switch("two")
@@ -157,8 +103,7 @@ def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(inst
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    command = (sys.executable, "-c", ignoring, *installed.command)
-    with serving(command=command, environment=installed.environment) as echod, connect(echod.port) as client:
+    with installed.serving(by=(sys.executable, "-c", ignoring)) as echod, connect(echod.port) as client:
         installed.switch("two")
         assert "SyntaxError" in upgrade(echod, "upgrade refused")["errors"][0]
         assert ask(client, b"still here\n") == b"STILL HERE\n"
@@ -185,10 +130,7 @@ def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_pa
     installed.add("two", serving=f"rehearse = lambda *all: os.unlink({str(script)!r})")
     installed.switch("slow")
     arguments = settings(admin_listen=f"unix:{admin}")
-    with (
-        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
-        connect(echod.port) as client,
-    ):
+    with installed.serving(*arguments) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
         installed.switch("two")
         echod.send(signal.SIGUSR2)
@@ -203,11 +145,7 @@ def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_pa
 
 
 def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], object]) -> None:
-    with (
-        serving(command=installed.command, environment=installed.environment) as echod,
-        connect(echod.port) as begun,
-        connect(echod.port) as stuck,
-    ):
+    with installed.serving() as echod, connect(echod.port) as begun, connect(echod.port) as stuck:
         begun.sendall(b"begun ")
         send_until_stuck(stuck)
         before = echod.stats()
@@ -303,10 +241,7 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
         port = free.getsockname()[1]
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
     arguments = ("-c", str(path))
-    with (
-        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
-        connect(port) as client,
-    ):
+    with installed.serving(*arguments) as echod, connect(port) as client:
         client.sendall(b"begun ")
         installed.switch("two")
         for break_it, complaint in (
@@ -377,10 +312,7 @@ def test_a_self_check_under_way_is_nobody(installed: Installed, tmp_path: Path) 
     installed.add("deaf", listener="Listener._accept_some = lambda self: False")
     installed.switch("deaf")
     watchdog = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
-    with (
-        serving(command=installed.command, environment=installed.environment | watchdog) as echod,
-        connect(echod.port) as client,
-    ):
+    with installed.serving(environment=watchdog) as echod, connect(echod.port) as client:
         installed.switch("one")
         upgrade(echod)
         assert ask(client, b"hello\n") == b"HELLO\n"
@@ -509,7 +441,7 @@ def test_upgrades_that_are_asked_for_meanwhile_become_one_more() -> None:
 def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
     """TERM isn't kept waiting by a next program that hangs, and nothing of that one is left."""
     installed.add("two", serving="import time; time.sleep(1000)")
-    with serving(command=installed.command, environment=installed.environment) as echod:
+    with installed.serving() as echod:
         installed.switch("two")
         echod.send(signal.SIGUSR2)
         echod.wait_for("upgrade started")
@@ -544,7 +476,7 @@ def test_signals_are_followed_in_their_order(installed: Installed) -> None:
     """Whether the old program had taken them from the kernel or not."""
     installed.add("slow", **SLOW)
     installed.switch("slow")
-    with serving(command=installed.command, environment=installed.environment) as echod:
+    with installed.serving() as echod:
         installed.switch("one")
         echod.send(signal.SIGUSR2)
         echod.wait_for("standing still")
@@ -565,10 +497,7 @@ def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed,
     hang = "import time; rehearse = lambda *all: None; _first = lambda *all: time.sleep(1000)"
     installed.add("two", serving=hang, guard="STARTING_S = 0.1")
     flags = settings(timeouts_drain=1)
-    with (
-        serving(*flags, command=installed.command, environment=installed.environment) as echod,
-        connect(echod.port) as client,
-    ):
+    with installed.serving(*flags) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
         installed.switch("two")
         echod.send(signal.SIGUSR2)
@@ -638,10 +567,7 @@ def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, 
     # As few clients as can be are told at once that they are too many; the next ones wait.
     rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"
     path.write_text(f"listen = [{kept}, {gone}]\n{rest}")
-    with (
-        serving("-c", str(path), command=installed.command, environment=installed.environment) as echod,
-        contextlib.ExitStack() as clients,
-    ):
+    with installed.serving("-c", str(path)) as echod, contextlib.ExitStack() as clients:
         served, *_ = [clients.enter_context(connect(port)) for _ in range(AT_ONCE.start + 1)]
         assert ask(served, b"hello\n") == b"HELLO\n"
         late = [clients.enter_context(connect(port)) for _ in range(5)]
@@ -763,7 +689,7 @@ def _inheritable(echod: Daemon) -> list[int]:
 def test_a_preflight_that_outlives_us_holds_nothing_of_ours(installed: Installed) -> None:
     """A next program that hangs has no listener: when this one is killed, its port is free."""
     installed.add("two", serving="import time; time.sleep(1000)")
-    with serving(command=installed.command, environment=installed.environment) as echod:
+    with installed.serving() as echod:
         port = echod.port
         installed.switch("two")
         echod.send(signal.SIGUSR2)
