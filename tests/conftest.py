@@ -1,4 +1,4 @@
-"""Options of the test run, a folder that another user can look into, and an echod that is installed."""
+"""Options of the test run, the report at its end, and what tests of several suites are given."""
 
 import tempfile
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.installed import Installed
+from tests.report import ROWS, Report, row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,3 +28,20 @@ def open_path() -> Iterator[Path]:
 def installed(tmp_path: Path) -> Installed:
     """An echod that is installed, and can be so again."""
     return Installed(tmp_path)
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    """Puts a line into the report."""
+    rows = request.config.stash.setdefault(ROWS, [])
+
+    def add(title: str, **figures: object) -> None:
+        shown = {name.replace("_", " "): value for name, value in figures.items()}
+        rows.append(f"{title}: {row(shown, ' ')}")
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(ROWS, []):
+        terminalreporter.write_line(line)

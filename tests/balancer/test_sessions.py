@@ -4,11 +4,11 @@ import asyncio
 import socket
 from pathlib import Path
 
-from tests.balancer.conftest import Report
 from tests.balancer.fleet import NAMES, Fleet, balanced
 from tests.balancer.haproxy import HAProxy
 from tests.clients import Pipeliner, finished, pipeline
 from tests.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, settings
+from tests.report import Report
 
 SESSIONS = 9
 DRAIN_S = 1
