@@ -184,6 +184,14 @@ def leave_descriptors(pid: int, count: int) -> tuple[int, int]:
     return limits
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has now; who connects is given others by the kernel than who asks for any."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
 def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
     """A client connected to 127.0.0.1, with a deadline on everything it does."""
     client = socket.socket()
@@ -210,10 +218,15 @@ def connect_once_open(port: int) -> socket.socket:
 
 def send_until_stuck(client: socket.socket) -> None:
     """Pipeline without reading until nothing more is taken, or until the client is cut off for it."""
-    client.settimeout(0.3)
-    with contextlib.suppress(TimeoutError, ConnectionResetError):
-        while True:
-            client.send(b"no reply is read\n" * 4096)
+    client.settimeout(0.1)
+    refusals = 0  # in a row: one alone may be the machine that stood still
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while refusals < 4:
+            try:
+                client.send(b"no reply is read\n" * 4096)
+                refusals = 0
+            except TimeoutError:
+                refusals += 1
     client.settimeout(DEADLINE_S)
 
 
