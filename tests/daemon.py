@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -185,11 +186,13 @@ def leave_descriptors(pid: int, count: int) -> tuple[int, int]:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody has now; who connects is given others by the kernel than who asks for any."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A free one below those that the kernel gives to clients: none of them may take it before it is listened on."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(lowest // 2, lowest), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:

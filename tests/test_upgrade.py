@@ -31,6 +31,7 @@ from tests.daemon import (
     ask,
     clean_environment,
     connect,
+    free_port,
     read_line,
     read_to_end,
     send_until_stuck,
@@ -170,8 +171,7 @@ def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], obj
 def test_the_configuration_is_read_anew(tmp_path: Path) -> None:
     """What a reload changes, and what it can't: addresses come and go, a port that was its own is shared."""
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {{address = "127.0.0.1:0"}}]\n')
     with serving("-c", str(path)) as echod, connect(echod.ports[1]) as client:
         path.write_text(
@@ -211,16 +211,14 @@ OVERLAPPING = '{{address = "127.0.0.1:{0}"}}, {{address = "0.0.0.0:{0}"}}'
 
 
 def _overlap(path: Path, port: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        overlapping = OVERLAPPING.format(free.getsockname()[1])
+    overlapping = OVERLAPPING.format(free_port())
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {overlapping}]\n')
 
 
 def test_addresses_that_overlap_are_refused_by_the_preflight(tmp_path: Path) -> None:
     """What only listen(2) can tell is told before anything has happened."""
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
     with serving("-c", str(path)) as echod, connect(port) as client:
         _overlap(path, port)
@@ -236,8 +234,7 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
     """A preflight that overlooks what is wrong: clients are served as before, and the log says what is wrong."""
     installed.add("two", serving="rehearse = lambda *all: None")
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
     arguments = ("-c", str(path))
     with installed.serving(*arguments) as echod, connect(port) as client:
@@ -570,8 +567,7 @@ def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, 
     """An upgrade drops an address at which clients wait, one right after it would reset them: it waits for them."""
     installed.prove_at_once()
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     kept, gone = f'{{address = "unix:{tmp_path}/sock"}}', f'{{address = "127.0.0.1:{port}"}}'
     # As few clients as can be are told at once that they are too many; the next ones wait.
     rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"

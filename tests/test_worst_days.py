@@ -279,9 +279,7 @@ def test_a_stop_at_the_limit_resets_nobody_in_the_backlog() -> None:
 def test_a_start_that_can_t_listen_leaves_no_socket_file(tmp_path: Path) -> None:
     """Two names of one address both bind, and the second can't be listened on: what was made by then is removed."""
     sock, admin = tmp_path / "sock", tmp_path / "admin"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = ("-l", f"unix:{sock}", "-l", f"127.0.0.1:{port}", "-l", f"localhost:{port}", "--set")
     with Daemon(*arguments, f"admin.listen=unix:{admin}") as echod:
         assert echod.process.wait(DEADLINE_S) == 1
