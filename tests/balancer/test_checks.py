@@ -11,7 +11,7 @@ from tests.balancer.haproxy import PROGRAM, fenced, replaced
 from tests.daemon import ask, connect, settings
 from tests.report import Report
 
-LAME_DUCK_S = 1.5
+LAME_DUCK_S = 3
 LAME_DUCK = settings(timeouts_lame_duck=LAME_DUCK_S)
 
 
