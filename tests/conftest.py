@@ -4,10 +4,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.installed import Installed
 from tests.report import ROWS, Report, row
+
+# How long an example takes, or to think of one, is the machine's business: a limit of 200 ms each is no claim of ours.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

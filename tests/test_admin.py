@@ -562,7 +562,7 @@ pieces = st.binary(max_size=20) | st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(pieces, max_size=12))
 def test_any_bytes_get_one_answer_or_none(endpoint: tuple[Daemon, str], parts: list[bytes]) -> None:
     """Whatever a client sends and then ends: an answer or, to nothing, none; never a reset."""
