@@ -223,10 +223,11 @@ def send_until_stuck(client: socket.socket) -> None:
     """Pipeline without reading until nothing more is taken, or until the client is cut off for it."""
     client.settimeout(0.1)
     refusals = 0  # in a row: one alone may be the machine that stood still
+    text = rest = b"no reply is read\n" * 4096
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while refusals < 4:
             try:
-                client.send(b"no reply is read\n" * 4096)
+                rest = rest[client.send(rest) :] or text  # where it stopped: a line that was cut goes on
                 refusals = 0
             except TimeoutError:
                 refusals += 1
