@@ -263,7 +263,14 @@ RESERVED = {
     "os.killpg": {"preflight"},  # its child
     "os.kill": set[str](),
     "signal.signal": set[str](),
-    "time.sleep": {"dial", "follow", "ping", "screen", "sink"},  # commands; in its own thread
+    "time.sleep": {
+        "binding",
+        "dial",
+        "follow",
+        "ping",
+        "screen",
+        "sink",
+    },  # beside the loop; commands; in its own thread
 }
 
 TOO_LONG: dict[str, str] = {}
