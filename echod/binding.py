@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import count
@@ -17,6 +18,9 @@ from msgspec import Struct
 
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress
 from echod.sockets import Bound, Endpoint, Key, identity, share_port
+
+LOCK_S = 1.0
+"""How long others may keep us from binding in a folder, each for a moment; bounded, for anybody may lock /tmp."""
 
 
 class BindError(Exception):
@@ -209,12 +213,18 @@ def _stale_file_removed(path: str) -> Iterator[None]:
 
 
 def _lock(folder: int, path: str) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BindError(f"unix:{path}: another process is binding in this folder right now; try again") from None
-    except OSError:
-        pass  # a file system without locks: a race of two starts stays possible there
+    end = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise BindError(f"unix:{path}: another process is binding in this folder; try again") from None
+            time.sleep(0.005)
+        except OSError:
+            return  # a file system without locks: a race of two starts stays possible there
+        else:
+            return
 
 
 def _is_answered(path: str) -> bool:

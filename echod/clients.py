@@ -84,6 +84,12 @@ class Clients:
         else:
             self.preludes.begin(sock, peer, self._loop.time())
 
+    def look(self) -> None:
+        """See how each gets on, so that whoever goes on from here knows it up to this moment."""
+        now = self._loop.time()
+        for connection in self.served:
+            connection.look(now)
+
     def adopt(self, sock: socket.socket, peer: SockAddr, past: Past) -> None:
         """Go on with a client of the program before us, whatever the limits; it is in the counts already."""
         if past.header is not None:

@@ -183,6 +183,7 @@ def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroun
             endpoint.wake()
 
     def replace(*, is_wanted_again: bool) -> None:
+        server.clients.look()  # the next sweep is of the next program
         pasts = chain(
             (crossing.past(connection, is_counted=is_counted) for connection, is_counted in server.clients.each()),
             map(crossing.past_of_prelude, server.clients.preludes),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -184,6 +185,16 @@ def leave_descriptors(pid: int, count: int) -> tuple[int, int]:
     return limits
 
 
+def free_port() -> int:
+    """A free one below those that the kernel gives to clients: none of them may take it before it is listened on."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(lowest // 2, lowest), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
     """A client connected to 127.0.0.1, with a deadline on everything it does."""
     client = socket.socket()
@@ -210,10 +221,16 @@ def connect_once_open(port: int) -> socket.socket:
 
 def send_until_stuck(client: socket.socket) -> None:
     """Pipeline without reading until nothing more is taken, or until the client is cut off for it."""
-    client.settimeout(0.3)
-    with contextlib.suppress(TimeoutError, ConnectionResetError):
-        while True:
-            client.send(b"no reply is read\n" * 4096)
+    client.settimeout(0.1)
+    refusals = 0  # in a row: one alone may be the machine that stood still
+    text = rest = b"no reply is read\n" * 4096
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while refusals < 4:
+            try:
+                rest = rest[client.send(rest) :] or text  # where it stopped: a line that was cut goes on
+                refusals = 0
+            except TimeoutError:
+                refusals += 1
     client.settimeout(DEADLINE_S)
 
 

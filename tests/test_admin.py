@@ -398,7 +398,7 @@ def test_a_stop_answers_who_waits_for_a_verdict(slow: Slow) -> None:
 
 def test_a_long_verdict_arrives_whole(slow: Slow) -> None:
     """An answer that the kernel doesn't take at once is sent as the client reads it."""
-    faults = [f"a_key_that_there_is_not_{number:05} = 1" for number in range(5000)]
+    faults = [f"{number:03}_{'x' * 2000} = 1" for number in range(200)]
     (slow.folder / "bad").write_text("\n".join(faults))
     slow.point_to("bad")
     with reach(slow.address) as client:
@@ -407,7 +407,7 @@ def test_a_long_verdict_arrives_whole(slow: Slow) -> None:
         assert get(slow.address, "/healthz").status == 200
         reply = read_reply(client)
     assert len(reply.body) == int(reply.headers["content-length"]) > 300_000, "more than a socket holds"
-    assert len(reply.content["errors"]) == 5000
+    assert len(reply.content["errors"]) == 200
 
 
 def wait_for_events(echod: Daemon, name: str, count: int) -> None:
@@ -507,7 +507,7 @@ def test_a_client_that_stays_doesn_t_hold_a_stop_up(endpoint_address: str) -> No
             assert read_reply(lingering).status == 200
             began = time.monotonic()
             assert echod.stop() == 0
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < REQUEST_S - 0.5
             assert silent.recv(100) == b""
 
 
@@ -562,7 +562,7 @@ pieces = st.binary(max_size=20) | st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(pieces, max_size=12))
 def test_any_bytes_get_one_answer_or_none(endpoint: tuple[Daemon, str], parts: list[bytes]) -> None:
     """Whatever a client sends and then ends: an answer or, to nothing, none; never a reset."""

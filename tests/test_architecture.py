@@ -263,7 +263,7 @@ RESERVED = {
     "os.killpg": {"preflight"},  # its child
     "os.kill": set[str](),
     "signal.signal": set[str](),
-    "time.sleep": {"dial", "follow", "ping", "screen"},  # commands
+    "time.sleep": {"binding", "dial", "follow", "ping", "screen"},  # beside the loop; commands
 }
 
 TOO_LONG: dict[str, str] = {}

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_a_socket_file_in_a_folder_that_another_binds_in_is_left_to_it(tmp_path:
         os.close(folder)
     with pytest.raises(binding.BindErrors, match="no such file or directory"):
         binding.bind_all(wanted(UnixAddress(str(tmp_path / "missing" / "sock"))))
+
+
+def test_who_starts_in_the_same_moment_in_the_same_folder_is_waited_for(tmp_path: Path) -> None:
+    """Several instances that keep their sockets in one folder start together, none fails for it."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    done = threading.Timer(0.2, os.close, [folder])
+    done.start()
+    (bound,) = binding.bind_all(wanted(UnixAddress(str(tmp_path / "sock")))).values()
+    done.join()
+    assert bound
+    bound.close()
 
 
 def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:

@@ -508,7 +508,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(configs, st.booleans())
 @example(config=Config(log=Log(file='\x7f"\'\\\b\n\t\x1f\u2028 ß😀 # """')), with_comments=True)
 @example(

@@ -57,7 +57,7 @@ class Scene:
 
     @property
     def events(self) -> list[Event]:
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        lines = self.log.read_text().split("\n")[:-1] if self.log.exists() else []  # the last may not be whole yet
         return [json.loads(line) for line in lines]
 
     def event(self, name: str) -> Event:

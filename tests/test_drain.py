@@ -73,7 +73,8 @@ def test_clients_that_connect_as_fast_as_they_can_are_served_or_cleanly_refused(
     async def one_round(number: int) -> None:
         address = f"unix:{tmp_path}/{number}" if listen == "unix" else listen
         tally = Tally()
-        with Daemon("-l", address, *SHORT) as echod:
+        # Who was accepted while draining has `drain_quiet` to say its line: time enough for the slowest client.
+        with Daemon("-l", address, *settings(timeouts_drain_quiet=3)) as echod:
             address = await _address(echod)
             coming = asyncio.gather(*(come_and_go(address, tally) for _ in range(16)))
             await asyncio.sleep(random.Random(number).uniform(0.02, 0.15))
@@ -90,7 +91,7 @@ def test_clients_that_connect_as_fast_as_they_can_are_served_or_cleanly_refused(
 
 def test_a_client_in_mid_line_gets_its_reply_and_an_idle_one_end_of_stream() -> None:
     """A line begun is waited for; a connection quiet for `drain_quiet` is half-closed."""
-    with serving(*settings(timeouts_drain=8, timeouts_drain_quiet=0.3)) as echod:
+    with serving(*settings(timeouts_drain=8, timeouts_drain_quiet=1)) as echod:
         with connect(echod.port) as in_line, connect(echod.port) as idle, connect(echod.port) as late:
             assert ask(idle, b"hello\n") == b"HELLO\n"
             in_line.sendall(b"half a li")
@@ -111,9 +112,9 @@ def test_a_client_in_mid_line_gets_its_reply_and_an_idle_one_end_of_stream() -> 
 
 def test_a_client_idle_for_long_still_has_drain_quiet_to_send_a_line() -> None:
     """The quiet counts from the beginning of the drain: a line that was on its way is answered."""
-    with serving(*settings(timeouts_drain_quiet=0.6)) as echod, connect(echod.port) as client:
+    with serving(*settings(timeouts_drain_quiet=1.5)) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
-        time.sleep(2.2)  # longer than drain_quiet and a sweep
+        time.sleep(2.7)  # longer than drain_quiet and a sweep
         echod.send(signal.SIGTERM)
         echod.wait_for("drain started")
         time.sleep(0.2)  # on its way
@@ -123,7 +124,7 @@ def test_a_client_idle_for_long_still_has_drain_quiet_to_send_a_line() -> None:
 
 def test_what_waits_in_the_backlog_is_served() -> None:
     """Every client whose handshake was complete is accepted and served, the listen backlog included."""
-    with serving(*SHORT) as echod:
+    with serving(*settings(timeouts_drain_quiet=0.1)) as echod:
         port = echod.port
         echod.send(signal.SIGSTOP)
         waiting = [connect(port) for _ in range(200)]
@@ -167,7 +168,7 @@ def test_a_client_that_never_reads_is_cut_at_the_deadline() -> None:
 
 def test_an_unfinished_line_at_the_deadline_is_owed_nothing() -> None:
     """At `drain` seconds what is left is ended at a line boundary: a line begun then is owed nothing, exit 0."""
-    with serving(*settings(timeouts_drain=0.5)) as echod, connect(echod.port) as client:
+    with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port) as client:
         client.sendall(b"whole\nhalf")
         echod.send(signal.SIGTERM)
         assert read_to_end(client) == b"WHOLE\n"
@@ -193,7 +194,7 @@ def _seconds_from_second_signal_to_end() -> float:
         echod.wait_for("drain started")
         insisted_at = time.monotonic()
         echod.send(signal.SIGINT)
-        assert echod.process.wait(DEADLINE_S) == 3
+        assert echod.process.wait() == 3  # with a deadline it would look again every 50 ms
         ended_at = time.monotonic()
         assert echod.exit_status() == 3
         assert echod.wait_for("drain finished")["cut"] == 1
@@ -213,14 +214,14 @@ def test_a_second_signal_is_no_failure_when_nobody_is_owed_anything() -> None:
 
 def test_progress_is_logged_at_least_once_a_second() -> None:
     """Progress: connections left, seconds left."""
-    with serving(*settings(timeouts_drain=2.5)) as echod, connect(echod.port) as client:
+    with serving(*settings(timeouts_drain=3.5)) as echod, connect(echod.port) as client:
         client.sendall(b"half")
         echod.send(signal.SIGTERM)
         assert read_to_end(client) == b""
         client.close()
         assert echod.exit_status() == 0
         progress = echod.events_named("drain progress")
-        assert len(progress) >= 2
+        assert len(progress) >= 2, "of three"
         assert all(event["connections"] == 1 for event in progress)
         assert progress[0]["seconds_left"] > progress[1]["seconds_left"]
 
@@ -256,6 +257,10 @@ def test_replies_are_acknowledged_before_the_exit() -> None:
 
 def test_an_idle_daemon_stops_at_once() -> None:
     """With nobody connected a stop takes as long as the closing of the port."""
+    assert any(_seconds_of_an_idle_drain() < 0.5 for _ in range(5))  # the best of some tries, as above
+
+
+def _seconds_of_an_idle_drain() -> float:
     with serving() as echod:
         echod.send(signal.SIGINT)
         echod.wait_for("drain started", signal="INT")
@@ -263,7 +268,7 @@ def test_an_idle_daemon_stops_at_once() -> None:
         started, finished = (
             datetime.fromisoformat(echod.wait_for(name)["timestamp"]) for name in ("drain started", "drain finished")
         )
-        assert (finished - started).total_seconds() < 0.5
+        return (finished - started).total_seconds()
 
 
 def test_term_ends_a_process_whose_loop_is_stuck() -> None:

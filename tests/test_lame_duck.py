@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.daemon import Daemon, ask, connect, read_to_end, send_until_stuck, serving, settings
 from tests.test_admin import get
 
-LAME_DUCK_S = 1.5
+LAME_DUCK_S = 3
 
 
 def readiness(admin: Path) -> int:
@@ -17,9 +17,10 @@ def readiness(admin: Path) -> int:
 
 def leave(echod: Daemon) -> float:
     """Tell it to stop; when that was."""
+    told_at = time.monotonic()
     echod.send(signal.SIGTERM)
     echod.wait_for("lame duck started")
-    return time.monotonic()
+    return told_at
 
 
 def test_a_lame_duck_accepts_and_says_that_it_leaves(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_a_lame_duck_accepts_and_says_that_it_leaves(tmp_path: Path) -> None:
             assert (ask(late, b"late\n"), ask(early, b"still\n")) == (b"LATE\n", b"STILL\n")
             assert not echod.events_named("drain started")
             drain = echod.wait_for("drain started")
-            assert time.monotonic() - began >= LAME_DUCK_S - 0.1
+            assert time.monotonic() - began >= LAME_DUCK_S
             assert (drain["seconds_left"], drain["connections"]) == (8, 2)
             assert (read_to_end(early), read_to_end(late)) == (b"", b"")
         assert echod.exit_status() == 0
@@ -52,7 +53,7 @@ def test_a_second_signal_cuts_a_lame_duck() -> None:
         began = leave(echod)
         echod.send(signal.SIGTERM)
         assert echod.exit_status() == 3
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 6, "a drain would take 8"
         assert echod.wait_for("drain finished")["cut"] == 1
 
 

@@ -149,7 +149,7 @@ def test_a_handshake_that_never_ends_holds_no_close_up() -> None:
             client.connect_ex(door.listener.listening_socket.getsockname())
             began_at = loop.time()
             await door.listener.close()
-            assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 1
+            assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "the kernel goes on for a minute"
 
     _run(scenario())
 
@@ -226,7 +226,7 @@ def test_clients_that_keep_coming_while_it_closes_are_accepted(monkeypatch: pyte
                 door.client().close()
                 came += 1
             await asyncio.sleep(0.02)  # the pace of those who come
-        assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 1
+        assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "they would come for ever"
         accepted = door.came.qsize()
         assert came - 1 <= accepted <= came, "who comes in the very moment of the close may be reset"
         for _ in range(accepted):

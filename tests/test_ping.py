@@ -214,14 +214,15 @@ def stall_in_the_middle(client: socket.socket, line: bytes) -> None:
         (reset, "{}: connection reset by peer"),
         (drop, "connection closed without a reply"),
         (drop_in_the_middle, "connection closed in the middle of a reply: 'HAL'"),
-        (stall, "{}: no reply within 0.2 s"),
-        (stall_in_the_middle, "reply not finished within 0.2 s: 'HAL'"),
+        (stall, "{}: no reply within 1 s"),
+        (stall_in_the_middle, "reply not finished within 1 s: 'HAL'"),
     ],
 )
 def test_no_right_answer(answer: Answer, words: str) -> None:
     """Whatever a server does instead of answering right, it is said in a line, and the exit status is 1."""
     with server(answer) as address:
-        done = command("ping", "-c", "2", "-i", "0", "-W", "0.2", "-s", "12", address)
+        within = "1" if answer in (stall, stall_in_the_middle) else str(DEADLINE_S / 2)  # only a stall is waited out
+        done = command("ping", "-c", "2", "-i", "0", "-W", within, "-s", "12", address)
     assert (done.returncode, done.stderr) == (1, "")
     _, first, second, *_ = done.stdout.splitlines()
     assert words.format(address) in first
@@ -241,17 +242,17 @@ class Late:
             client.sendall(reply)
         else:
             self.late = client, reply
-            select.select([client], [], [], 0.4)  # until the client has given up, and longer
+            select.select([client], [], [], DEADLINE_S)  # until the client has given up
             client.sendall(reply)
 
 
 def test_a_late_reply_is_not_the_next_ones() -> None:
     """A reply that comes too late is lost; the next round trip, over another connection, has its own."""
     with server(Late()) as address:
-        done = command("ping", "-c", "3", "-i", "0.5", "-W", "0.2", address)
+        done = command("ping", "-c", "3", "-i", "0", "-W", "1", address)
     assert (done.returncode, done.stderr) == (1, "")
     _, first, second, third, *_ = done.stdout.splitlines()
-    assert first == f"seq=1 {address}: no reply within 0.2 s"
+    assert first == f"seq=1 {address}: no reply within 1 s"
     assert REPLY.match(second)
     assert second.endswith(" (new connection)")
     assert REPLY.fullmatch(third)
@@ -269,7 +270,7 @@ def test_what_is_said_after_a_reply() -> None:
             is_read.wait(DEADLINE_S)
             client.sendall(b"HALLO\n")
 
-    with server(double_later) as address, pinging("-c", "3", "-i", "0.7", address) as ping:
+    with server(double_later) as address, pinging("-c", "3", "-i", "2", address) as ping:  # said long before the next
         assert wait_for(ping, "seq=1 .* ms\n")
         is_read.set()
         said, _ = ping.communicate(timeout=DEADLINE_S)
@@ -290,7 +291,7 @@ def test_a_connection_that_is_reset_between_round_trips() -> None:
             is_read.wait(DEADLINE_S)
             reset(client, line)
 
-    with server(answer_and_reset) as address, pinging("-c", "2", "-i", "0.7", address) as ping:
+    with server(answer_and_reset) as address, pinging("-c", "2", "-i", "2", address) as ping:  # long before the next
         assert wait_for(ping, "seq=1 .* ms\n")
         is_read.set()
         said, _ = ping.communicate(timeout=DEADLINE_S)
@@ -308,12 +309,12 @@ def test_why_a_text_is_not_taken() -> None:
 
 def test_an_idle_connection_may_be_closed() -> None:
     """A connection that the server closed between two round trips costs none of them: a note tells of it."""
-    with serving(*settings(timeouts_idle=0.2)) as echod:
-        done = command("ping", "-c", "2", "-i", "1", f"127.0.0.1:{echod.port}")
-        whole = command("ping", "-c", "2", "-i", "1", "--json", f"127.0.0.1:{echod.port}")
+    with serving(*settings(timeouts_idle=0.5)) as echod:
+        done = command("ping", "-c", "2", "-i", "1.5", f"127.0.0.1:{echod.port}")
+        whole = command("ping", "-c", "2", "-i", "1.5", "--json", f"127.0.0.1:{echod.port}")
     assert done.returncode == 0, done.stdout
     assert "seq=2 " in done.stdout
-    assert " ms (new connection, told 'ERROR idle for 0.2 s')\n" in done.stdout
+    assert " ms (new connection, told 'ERROR idle for 0.5 s')\n" in done.stdout
     assert [json.loads(line).get("connection") for line in whole.stdout.splitlines()] == [1, 2, None]
 
 
@@ -389,10 +390,10 @@ def test_an_address_that_is_silent_leaves_time_for_the_next(daemon: Daemon) -> N
     """Who doesn't even refuse takes its share of the time, no more."""
     with full(("127.0.0.1", 0), socket.AF_INET) as silent:
         start = time.monotonic()
-        connected, address = dial.connect(found(silent[1], daemon.port), start + 2)
+        connected, address = dial.connect(found(silent[1], daemon.port), start + 4)
         connected.close()
         assert address == ("127.0.0.1", daemon.port)
-        assert 0.9 < time.monotonic() - start < 1.8
+        assert 1.9 < time.monotonic() - start < 3.8, "half of it"
         with pytest.raises(dial.UnreachableError, match="no connection in time"):
             dial.connect(found(silent[1]), time.monotonic() + 0.2)
 

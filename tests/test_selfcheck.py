@@ -13,7 +13,7 @@ from tests.daemon import DEADLINE_S
 async def _passes(check: SelfCheck, listener: socket.socket, reply: bytes | None) -> bool:
     """Let one check be answered by `reply`, or by nothing; whether it passed."""
     loop = asyncio.get_running_loop()
-    asked = asyncio.ensure_future(check.passes(listener, DEADLINE_S if reply else 0.2))
+    asked = asyncio.ensure_future(check.passes(listener, DEADLINE_S if reply else 1))
     client, peer = await loop.sock_accept(listener)
     with client:
         assert check.is_ours(peer)

@@ -16,10 +16,9 @@ from queue import SimpleQueue
 import pytest
 
 from echod.signals import TABLE, Command, Mailbox, Order, delivered, stop_is_pending
-from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, UNMEASURED, Daemon, ask, connect, serving
+from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, UNMEASURED, Daemon, ask, clean_environment, connect, serving
 
 FIRST_MS = range(0, 400, 5)
-ARMED_CPU_MS = 40
 
 
 # -- the start of a real process ---------------------------------------------------------------------------------------
@@ -34,10 +33,6 @@ def _is_armed(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
     return all(blocked >> (number - 1) & 1 for number in TABLE)
-
-
-def _cpu_ms(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
 
 
 def _moments(request: pytest.FixtureRequest) -> list[int]:
@@ -78,16 +73,33 @@ def test_reload_and_stats_during_the_start_are_held_until_serving(request: pytes
             assert echod.stop() == 0, f"at {moment_ms} ms"
 
 
-def test_the_signals_are_held_within_40_ms_of_cpu() -> None:
-    """Armed within 40 ms of CPU after exec of the console script; the best of some starts, for caches may be cold."""
-    spent_ms = []
-    for _ in range(5):
-        with _start() as echod:
-            while not _is_armed(echod.pid):
-                assert echod.process.poll() is None
-            spent_ms.append(_cpu_ms(echod.pid))
-            assert echod.stop() == 0
-    assert min(spent_ms) < ARMED_CPU_MS, spent_ms
+HELD = """
+import time
+began = time.process_time()
+import _signal, os, sys
+def held(*_):
+    print(began, time.process_time(), flush=True)
+    os._exit(0)
+_signal.pthread_sigmask = held
+exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
+"""
+
+
+def test_the_signals_are_held_before_two_more_starts_of_an_interpreter() -> None:
+    """In CPU, from the console script's first line on; the best of some starts, for caches may be cold.
+
+    An interpreter starts in 15 ms, or in 30 on a machine that is busy; asyncio alone would be four of them.
+    """
+    started = [_cpu_s_until_held() for _ in range(5)]
+    assert min((held - began) / began for began, held in started) < 2, started
+
+
+def _cpu_s_until_held() -> tuple[float, float]:
+    """What the process has spent when the interpreter has started, and when echod holds the signals."""
+    command = [sys.executable, "-c", HELD, CONSOLE_SCRIPT]
+    said = subprocess.run(command, env=clean_environment() | UNMEASURED, capture_output=True, timeout=DEADLINE_S)
+    began, held = map(float, said.stdout.split())
+    return began, held
 
 
 def test_the_first_statement_holds_the_signals() -> None:

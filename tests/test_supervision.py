@@ -99,13 +99,13 @@ def test_a_reload_is_framed_and_its_fault_shown(manager: Manager, tmp_path: Path
 
 def test_a_drain_is_told_and_goes_on_asking_for_time(manager: Manager) -> None:
     """STOPPING=1 at its beginning, then once a second EXTEND_TIMEOUT_USEC with what is left."""
-    arguments = ("-l", "127.0.0.1:0", *settings(timeouts_drain=2.5))
+    arguments = ("-l", "127.0.0.1:0", *settings(timeouts_drain=4))
     with Daemon(*arguments, environment=manager.environment) as echod, connect(echod.port) as client:
         client.sendall(b"a line begun")
         while echod.stats()["bytes_in"] == 0:
             pass
         echod.send(signal.SIGTERM)
-        assert manager.wait_for("STOPPING=1") == "STOPPING=1\nSTATUS=draining: 1 connections left, 2 s left"
+        assert manager.wait_for("STOPPING=1") == "STOPPING=1\nSTATUS=draining: 1 connections left, 4 s left"
         for _ in range(2):
             extended = manager.wait_for("EXTEND")
             assert extended.startswith("EXTEND_TIMEOUT_USEC=3000000\nSTATUS=draining: 1 connections left, ")
@@ -115,7 +115,7 @@ def test_a_drain_is_told_and_goes_on_asking_for_time(manager: Manager) -> None:
 
 def test_signs_of_life_come_in_time_and_their_round_trips_are_counted_nowhere(manager: Manager) -> None:
     """Every third of the interval, by the loop itself, after a round trip that no statistic or log line tells of."""
-    environment = manager.environment | {"WATCHDOG_USEC": "600000"}
+    environment = manager.environment | {"WATCHDOG_USEC": "1500000"}
     with Daemon("-l", "127.0.0.1:0", "--log-level", "debug", environment=environment) as echod:
         manager.wait_for("READY=1")
         began = time.monotonic()
@@ -132,7 +132,7 @@ def test_signs_of_life_come_in_time_and_their_round_trips_are_counted_nowhere(ma
 def test_the_round_trip_goes_through_any_kind_of_listener(manager: Manager, tmp_path: Path, address: str) -> None:
     """IPv6, all addresses, Unix sockets."""
     address = f"unix:{tmp_path}/sock" if address == "unix:" else address
-    environment = manager.environment | {"WATCHDOG_USEC": "1500000"}
+    environment = manager.environment | {"WATCHDOG_USEC": "3000000"}
     with Daemon("-l", address, environment=environment) as echod:
         for _ in range(3):
             manager.wait_for("WATCHDOG=1")
@@ -143,7 +143,7 @@ def test_the_round_trip_goes_through_any_kind_of_listener(manager: Manager, tmp_
 
 def test_a_daemon_that_serves_nobody_is_not_alive(manager: Manager) -> None:
     """A loop that turns but accepts nobody any more gives no sign of life, and says why."""
-    environment = manager.environment | {"WATCHDOG_USEC": "300000"}
+    environment = manager.environment | {"WATCHDOG_USEC": "3000000"}  # the first round trip must be in time
     with Daemon("-l", "127.0.0.1:0", command=(sys.executable, "-c", DEAF), environment=environment) as echod:
         echod.wait_for("self-check failed")
         echod.process.kill()

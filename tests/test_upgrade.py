@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from echod.admin import END_S
 from echod.admission import AT_ONCE
 from echod.config import RESERVED_FILES
 from echod.process import allowed_open_files
@@ -33,12 +31,14 @@ from tests.daemon import (
     ask,
     clean_environment,
     connect,
+    free_port,
     read_line,
     read_to_end,
     send_until_stuck,
     serving,
     settings,
 )
+from tests.installed import Installed
 from tests.streams import stream_through_upgrades, upgrade
 from tests.test_inheriting import activated, two_sockets
 
@@ -47,8 +47,6 @@ PASSING = 800
 
 OTHERS = 20
 """At most so many lines of the log are of no client."""
-
-PROJECT = Path(__file__).parents[1]
 
 
 def test_connections_stay_established() -> None:
@@ -65,62 +63,10 @@ def test_connections_stay_established() -> None:
 # -- what is installed -------------------------------------------------------------------------------------------------
 
 
-class Installed:
-    """An echod that is installed twice or thrice, each run by the script `current/bin/echod`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.add("one")
-        self.switch("one")
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        return (str(self.folder / "current/bin/echod"),)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        packages = next(path for path in sys.path if path.endswith("site-packages"))
-        return {"PYTHONPATH": f"{self.folder}/current/lib:{packages}"}
-
-    def add(self, name: str, **changes: str) -> None:
-        """Install one more, with text at the end of its modules."""
-        shutil.copytree(
-            PROJECT / "echod", self.folder / name / "lib/echod", ignore=shutil.ignore_patterns("__pycache__")
-        )
-        for module, text in changes.items():
-            with open(self.folder / name / f"lib/echod/{module}.py", "a") as file:
-                file.write(f"\n{text}\n")
-        script = self.folder / name / "bin/echod"
-        script.parent.mkdir()
-        (script.parent / "python").symlink_to(sys.executable)
-        script.write_text(
-            f"#!{script.parent / 'python'}\nimport sys\nfrom echod.__main__ import main\nsys.exit(main())\n"
-        )
-        script.chmod(0o755)
-
-    def prove_at_once(self) -> None:
-        """Make a preflight of the first one a matter of milliseconds, in which nothing is proven."""
-        script = self.folder / "one/bin/echod"
-        _, rest = script.read_text().split("\n", 1)
-        proving = f'[ "$1" = preflight ] && exit 0\nexec {script.parent / "python"} "$0" "$@"'
-        script.write_text(f"#!/bin/sh\n''':'\n{proving}\n'''\n{rest}")
-
-    def switch(self, name: str) -> None:
-        """Make it the one that is installed now."""
-        link = self.folder / "next"
-        link.symlink_to(name)
-        link.rename(self.folder / "current")
-
-
-@pytest.fixture
-def installed(tmp_path: Path) -> Installed:
-    return Installed(tmp_path)
-
-
 def test_from_one_version_to_another(installed: Installed) -> None:
     """The second prints its own version in `stats`; connections from before are still answered."""
     installed.add("two", __init__='__version__ = "2.0.0"')
-    with serving(command=installed.command, environment=installed.environment) as echod, connect(echod.port) as client:
+    with installed.serving() as echod, connect(echod.port) as client:
         client.sendall(b"begun by one")
         first = echod.stats()["version"]
         installed.switch("two")
@@ -157,8 +103,7 @@ def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(inst
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    command = (sys.executable, "-c", ignoring, *installed.command)
-    with serving(command=command, environment=installed.environment) as echod, connect(echod.port) as client:
+    with installed.serving(by=(sys.executable, "-c", ignoring)) as echod, connect(echod.port) as client:
         installed.switch("two")
         assert "SyntaxError" in upgrade(echod, "upgrade refused")["errors"][0]
         assert ask(client, b"still here\n") == b"STILL HERE\n"
@@ -185,10 +130,7 @@ def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_pa
     installed.add("two", serving=f"rehearse = lambda *all: os.unlink({str(script)!r})")
     installed.switch("slow")
     arguments = settings(admin_listen=f"unix:{admin}")
-    with (
-        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
-        connect(echod.port) as client,
-    ):
+    with installed.serving(*arguments) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
         installed.switch("two")
         echod.send(signal.SIGUSR2)
@@ -203,11 +145,7 @@ def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_pa
 
 
 def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], object]) -> None:
-    with (
-        serving(command=installed.command, environment=installed.environment) as echod,
-        connect(echod.port) as begun,
-        connect(echod.port) as stuck,
-    ):
+    with installed.serving() as echod, connect(echod.port) as begun, connect(echod.port) as stuck:
         begun.sendall(b"begun ")
         send_until_stuck(stuck)
         before = echod.stats()
@@ -233,8 +171,7 @@ def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], obj
 def test_the_configuration_is_read_anew(tmp_path: Path) -> None:
     """What a reload changes, and what it can't: addresses come and go, a port that was its own is shared."""
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {{address = "127.0.0.1:0"}}]\n')
     with serving("-c", str(path)) as echod, connect(echod.ports[1]) as client:
         path.write_text(
@@ -274,16 +211,14 @@ OVERLAPPING = '{{address = "127.0.0.1:{0}"}}, {{address = "0.0.0.0:{0}"}}'
 
 
 def _overlap(path: Path, port: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        overlapping = OVERLAPPING.format(free.getsockname()[1])
+    overlapping = OVERLAPPING.format(free_port())
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {overlapping}]\n')
 
 
 def test_addresses_that_overlap_are_refused_by_the_preflight(tmp_path: Path) -> None:
     """What only listen(2) can tell is told before anything has happened."""
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
     with serving("-c", str(path)) as echod, connect(port) as client:
         _overlap(path, port)
@@ -299,14 +234,10 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
     """A preflight that overlooks what is wrong: clients are served as before, and the log says what is wrong."""
     installed.add("two", serving="rehearse = lambda *all: None")
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
     arguments = ("-c", str(path))
-    with (
-        serving(*arguments, command=installed.command, environment=installed.environment) as echod,
-        connect(port) as client,
-    ):
+    with installed.serving(*arguments) as echod, connect(port) as client:
         client.sendall(b"begun ")
         installed.switch("two")
         for break_it, complaint in (
@@ -326,15 +257,18 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
 # -- everything crosses ------------------------------------------------------------------------------------------------
 
 
-def test_time_goes_on(tmp_path: Path) -> None:
-    """A line begun before an upgrade times out as if there had been none; uptime and durations go on."""
-    with serving(*settings(timeouts_line=2)) as echod, connect(echod.port) as client:
+def test_time_goes_on(installed: Installed) -> None:
+    """A line begun before upgrades, even quicker ones than a sweep, times out as ever; uptime and durations go on."""
+    installed.prove_at_once()
+    with installed.serving(*settings(timeouts_line=8)) as echod, connect(echod.port) as client:
+        began_at = time.monotonic()
         client.sendall(b"begun")
-        upgrade(echod)
-        upgrade(echod)
-        assert read_line(client) == b"ERROR line not finished within 2 s\n"
+        while (upgraded_at := time.monotonic()) < began_at + 2:
+            upgrade(echod)
+        assert read_line(client) == b"ERROR line not finished within 8 s\n"
+        assert began_at + 8 <= time.monotonic() < upgraded_at + 7.5, "not from the upgrade on"
         closed = echod.wait_for("connection closed", reason="line timeout")
-        assert 2 + LINGER_S <= closed["duration_s"] < 5, "it is read for a second more, to an end that doesn't come"
+        assert closed["duration_s"] >= 8 + LINGER_S, "it is read for a second more, to an end that doesn't come"
         assert echod.stats()["uptime_s"] >= closed["duration_s"]
 
 
@@ -377,10 +311,7 @@ def test_a_self_check_under_way_is_nobody(installed: Installed, tmp_path: Path) 
     installed.add("deaf", listener="Listener._accept_some = lambda self: False")
     installed.switch("deaf")
     watchdog = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
-    with (
-        serving(command=installed.command, environment=installed.environment | watchdog) as echod,
-        connect(echod.port) as client,
-    ):
+    with installed.serving(environment=watchdog) as echod, connect(echod.port) as client:
         installed.switch("one")
         upgrade(echod)
         assert ask(client, b"hello\n") == b"HELLO\n"
@@ -493,12 +424,18 @@ def _reaction(echod: Daemon, number: signal.Signals) -> Event | None:
     return next((event for event in echod.events if event["event"] in REACTIONS[number]), None)
 
 
-def test_upgrades_that_are_asked_for_meanwhile_become_one_more() -> None:
+def test_upgrades_that_are_asked_for_meanwhile_become_one_more(installed: Installed, tmp_path: Path) -> None:
     """Ten USR2 in a row are two or three upgrades, of which the last began after it was asked for."""
-    with serving() as echod, connect(echod.port) as client:
-        for _ in range(10):
-            echod.send(signal.SIGUSR2)
+    allowed = tmp_path / "allowed"
+    installed.add("two", serving=f"import os, time\nwhile not os.path.exists({str(allowed)!r}): time.sleep(0.01)")
+    with installed.serving() as echod, connect(echod.port) as client:
+        installed.switch("two")
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade started")
+        for _ in range(9):
             time.sleep(0.01)
+            echod.send(signal.SIGUSR2)
+        allowed.touch()
         echod.wait_until(lambda: echod.stats() if len(echod.events_named("upgrade done")) >= 2 else None, "one upgrade")
         assert ask(client, b"still here\n") == b"STILL HERE\n"
         client.close()
@@ -509,7 +446,7 @@ def test_upgrades_that_are_asked_for_meanwhile_become_one_more() -> None:
 def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
     """TERM isn't kept waiting by a next program that hangs, and nothing of that one is left."""
     installed.add("two", serving="import time; time.sleep(1000)")
-    with serving(command=installed.command, environment=installed.environment) as echod:
+    with installed.serving() as echod:
         installed.switch("two")
         echod.send(signal.SIGUSR2)
         echod.wait_for("upgrade started")
@@ -544,7 +481,7 @@ def test_signals_are_followed_in_their_order(installed: Installed) -> None:
     """Whether the old program had taken them from the kernel or not."""
     installed.add("slow", **SLOW)
     installed.switch("slow")
-    with serving(command=installed.command, environment=installed.environment) as echod:
+    with installed.serving() as echod:
         installed.switch("one")
         echod.send(signal.SIGUSR2)
         echod.wait_for("standing still")
@@ -565,10 +502,7 @@ def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed,
     hang = "import time; rehearse = lambda *all: None; _first = lambda *all: time.sleep(1000)"
     installed.add("two", serving=hang, guard="STARTING_S = 0.1")
     flags = settings(timeouts_drain=1)
-    with (
-        serving(*flags, command=installed.command, environment=installed.environment) as echod,
-        connect(echod.port) as client,
-    ):
+    with installed.serving(*flags) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
         installed.switch("two")
         echod.send(signal.SIGUSR2)
@@ -606,13 +540,15 @@ def test_a_reload_at_the_same_time_is_in_nobody_s_way(order: tuple[signal.Signal
         assert (verdict["event"], len(verdict.get("listen", ()))) == ("upgrade done", 2)
 
 
-def test_who_waits_for_the_verdict_of_a_reload_gets_it(tmp_path: Path) -> None:
+def test_who_waits_for_the_verdict_of_a_reload_gets_it(installed: Installed, tmp_path: Path) -> None:
     """A reload that is asked for in the last moment, and takes its time, is awaited with whoever asked."""
+    installed.add("patient", admin="END_S = 2")  # for the last moment to be one that can be met
+    installed.switch("patient")
     path, fifo = tmp_path / "echod.toml", tmp_path / "fifo"
     text = f'listen = [{{address = "unix:{tmp_path}/sock"}}]\nadmin.listen = "unix:{tmp_path}/admin"\n'
     path.write_text(text)
     os.mkfifo(fifo)
-    with serving("-c", str(path)) as echod, socket.socket(socket.AF_UNIX) as client:
+    with installed.serving("-c", str(path)) as echod, socket.socket(socket.AF_UNIX) as client:
         client.settimeout(DEADLINE_S)
         client.connect(f"{tmp_path}/admin")
         echod.send(signal.SIGUSR2)
@@ -620,7 +556,7 @@ def test_who_waits_for_the_verdict_of_a_reload_gets_it(tmp_path: Path) -> None:
         fifo.rename(path)
         client.sendall(b"POST /reload HTTP/1.1\r\nhost: x\r\n\r\n")
         with path.open("w") as file:  # when the reload has opened it too
-            time.sleep(2 * END_S)  # longer than a silent client would be left
+            time.sleep(3)  # longer than a silent client would be left
             file.write(text)
         assert b"HTTP/1.1 200" in read_to_end(client)
         (tmp_path / "again").write_text(text)
@@ -632,16 +568,12 @@ def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, 
     """An upgrade drops an address at which clients wait, one right after it would reset them: it waits for them."""
     installed.prove_at_once()
     path = tmp_path / "echod.toml"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     kept, gone = f'{{address = "unix:{tmp_path}/sock"}}', f'{{address = "127.0.0.1:{port}"}}'
     # As few clients as can be are told at once that they are too many; the next ones wait.
     rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"
     path.write_text(f"listen = [{kept}, {gone}]\n{rest}")
-    with (
-        serving("-c", str(path), command=installed.command, environment=installed.environment) as echod,
-        contextlib.ExitStack() as clients,
-    ):
+    with installed.serving("-c", str(path)) as echod, contextlib.ExitStack() as clients:
         served, *_ = [clients.enter_context(connect(port)) for _ in range(AT_ONCE.start + 1)]
         assert ask(served, b"hello\n") == b"HELLO\n"
         late = [clients.enter_context(connect(port)) for _ in range(5)]
@@ -763,7 +695,7 @@ def _inheritable(echod: Daemon) -> list[int]:
 def test_a_preflight_that_outlives_us_holds_nothing_of_ours(installed: Installed) -> None:
     """A next program that hangs has no listener: when this one is killed, its port is free."""
     installed.add("two", serving="import time; time.sleep(1000)")
-    with serving(command=installed.command, environment=installed.environment) as echod:
+    with installed.serving() as echod:
         port = echod.port
         installed.switch("two")
         echod.send(signal.SIGUSR2)

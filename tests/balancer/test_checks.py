@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.balancer.conftest import Report
 from tests.balancer.fleet import NAMES, Fleet, balanced, check_lines
 from tests.balancer.haproxy import PROGRAM, fenced, replaced
 from tests.daemon import ask, connect, settings
+from tests.report import Report
 
-LAME_DUCK_S = 1.5
+LAME_DUCK_S = 3
 LAME_DUCK = settings(timeouts_lame_duck=LAME_DUCK_S)
 
 

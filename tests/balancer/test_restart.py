@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from tests.balancer.conftest import Report
 from tests.balancer.fleet import NAMES, Fleet, balanced
 from tests.balancer.haproxy import HAProxy
 from tests.balancer.load import SILENT_S, WRONG, Load, coming
 from tests.daemon import settings
+from tests.report import Report
 
 ROUNDS = 5
 ROUNDS_WITHOUT = 3

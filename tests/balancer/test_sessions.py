@@ -4,11 +4,11 @@ import asyncio
 import socket
 from pathlib import Path
 
-from tests.balancer.conftest import Report
 from tests.balancer.fleet import NAMES, Fleet, balanced
 from tests.balancer.haproxy import HAProxy
 from tests.clients import Pipeliner, finished, pipeline
 from tests.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, settings
+from tests.report import Report
 
 SESSIONS = 9
 DRAIN_S = 1
@@ -83,10 +83,16 @@ def test_a_half_close_passes_both_ways(tmp_path: Path) -> None:
             client.sendall(b"first\nand the last one")
             client.shutdown(socket.SHUT_WR)
             assert read_to_end(client) == b"FIRST\nAND THE LAST ONE\n"
-        with connect(fleet.port) as client:
-            client.sendall(b"\xff\n")
-            assert read_to_end(client) == b"ERROR invalid utf-8\n"
-            assert sum(fleet[name].stats()["connections"]["open"] for name in NAMES) == 1  # it reads on
-            client.sendall(b"too late\n")
-            client.shutdown(socket.SHUT_WR)
-            assert client.recv(1) == b""
+        assert any(_is_read_on(fleet) for _ in range(5)), "it is for a second, of which a busy machine may take all"
+
+
+def _is_read_on(fleet: Fleet) -> bool:
+    """Whether a client is still there that was told its fault; either way it comes to no harm."""
+    with connect(fleet.port) as client:
+        client.sendall(b"\xff\n")
+        assert read_to_end(client) == b"ERROR invalid utf-8\n"
+        is_there: bool = sum(fleet[name].stats()["connections"]["open"] for name in NAMES) == 1
+        client.sendall(b"too late\n")
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+    return is_there

@@ -3,9 +3,9 @@
 import signal
 from pathlib import Path
 
-from tests.balancer.conftest import Report
 from tests.balancer.fleet import NAMES, balanced
 from tests.balancer.load import coming
+from tests.report import Report
 
 
 def test_an_upgrade_is_nothing_to_the_balancer(tmp_path: Path, report: Report) -> None:

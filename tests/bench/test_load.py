@@ -19,8 +19,10 @@ FEW = Workload("few", "3 connections, 4 lines at a time", 3, depth=4)
 COMING = Workload("coming", "3 at a time", 3, mode="churn")
 
 
-def _run(harness: Harness, folder: Path, port: int, pid: int, workload: Workload) -> "subprocess.CompletedProcess[str]":
-    request, reply = workload.write(folder)
+def _run(
+    harness: Harness, tmp_path: Path, port: int, pid: int, workload: Workload
+) -> "subprocess.CompletedProcess[str]":
+    request, reply = workload.write(tmp_path)
     arguments = [str(port), str(pid), workload.mode, str(workload.connections), str(request), str(reply), "0", "0.2"]
     return subprocess.run([harness.program, *arguments], capture_output=True, text=True, timeout=DEADLINE_S)
 
@@ -47,10 +49,10 @@ def _answering(answer: Callable[[socket.socket], object]) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("workload", [FEW, COMING], ids=lambda workload: workload.name)
-def test_it_counts_what_was_answered(harness: Harness, folder: Path, workload: Workload) -> None:
+def test_it_counts_what_was_answered(harness: Harness, tmp_path: Path, workload: Workload) -> None:
     """What it says was answered, the server answered, but for what was under way in the end."""
     with serving() as server:
-        done = _run(harness, folder, server.port, server.pid, workload)
+        done = _run(harness, tmp_path, server.port, server.pid, workload)
         assert (done.returncode, done.stderr) == (0, "")
         counted = int(done.stdout.partition('"blocks": ')[2].partition(",")[0])
         answered = server.stats()["lines"] / workload.depth
@@ -68,15 +70,17 @@ def test_it_counts_what_was_answered(harness: Harness, folder: Path, workload: W
     ],
     ids=["one letter", "more than that", "no reply", "half a reply"],
 )
-def test_it_notices(harness: Harness, folder: Path, answer: Callable[[socket.socket], object], complaint: str) -> None:
+def test_it_notices(
+    harness: Harness, tmp_path: Path, answer: Callable[[socket.socket], object], complaint: str
+) -> None:
     """A server that isn't right has no figures."""
     with _answering(answer) as port:
-        done = _run(harness, folder, port, 1, Workload("one", "", 1))
+        done = _run(harness, tmp_path, port, 1, Workload("one", "", 1))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"load: {complaint}")
 
 
-def test_it_misses_a_reply_among_many(harness: Harness, folder: Path) -> None:
+def test_it_misses_a_reply_among_many(harness: Harness, tmp_path: Path) -> None:
     """A client that is never answered isn't hidden by another one that is."""
 
     def answer_all(client: socket.socket) -> None:
@@ -84,13 +88,13 @@ def test_it_misses_a_reply_among_many(harness: Harness, folder: Path) -> None:
             client.sendall(line.upper())
 
     with _answering(answer_all) as port:  # one client after the other
-        done = _run(harness, folder, port, 1, Workload("two", "", 2))
+        done = _run(harness, tmp_path, port, 1, Workload("two", "", 2))
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "load: 1 replies never came\n")
 
 
-def test_it_says_that_it_may_open_no_more_files(harness: Harness, folder: Path) -> None:
+def test_it_says_that_it_may_open_no_more_files(harness: Harness, tmp_path: Path) -> None:
     """Where the hard limit of descriptors is too low for the idle connections, the complaint says so."""
-    request, reply = Workload("files", "", 20).write(folder)
+    request, reply = Workload("files", "", 20).write(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         command = [

@@ -1,19 +1,14 @@
-"""The engine that the Docker suite runs on, the image, and the report at the end."""
+"""The engine that the Docker suite runs on, the image."""
 
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import pytest
 
 from tests.docker.engine import PROJECT, Container, Engine
-
-ROWS = pytest.StashKey[list[str]]()
-
-Report = Callable[..., None]
-"""Takes what was done, and figures by name."""
 
 
 class Start(Protocol):
@@ -72,19 +67,3 @@ def start(engine: Engine, image: str) -> Iterator[Start]:
 
     yield run
     engine.clean_up()
-
-
-@pytest.fixture
-def report(request: pytest.FixtureRequest) -> Report:
-    """Puts a line into the report."""
-    rows = request.config.stash.setdefault(ROWS, [])
-
-    def add(title: str, **figures: object) -> None:
-        rows.append(f"{title}: " + " · ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()))
-
-    return add
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for row in config.stash.get(ROWS, []):
-        terminalreporter.write_line(row)

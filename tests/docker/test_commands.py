@@ -7,8 +7,9 @@ import pytest
 
 from echod import settings, toml
 from tests.daemon import send_until_stuck
-from tests.docker.conftest import Report, Start
+from tests.docker.conftest import Start
 from tests.docker.engine import Engine
+from tests.report import Report
 
 
 @pytest.mark.parametrize(

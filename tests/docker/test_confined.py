@@ -5,8 +5,9 @@ import json
 import resource
 
 from tests.clients import open_stream
-from tests.docker.conftest import Report, Start
+from tests.docker.conftest import Start
 from tests.docker.engine import Container, Engine
+from tests.report import Report
 
 CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 CONNECTIONS = 1000

@@ -2,7 +2,8 @@
 
 import time
 
-from tests.docker.conftest import Report, Start
+from tests.docker.conftest import Start
+from tests.report import Report
 
 HEALTHY_S = 2
 TRIES = 6

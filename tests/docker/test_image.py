@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from echod import __version__
-from tests.docker.conftest import Report, Start, make_image
+from tests.docker.conftest import Start, make_image
 from tests.docker.engine import PROJECT, Engine
+from tests.report import Report
 
 FIRST_OF_OURS = "COPY /opt/echod /opt/echod"
 """The first instruction of the final stage, as `docker history` shows it."""

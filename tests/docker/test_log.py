@@ -10,8 +10,8 @@ from http.client import HTTPConnection
 from typing import Any
 
 from tests.daemon import DEADLINE_S
-from tests.docker.conftest import Report
 from tests.docker.engine import Container, Engine
+from tests.report import Report
 
 ADMIN_PORT = 8889
 ROUND_TRIPS = 2000

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from tests.docker.conftest import Report, Start
+from tests.docker.conftest import Start
 from tests.docker.engine import Container, Engine
+from tests.report import Report
 
 FILE = "/etc/echod/echod.toml"
 STARTS = 5

@@ -13,8 +13,9 @@ from functools import partial
 
 from tests.clients import Pipeliner, pipeline
 from tests.daemon import read_to_end
-from tests.docker.conftest import Report, Start
+from tests.docker.conftest import Start
 from tests.docker.engine import Container, Engine
+from tests.report import Report
 
 KILLED = 137
 UNLUCKY = 5

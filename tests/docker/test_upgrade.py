@@ -6,8 +6,9 @@ from typing import Any
 
 from tests.clients import finished, pipeline
 from tests.daemon import read_line
-from tests.docker.conftest import Report, Start
+from tests.docker.conftest import Start
 from tests.docker.engine import Container, Engine
+from tests.report import Report
 
 ROUNDS = 10
 CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "12345:12345")

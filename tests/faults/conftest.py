@@ -1,18 +1,18 @@
-"""The report of the fault suite: figures of each fault, printed at the end of the run."""
+"""What the tests of the fault suite are given: what they choose by, and where they put their figures."""
 
 from collections.abc import Callable
 
 import pytest
 
 from tests.faults.scene import Figures
-
-ROWS = pytest.StashKey[list[Figures]]()
+from tests.report import ROWS, row
 
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[Figures], None]:
     """Puts a row into the report."""
-    return request.config.stash.setdefault(ROWS, []).append
+    rows = request.config.stash.setdefault(ROWS, [])
+    return lambda figures: rows.append(row(figures, ": "))
 
 
 @pytest.fixture
@@ -21,8 +21,3 @@ def seed(request: pytest.FixtureRequest) -> str:
     chosen: str = request.config.getoption("--seed")
     request.node.add_report_section("call", "seed", f"the same choices again: --seed {chosen}")
     return chosen
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for row in config.stash.get(ROWS, []):
-        terminalreporter.write_line(" · ".join(f"{name}: {value}" for name, value in row.items()))

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 import socket
 import threading
 import time
@@ -16,7 +15,7 @@ from statistics import median
 import pytest
 
 from tests.clients import open_stream
-from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, read_to_end, serving
+from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, free_port, read_to_end, serving
 from tests.faults.scene import Figures
 
 STARTS = 5
@@ -37,7 +36,7 @@ STATES = {"01": "ESTABLISHED", "04": "FIN_WAIT1", "05": "FIN_WAIT2", "06": "TIME
 def test_a_port_is_bound_at_once_whatever_its_connections_were(report: Callable[[Figures], None]) -> None:
     """Kill -9 with clients mid-line, with replies unread, and just gone: the next start takes no longer than any."""
     usual_s = [_start_s("127.0.0.1:0") for _ in range(STARTS)]
-    port = _free_port()
+    port = free_port()
     restarts_s = []
     for _ in range(STARTS):
         with contextlib.ExitStack() as clients:
@@ -85,7 +84,7 @@ def _leave_connections_behind(port: int, clients: contextlib.ExitStack) -> tuple
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_20_kills_in_a_row_under_load(kind: str, tmp_path: Path, report: Callable[[Figures], None]) -> None:
     """Clients come and go while echod is killed: each start takes no longer than any, only a kill cuts a client off."""
-    address = f"unix:{tmp_path}/sock" if kind == "unix" else f"127.0.0.1:{_free_port()}"
+    address = f"unix:{tmp_path}/sock" if kind == "unix" else f"127.0.0.1:{free_port()}"
     usual_s = [_start_s(f"unix:{tmp_path}/other" if kind == "unix" else "127.0.0.1:0") for _ in range(STARTS)]
     tally = Tally()
     with ThreadPoolExecutor(1) as executor:
@@ -204,14 +203,3 @@ def _states(port: int) -> Counter[str]:
     """How many sockets of the port's own side there are in each state."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return Counter(STATES.get(row[3], row[3]) for row in rows if int(row[1].rpartition(":")[2], 16) == port)
-
-
-def _free_port() -> int:
-    """A port below those that the kernel gives to clients: none of them may take it between two starts."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.sample(range(lowest // 2, lowest), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            if not _states(port):
-                return port
-    raise AssertionError("no port is free")

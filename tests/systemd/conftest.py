@@ -1,18 +1,14 @@
-"""The machine that the systemd suite runs on, with echod installed as an operator would; and the report at the end."""
+"""The machine that the systemd suite runs on, with echod installed as an operator would."""
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.systemd.machine import RESET, THERE, Machine, download_wheels
 
 PREFIX = "ECHOD_TEST_MACHINE"
-ROWS = pytest.StashKey[list[str]]()
-
-Report = Callable[..., None]
-"""Takes what was done, and figures by name."""
 
 
 @pytest.fixture(scope="session")
@@ -46,17 +42,6 @@ def systemd_version(installed: Machine) -> int:
     return int(installed("systemctl", "--version").split()[1])
 
 
-@pytest.fixture
-def report(request: pytest.FixtureRequest) -> Report:
-    """Puts a line into the report."""
-    rows = request.config.stash.setdefault(ROWS, [])
-
-    def add(title: str, **figures: object) -> None:
-        rows.append(f"{title}: " + " · ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()))
-
-    return add
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Show the journal with a failure."""
@@ -66,8 +51,3 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if result.failed and result.when == "call" and machine:
         journal = machine.run("journalctl", "--quiet", "--no-pager", "--lines=60", "--output=short-precise").stdout
         result.sections.append(("the machine's journal", journal))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for row in config.stash.get(ROWS, []):
-        terminalreporter.write_line(row)

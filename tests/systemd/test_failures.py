@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, THERE, Machine
 
 WATCHDOG_S = 3

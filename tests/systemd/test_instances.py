@@ -3,7 +3,7 @@
 import json
 
 from tests.balancer.haproxy import fenced
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, Machine
 
 INSTANCES = ("echod@1", "echod@2", "echod@3")

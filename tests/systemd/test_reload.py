@@ -2,7 +2,7 @@
 
 import time
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, Machine
 
 ROUNDS = 20

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, Machine
 
 ROUNDS = 20

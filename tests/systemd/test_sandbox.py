@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import THERE, Machine
 
 FILTER = "[Service]\nIPAddressAllow=localhost\nIPAddressDeny=any\n"

@@ -1,6 +1,6 @@
 """Socket units: which sockets echod serves, under which names, and what the README says a drop-in can do."""
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, Machine
 
 OTHER = """

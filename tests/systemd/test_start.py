@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, Machine
 
 ROUNDS = 5

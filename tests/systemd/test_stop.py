@@ -4,7 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, Machine
 
 DRAIN_S = 3

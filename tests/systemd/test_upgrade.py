@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.systemd.conftest import Report
+from tests.report import Report
 from tests.systemd.machine import ADDRESS, Machine
 
 ROUNDS = 10
