@@ -29,7 +29,7 @@ def main() -> int:
     options = _options()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a Ctrl-C: no server is left behind
     if options.write:
-        report.replaced(DOCUMENT.read_text(), "")  # or it would fail after a quarter of an hour
+        report.replaced(DOCUMENT.read_text(), "")  # or it would fail when all is measured
     with tempfile.TemporaryDirectory(prefix="echod-bench-") as folder:
         try:
             harness = Harness(Path(folder))

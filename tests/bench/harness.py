@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.bench.peers import PORT, Peer, compiled
 from tests.bench.workloads import IDLE, Workload
-from tests.daemon import DEADLINE_S
+from tests.daemon import DEADLINE_S, free_port
 
 _WARM_S = 0.2
 _PAGE_BYTES = resource.getpagesize()
@@ -86,7 +86,7 @@ class Harness:
     @contextlib.contextmanager
     def serving(self, peer: Peer) -> Iterator[Running]:
         """The server, started on its core; what it logs goes through a pipe that is read on the other one."""
-        port = _free_port()
+        port = free_port()
         with (
             self._pinned(self.cores.load, ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as log,
             log.stdin or contextlib.nullcontext() as pipe,
@@ -170,11 +170,6 @@ class Harness:
 def _environment() -> Mapping[str, str]:
     """Ours, but nothing that changes a default of echod."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("ECHOD_", "PYTHON"))}
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def _await_reply(process: "subprocess.Popen[bytes]", port: int) -> None:

@@ -31,8 +31,9 @@ class Workload:
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Put the request and the reply to it into files."""
         request, reply = folder / f"{self.name}.request", folder / f"{self.name}.reply"
-        request.write_bytes(self.request.encode())
-        reply.write_bytes(self.request.upper().encode())
+        text = self.request
+        request.write_bytes(text.encode())
+        reply.write_bytes(text.upper().encode())
         return request, reply
 
 
