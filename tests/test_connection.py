@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import uvloop
 
+from echod import deadlines
+from echod.config import Timeouts
 from echod.connection import CHUNK_BYTES, Connection
 from echod.handover import Past
 
@@ -140,3 +142,41 @@ def test_a_client_that_sends_much_at_once_leaves_others_their_turn() -> None:
             reads = runner.run(_order_of_reads(pairs))
     assert reads.count("much") >= 2
     assert "little" in reads[:2]
+
+
+async def _reason_when_time_is_over(
+    ours: socket.socket, client: socket.socket, begun: bytes, late: bytes
+) -> str | None:
+    """Why it ends a client that sent `late` in time to a process that hadn't read it when its time was over."""
+    loop = asyncio.get_running_loop()
+    closed = asyncio.Event()
+    timeouts = Timeouts(idle=1, line=1, write=0)
+    connection = Connection(ours, "", LINE_BYTES, loop.time(), lambda _: closed.set())
+    await loop.connect_accepted_socket(lambda: connection, ours)
+    client.send(begun)
+    while connection.bytes_in < len(begun):
+        await asyncio.sleep(0)
+    deadlines.tend(connection, loop.time(), timeouts)
+    client.send(late)
+    deadlines.tend(connection, loop.time() + 2, timeouts)  # no turn of the loop in between: it can't have been read
+    reason = connection.reason
+    connection.cut_off("cut")
+    await closed.wait()
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("begun", "late", "reason"),
+    [
+        (b"hello\n", b"", "idle"),
+        (b"hello\n", b"again\n", None),
+        (b"begun", b"", "line timeout"),
+        (b"begun", b" and ended\n", None),
+    ],
+)
+def test_what_has_arrived_and_was_not_read_is_in_time(begun: bytes, late: bytes, reason: str | None) -> None:
+    """A process that was stopped for a while reads before it calls anyone idle or slow."""
+    ours, client = socket.socketpair()
+    with ours, client, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        ours.setblocking(False)
+        assert runner.run(_reason_when_time_is_over(ours, client, begun, late)) == reason
