@@ -259,20 +259,26 @@ def test_a_late_reply_is_not_the_next_ones() -> None:
     assert "3 round trips, 2 answered right, 33.3333% loss" in done.stdout
 
 
+class Afterwards:
+    """Answers right, and once, when it is told that the first reply was read, does something more."""
+
+    def __init__(self, more: Answer) -> None:
+        self.is_read = threading.Event()
+        self._more = [more]
+
+    def __call__(self, client: socket.socket, line: bytes) -> None:
+        client.sendall(line.decode().upper().encode())
+        if self._more:
+            self.is_read.wait(DEADLINE_S)
+            self._more.pop()(client, line)
+
+
 def test_what_is_said_after_a_reply() -> None:
     """A second reply that comes behind the first, in its own good time, is noticed at the next round trip."""
-    is_read = threading.Event()
-    again = iter([True])
-
-    def double_later(client: socket.socket, line: bytes) -> None:
-        client.sendall(line.decode().upper().encode())
-        if next(again, False):
-            is_read.wait(DEADLINE_S)
-            client.sendall(b"HALLO\n")
-
+    double_later = Afterwards(lambda client, _: client.sendall(b"HALLO\n"))
     with server(double_later) as address, pinging("-c", "3", "-i", "2", address) as ping:  # said long before the next
         assert wait_for(ping, "seq=1 .* ms\n")
-        is_read.set()
+        double_later.is_read.set()
         said, _ = ping.communicate(timeout=DEADLINE_S)
     assert ping.returncode == 1
     second, third, *_ = said.splitlines()
@@ -282,18 +288,10 @@ def test_what_is_said_after_a_reply() -> None:
 
 def test_a_connection_that_is_reset_between_round_trips() -> None:
     """However a server ends a connection between two round trips, the next begins with a new one."""
-    is_read = threading.Event()
-    once = iter([True])
-
-    def answer_and_reset(client: socket.socket, line: bytes) -> None:
-        client.sendall(line.decode().upper().encode())
-        if next(once, False):
-            is_read.wait(DEADLINE_S)
-            reset(client, line)
-
-    with server(answer_and_reset) as address, pinging("-c", "2", "-i", "2", address) as ping:  # long before the next
+    reset_later = Afterwards(reset)
+    with server(reset_later) as address, pinging("-c", "2", "-i", "2", address) as ping:  # long before the next
         assert wait_for(ping, "seq=1 .* ms\n")
-        is_read.set()
+        reset_later.is_read.set()
         said, _ = ping.communicate(timeout=DEADLINE_S)
     assert (ping.returncode, said.count("seq=2 "), said.count(" (new connection)\n")) == (0, 1, 1)
 
