@@ -89,7 +89,7 @@ def test_what_is_unknown_is_left_out() -> None:
 
 
 COST = """
-import time
+import statistics, time
 from echod.metrics import exposition
 from echod.stats import Stats
 
@@ -99,11 +99,11 @@ for _ in range(100):
     began = time.thread_time()
     exposition(stats.snapshot("serving", ()))
     costs.append(time.thread_time() - began)
-print(min(costs))
+print(statistics.median(costs))
 """
 
 
 def test_a_scrape_costs_less_than_a_millisecond_of_the_loop() -> None:
-    """In time of the processor, the best of a hundred, in a process whose coverage isn't measured."""
+    """In time of the processor, at the median of a hundred, in a process whose coverage isn't measured."""
     said = subprocess.run([sys.executable, "-c", COST], env=clean_environment() | UNMEASURED, capture_output=True)
     assert float(said.stdout) < 0.001, said
