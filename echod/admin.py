@@ -158,10 +158,10 @@ class Endpoint:
 
     # -- clients come and go ---------------------------------------------------------------------------------------
 
-    def _on_accept(self, sock: socket.socket, _: SockAddr) -> None:
+    def _on_accept(self, descriptor: int, _: SockAddr) -> None:
         began = time.thread_time()
         self._make_room()
-        exchange = Exchange(sock, self._answer, self._on_closed)
+        exchange = Exchange(socket.socket(fileno=descriptor), self._answer, self._on_closed)
         self._exchanges[exchange] = None
         exchange.start()
         self._spent_s += time.thread_time() - began

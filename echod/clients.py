@@ -1,12 +1,13 @@
-"""Everyone who is connected: lets clients in or turns them away, and counts them as they come and go.
+"""Everyone who is connected: admits clients or rejects them, and counts them as they come and go.
 
 Owns their sets, from the accept to the close; every change of them happens here. Listeners, and what a configuration or
 a drain does to clients, are not known.
 """
 
 import asyncio
+import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import structlog
 
@@ -14,27 +15,32 @@ from echod.admission import Admission
 from echod.config import Limits
 from echod.connection import Connection
 from echod.handover import Past
-from echod.opening import Openings
+from echod.parking import Parking
 from echod.prelude import Preludes
 from echod.selfcheck import SelfCheck
 from echod.sockets import SockAddr, peer_name
 from echod.stats import Stats
+from echod.turns import Turns
 
 log = structlog.get_logger()
 
 
 class Clients:
-    """Takes accepted sockets; `on_crowd` is called whenever there may be more or fewer to be turned away."""
+    """Takes accepted sockets, and keeps each connection until it is closed (the `Owner` of connections)."""
 
-    def __init__(self, limits: Limits, stats: Stats, open_files: int, on_crowd: Callable[[], None]) -> None:
+    def __init__(self, limits: Limits, stats: Stats, open_files: int) -> None:
         """`open_files` is how many descriptors the process may have."""
+        self.loop = asyncio.get_running_loop()
+        self.turns = Turns()
         self.limits = limits
         self.served: set[Connection] = set()
         """Those that count."""
+        self.active: set[Connection] = set()
+        """Those of them that have to be looked at; the others are parked."""
+        self._parking = Parking()
         self.admission = Admission(stats, open_files)
-        self.preludes = Preludes(self._let_in, self._on_bad_header)
+        self.preludes = Preludes(self._admit, self._on_bad_header)
         """Those whose PROXY header isn't there yet: they are in no count."""
-        self.openings = Openings()
         self.selfcheck = SelfCheck()
         self.emptied = asyncio.Event()
         """Set when the last one has left."""
@@ -42,116 +48,147 @@ class Clients:
         """How many have left without their kernel having confirmed every byte."""
         self.is_draining = False
         self._stats = stats
-        self._loop = asyncio.get_running_loop()
-        self._on_crowd = on_crowd
-        self._forget_served = self._on_closed  # one bound method for all, not one a connection
-        self._forget_uncounted = self._on_uncounted_closed
 
     # -- what others ask -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How many places are taken, be it by one that may have to be turned away yet."""
+        """How many places are taken, be it by one that may have to be rejected yet."""
         return len(self.served) + len(self.preludes)
 
     @property
     def are_any(self) -> bool:
-        """Whether anyone is there, ourselves and those that are turned away too."""
-        return bool(len(self) or self.admission.uncounted)
+        """Whether anyone is there, our own probe and those that are being rejected too."""
+        return bool(len(self) or self.admission.are_uncounted)
 
     @property
     def connections(self) -> list[Connection]:
         """Each connection, those that don't count too."""
         return [*self.served, *self.admission.uncounted]
 
-    def each(self) -> Iterator[tuple[Connection, bool]]:
-        """Each connection, and whether it counts in the statistics."""
-        yield from ((connection, True) for connection in self.served)
-        yield from ((connection, False) for connection in self.admission.uncounted)
-
     # -- they come -------------------------------------------------------------------------------------------------
 
-    def come(self, sock: socket.socket, peer: SockAddr) -> None:
-        """Serve one that was accepted, or turn it away."""
-        if not self._is_ours(sock, peer):
-            self._let_in(sock, peer)
+    def accept(self, descriptor: int, peer: SockAddr) -> None:
+        """Serve one that was accepted, or reject it."""
+        if not self._is_self_probe(descriptor, peer):
+            self._admit(descriptor, peer, _is_unix(peer))
 
-    def come_proxied(self, sock: socket.socket, peer: SockAddr) -> None:
+    def accept_proxied(self, descriptor: int, peer: SockAddr) -> None:
         """Do so once its PROXY header says who it is."""
-        if self._is_ours(sock, peer):
+        if self._is_self_probe(descriptor, peer):
             return
         if refusal := self.admission.refusal(None, len(self), self.limits):
-            self._turn_away(sock, peer, *refusal)
+            self._reject(descriptor, peer, _is_unix(peer), *refusal)
         else:
-            self.preludes.begin(sock, peer, self._loop.time())
+            self.preludes.begin(descriptor, peer, self.loop.time())
 
-    def look(self) -> None:
-        """See how each gets on, so that whoever goes on from here knows it up to this moment."""
-        now = self._loop.time()
-        for connection in self.served:
-            connection.look(now)
-
-    def adopt(self, sock: socket.socket, peer: SockAddr, past: Past) -> None:
+    def adopt(self, descriptor: int, peer: SockAddr, past: Past) -> None:
         """Go on with a client of the program before us, whatever the limits; it is in the counts already."""
         if past.header is not None:
-            self.preludes.begin(sock, peer, past.opened_at, past.header)
+            self.preludes.begin(descriptor, peer, past.opened_at, past.header)
             return
-        connection = self._connection(sock, peer, is_counted=past.is_counted)
+        connection = self._connection(descriptor, peer, past.family == socket.AF_UNIX, is_counted=past.is_counted)
         connection.resume(past)
         if past.is_counted:
-            self.served.add(connection)
-            self.admission.let_in(connection.host)
+            self._serve(connection)
         else:
-            self.admission.uncounted.add(connection)
-        self.openings.start(connection, sock)
+            self.admission.keep(connection)
+        connection.open()
 
-    def _is_ours(self, sock: socket.socket, peer: SockAddr) -> bool:
+    def _is_self_probe(self, descriptor: int, peer: SockAddr) -> bool:
         """Whether it is ourselves, and served already; by the name of the socket, for a header may say anything."""
         is_ours = self.selfcheck.is_ours(peer)
         if is_ours:
-            connection = self._connection(sock, peer, is_counted=False)
-            self.admission.uncounted.add(connection)
-            self.openings.start(connection, sock)
+            connection = self._connection(descriptor, peer, _is_unix(peer), is_counted=False)
+            self.admission.keep(connection)
+            connection.open()
         return is_ours
 
-    def _let_in(self, sock: socket.socket, peer: SockAddr) -> None:
+    def _admit(self, descriptor: int, peer: SockAddr, is_unix: bool) -> None:  # noqa: FBT001 (a callback)
         host = peer[0] if isinstance(peer, tuple) else None
         if refusal := self.admission.refusal(host, len(self), self.limits):
-            self._turn_away(sock, peer, *refusal)
+            self._reject(descriptor, peer, is_unix, *refusal)
             return
-        connection = self._connection(sock, peer, is_counted=True)
-        self.served.add(connection)
-        self.admission.let_in(host)
+        connection = self._connection(descriptor, peer, is_unix, is_counted=True)
+        self._serve(connection)
         self._stats.accepted += 1
         if self.is_draining:
-            connection.start_draining(self._loop.time())
-        self.openings.start(connection, sock)
+            connection.start_draining(self.loop.time())
+        connection.open()
 
-    def _on_bad_header(self, sock: socket.socket, peer: SockAddr, why: str) -> None:
-        log.debug("no PROXY header", peer=peer_name(sock.family, peer), why=why)
-        self._turn_away(sock, peer, "proxy", "")
+    def _serve(self, connection: Connection) -> None:
+        self.served.add(connection)
+        self.active.add(connection)
+        self.admission.admit(connection.host)
 
-    def _turn_away(self, sock: socket.socket, peer: SockAddr, reason: str, words: str) -> None:
-        connection = self._connection(sock, peer, is_counted=False)
-        self.admission.turn_away(connection, reason, words)
-        self._on_crowd()
-        self.openings.start(connection, sock)
+    def _on_bad_header(self, descriptor: int, peer: SockAddr, is_unix: bool, why: str) -> None:  # noqa: FBT001 (a callback)
+        log.debug("no PROXY header", peer=peer_name(socket.AF_UNIX if is_unix else socket.AF_INET, peer), why=why)
+        self._reject(descriptor, peer, is_unix, "proxy", "")
 
-    def _connection(self, sock: socket.socket, peer: SockAddr, *, is_counted: bool) -> Connection:
-        forget = self._forget_served if is_counted else self._forget_uncounted
-        return Connection(sock, peer, self.limits.line_bytes, self._loop.time(), forget)
+    def _reject(self, descriptor: int, peer: SockAddr, is_unix: bool, reason: str, words: str) -> None:  # noqa: FBT001
+        connection = self._connection(descriptor, peer, is_unix, is_counted=False)
+        self.admission.reject(connection, reason, words, self.limits)
+
+    def _connection(self, descriptor: int, peer: SockAddr, is_unix: bool, *, is_counted: bool) -> Connection:  # noqa: FBT001
+        now = self.loop.time()
+        return Connection(self, descriptor, peer, self.limits.line_bytes, now, is_unix=is_unix, is_counted=is_counted)
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """See how each gets on, so that whoever goes on from here knows it up to this moment."""
+        now = self.loop.time()
+        for connection in self.served:
+            connection.look(now)
+
+    def park(self, connection: Connection, idle_s: float) -> None:
+        """Look at a silent connection no more until its idle timeout ends or it has input."""
+        self.active.discard(connection)
+        self._parking.add(connection, connection.pace.quiet_since + idle_s if idle_s else math.inf)
+
+    def unpark_due(self, now: float) -> None:
+        """Look again at those whose idle timeout has ended."""
+        self._unpark(self._parking.take_due(now))
+
+    def unpark_all(self) -> None:
+        """Look again at everyone, as when the timeouts have changed."""
+        self._unpark(self._parking.take_all())
+
+    def _unpark(self, connections: Iterable[Connection]) -> None:
+        for connection in connections:
+            connection.unpark()
+            self.active.add(connection)
+
+    def on_active(self, connection: Connection) -> None:
+        """A parked connection has input (Owner)."""
+        self._parking.discard(connection)
+        self._unpark((connection,))
+
+    def start_draining(self) -> None:
+        """Count the quiet of each from now on, and of those that come."""
+        self.is_draining = True
+        self.unpark_all()
+        now = self.loop.time()
+        for connection in self.served:
+            connection.start_draining(now)
 
     # -- they go ---------------------------------------------------------------------------------------------------
 
-    def _on_uncounted_closed(self, connection: Connection) -> None:
-        self.admission.forget(connection)
-        self._on_crowd()
-        self._check_emptied()
+    def on_closed(self, connection: Connection) -> None:
+        """A connection is closed (Owner)."""
+        if connection.is_counted:
+            self._count_closed(connection)
+        else:
+            self.admission.forget(connection)
+        if not self.served and not self.are_any:
+            self.emptied.set()
 
-    def _on_closed(self, connection: Connection) -> None:
+    def _count_closed(self, connection: Connection) -> None:
         reason = connection.reason
         assert reason is not None
         self.served.discard(connection)
-        self.admission.let_out(connection.host)
+        self.active.discard(connection)
+        self._parking.discard(connection)
+        self.admission.release(connection.host)
         self._stats.close(reason, connection)
         self.unacknowledged += connection.unacknowledged_bytes > 0
         # Without a byte it is a probe as a rule, such as a balancer's every second.
@@ -163,10 +200,17 @@ class Clients:
             lines=connection.lines,
             bytes_in=connection.bytes_in,
             bytes_out=connection.bytes_out,
-            duration_s=round(self._loop.time() - connection.opened_at, 6),
+            duration_s=round(self.loop.time() - connection.opened_at, 6),
         )
-        self._check_emptied()
 
-    def _check_emptied(self) -> None:
-        if not self.are_any:
-            self.emptied.set()
+    # -- what an upgrade asks --------------------------------------------------------------------------------------
+
+    def each(self) -> Iterator[tuple[Connection, bool]]:
+        """Each connection, and whether it counts."""
+        yield from ((connection, True) for connection in self.served)
+        yield from ((connection, False) for connection in self.admission.uncounted)
+
+
+def _is_unix(peer: SockAddr) -> bool:
+    """Whether an accepted socket with this peer is a Unix socket."""
+    return not isinstance(peer, tuple)

@@ -1,87 +1,132 @@
-"""One client: its transport, its protocol, and how it ends.
+"""One client: its socket, its protocol, and how it ends.
 
-The way of a line through here is `buffer_updated` alone: no task, no timer, no log call and no look at the clock.
+A line's way through here is `on_readable` and `_receive` alone: no task, no timer, no log call and no look at the
+clock. Readiness is level-triggered, so a client gets one bounded read a turn of the event loop, and the others theirs.
 Time passes in `look`, which the owner calls now and then; what it means is decided elsewhere. Other connections,
-signals and the server are not known here; the end is told through `on_closed`.
+signals and the server are not known here; the end is told through `Owner.on_closed`.
 """
 
 import asyncio
+import os
 import socket
-from collections.abc import Callable
-from typing import cast
+from enum import Enum
+from typing import Protocol
 
 from echod import sockets
+from echod.fastpath import CHUNK_BYTES, HotPath
 from echod.handover import Past
 from echod.pace import Pace
 from echod.protocol import Echo, error_line
-
-CHUNK_BYTES = 65_536
-"""The most that one read brings; the loop's own buffer of 256 000 bytes would multiply by the clients that stall."""
+from echod.turns import Turns
 
 LEAST_CHUNK_BYTES = 16_384
-"""The least that a read may bring, however long the line is that it goes on with."""
+"""The least that a read may bring, however long the partial line is that it continues."""
 
-# libuv reads into it and calls `buffer_updated` in one go, so all connections of the process can share it.
+# What is read is copied before the next read: all connections of the process share it.
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
-class Connection(asyncio.BufferedProtocol):
-    """Echoes one client's lines until either side ends; `reason` then says why, in the words of the statistics."""
+class State(Enum):
+    """Where a connection is between its accept and its end.
+
+    OPEN ─── client's end of stream, nothing pending ───────────────────────────────────► CLOSED
+      │ ╲                                                                                    ▲
+      │  `── client's end of stream, replies pending ──► FLUSHING ── last one sent ──────────┤
+      │                                                    ▲  │                              │
+      └─── finish: timeout, error line, drain ─────────────┘  └── last one sent ──► LINGERING┘
+                                                                  client's end of stream, or LINGER_S
+
+    A reset or an abort leads to CLOSED from every state.
+    """
+
+    OPEN = "reads and answers"
+    FLUSHING = "answers no more; replies are still pending"
+    LINGERING = "our side is half-closed; what still arrives is read and dropped"
+    CLOSED = "the socket is closed"
+
+
+class Owner(Protocol):
+    """What a connection needs of those who keep it."""
+
+    loop: asyncio.AbstractEventLoop
+    turns: Turns
+
+    def on_active(self, connection: "Connection") -> None:
+        """A parked connection has input."""
+
+    def on_closed(self, connection: "Connection") -> None:
+        """The connection is closed; `reason` says why."""
+
+
+class Connection(HotPath):
+    """Echoes one client's lines until either side ends; `reason` then says why, in the words of the statistics.
+
+    Owns the descriptor, which must not block, from the beginning on. While `is_hot`, nothing is partial, pending or
+    unusual, and the fast path may answer by itself.
+    """
 
     __slots__ = (
-        "_awaits_acknowledgement",
-        "_farewell",
+        "_has_ended",
+        "_is_draining",
+        "_is_reading",
+        "_is_writing",
         "_linger",
-        "_on_closed",
-        "_tail",
-        "_transport",
-        "bytes_in",
-        "bytes_out",
-        "descriptor",
+        "_owner",
+        "_pending",
         "echo",
-        "family",
-        "is_aborted",
+        "is_counted",
+        "is_unix",
         "opened_at",
         "pace",
+        "parked_until",
         "reason",
         "sockaddr",
+        "state",
         "unacknowledged_bytes",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what an accept knows)
         self,
-        sock: socket.socket,
+        owner: Owner,
+        descriptor: int,
         peer: sockets.SockAddr,
         line_bytes: int,
         now: float,
-        on_closed: Callable[["Connection"], None],
+        *,
+        is_unix: bool = False,
+        is_counted: bool = True,
     ) -> None:
-        self._transport: asyncio.Transport | None = None
+        super().__init__()
+        self._owner = owner
+        self.descriptor = descriptor
+        self.is_unix = is_unix
+        """Whether it came through a Unix socket; a PROXY header may name another kind of address all the same."""
+        self.sockaddr = peer
+        self.line_bytes = line_bytes
+        self.is_counted = is_counted
+        """False for a client that is being rejected, and for our own probe."""
         self.echo = Echo(line_bytes)
         self.pace = Pace(now)
-        self.family = sock.family
-        self.sockaddr = peer
-        self.descriptor = sock.fileno()
-        self._on_closed = on_closed
-        # What `connection_made` has to send if the end was decided before; None: abort.
-        self._farewell: bytes | None = b""
-        self._linger: asyncio.TimerHandle | None = None
-        self._awaits_acknowledgement = False
-        # Whatever was written since the kernel took less than it was given, None if it took all: its end is unsent.
-        self._tail: bytes | None = None
-        self.is_aborted = False
         self.opened_at = now
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.unacknowledged_bytes = 0
+        self.state = State.OPEN
         self.reason: str | None = None
+        self.is_hot = True
+        self.parked_until: float | None = None
+        """When its idle timeout ends, if it is silent and owed nothing, and nobody looks at it until then."""
+        self.unacknowledged_bytes = 0
+        self._pending = b""
+        self._has_ended = False
+        self._is_draining = False
+        self._is_reading = False
+        self._is_writing = False
+        self._linger: asyncio.TimerHandle | None = None
 
     # -- what others ask -------------------------------------------------------------------------------------------
 
     @property
     def peer(self) -> str:
         """The client's address."""
-        return sockets.peer_name(self.family, self.sockaddr)
+        return sockets.peer_name(socket.AF_UNIX if self.is_unix else socket.AF_INET, self.sockaddr)
 
     @property
     def host(self) -> str | None:
@@ -91,210 +136,322 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def lines(self) -> int:
         """Messages answered."""
-        return self.echo.answered
+        return self.hot_lines + self.echo.answered
 
     @property
-    def unsent_bytes(self) -> int:
-        """Bytes of replies that the kernel has not taken yet: the client is owed them."""
-        return self._transport.get_write_buffer_size() if self._transport else len(self._farewell or b"")
+    def pending(self) -> bytes:
+        """Replies that the kernel has not taken yet: the client is owed them."""
+        return self._pending
 
     @property
     def held_bytes(self) -> int:
-        """Memory that the client makes us use: the line begun and the replies that the kernel has not taken yet."""
-        return self.echo.unfinished_bytes + self.unsent_bytes
+        """Memory that the client makes us use: input that is not answered yet, and pending replies."""
+        return self.echo.held_bytes + len(self._pending)
 
     @property
-    def unsent(self) -> bytes:
-        """Those bytes."""
-        if not self._transport:
-            return self._farewell or b""
-        return (self._tail or b"")[-self.unsent_bytes :] if self.unsent_bytes else b""
+    def is_owed(self) -> bool:
+        """Whether replies are pending, or whole lines that were read are not answered yet."""
+        return bool(self._pending) or self.echo.has_more
+
+    def set_line_bytes(self, line_bytes: int) -> None:
+        """Change the longest message allowed, for the partial line too."""
+        self.line_bytes = self.echo.line_bytes = line_bytes
+
+    # -- beginning -------------------------------------------------------------------------------------------------
 
     def resume(self, past: Past) -> None:
-        """Go on where the program before us left off; to be called before the connection is opened."""
-        self.echo = Echo(self.echo.line_bytes, past.unfinished, past.lines)
+        """Go on where the predecessor in this process left off; to be called before `open`."""
+        self.echo = Echo(self.line_bytes, past.unfinished, past.lines)
         self.pace.resume(past.pace)
         self.opened_at, self.reason = past.opened_at, past.reason
         self.bytes_in, self.bytes_out = past.bytes_in, past.bytes_out
-        self._farewell = None if past.is_aborted else past.unsent
+        self._pending = past.unsent
+        self._has_ended = past.reason == "client"
+        if past.reason is not None:
+            self.state = State.FLUSHING
 
-    # -- the way of a line -----------------------------------------------------------------------------------------
+    def open(self) -> None:
+        """Begin to read and answer, or go on with what was left unfinished."""
+        if self.state is State.FLUSHING:
+            self._end_when_sent()
+        elif self.echo.has_more and not self._pending:
+            self._owner.turns.add(self)
+        self._watch()
+        self._check_hot()
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (asyncio's signature)
-        """Where the loop is to put what it reads (asyncio.BufferedProtocol); less of it after a line begun.
+    # -- a line's way ----------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Read once; less after a partial line.
 
         So one client makes us hold three times (upper-casing can triple UTF-8) 64 KiB and the least chunk at most.
         """
-        if self._tail is not None:  # just resumed: uvloop reads once before it hears of a pause
-            return _chunk[:1]
         begun = self.echo.unfinished_bytes
-        return _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
+        room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
+        try:
+            received = os.readv(self.descriptor, (room,))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error.errno or 0)
+            return
+        self._receive(room[:received].tobytes())
 
-    def buffer_updated(self, nbytes: int) -> None:
-        """Answer what has arrived (asyncio.BufferedProtocol)."""
-        replies = b""
-        if self.reason is None:  # after the half-close: read on to the end of the stream, answer nothing
-            self.bytes_in += nbytes
-            replies = self.echo.receive(_chunk[:nbytes].tobytes())
+    def _receive(self, chunk: bytes) -> None:
+        """Answer what has arrived; b"" is the client's end of stream."""
+        if not chunk:
+            self._receive_end()
+            return
+        if self.state is not State.OPEN:  # after our half-close: read on to the end of the stream, answer nothing
+            return
+        self.bytes_in += len(chunk)
+        echo = self.echo
+        replies = echo.receive(chunk)
         if replies:
-            self.bytes_out += len(replies)
-            self._transport.write(replies)  # type: ignore[union-attr]
-            if self._tail is not None:
-                self._tail += replies
-            if self.echo.fault:
-                self.finish(self.echo.fault.value)
-        if nbytes >= LEAST_CHUNK_BYTES or self._tail is not None:
-            # Others come first: libuv would read from this client up to 32 times in a row.
-            self._transport.pause_reading()  # type: ignore[union-attr]
-            asyncio.get_running_loop().call_soon(self._read_on)
+            self._send(replies)
+        if not self.is_hot or not echo.is_clean:
+            self._after_unusual(is_answered=bool(replies))
 
-    def pause_writing(self) -> None:
-        """Read no more from a client that doesn't take its replies (asyncio.Protocol); comes from within a write."""
-        self._tail = b""
-        if self._transport:
-            self._transport.pause_reading()
+    def _after_unusual(self, *, is_answered: bool) -> None:
+        """Do what an ordinary chunk, answered at once on a connection that was at rest, does not need."""
+        if self.state is not State.OPEN:
+            return
+        if self.parked_until is not None:
+            self._owner.on_active(self)
+        if self.echo.fault:
+            self.finish(self.echo.fault.value)
+            return
+        if self.echo.has_more and not self._pending:
+            self._owner.turns.add(self)
+        elif not is_answered and (error := sockets.failure(self.descriptor)):
+            # libuv tells of an error on a descriptor once, then polls it no more, and the read above may have brought
+            # what came before the error. A send would have told.
+            self._lose(error)
+            return
+        self._watch()
+        self._check_hot()
 
-    def resume_writing(self) -> None:
-        """Read on: the kernel has taken every reply (asyncio.Protocol)."""
-        self._tail = None
-        self._read_on()
-        if self._transport and self.reason is not None:
-            self._start_linger()
+    def take_turn(self) -> bool:
+        """Answer a slice of input whose replies are costly; return whether there is more to answer now."""
+        if self.state is not State.OPEN or self._pending:
+            return False
+        replies = self.echo.receive_more()
+        if replies:
+            self._send(replies)
+        if self.state is State.OPEN and self.echo.has_more and not self._pending:
+            return True
+        if self.state is State.OPEN and not self._pending:
+            self._after_unusual(is_answered=True)
+        elif self.echo.fault:
+            self.finish(self.echo.fault.value)
+        return False
 
-    def _read_on(self) -> None:
-        if self._transport and self.reason != "client":  # an end of stream is read once
-            if self.unsent_bytes:  # then `resume_writing` comes
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()
+    def _send(self, replies: bytes) -> None:
+        """Give replies to the kernel, none being pending, and keep what it doesn't take."""
+        self.bytes_out += len(replies)
+        try:
+            sent = os.write(self.descriptor, replies)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self._lose(error.errno or 0)
+            return
+        if sent < len(replies):
+            self._keep_pending(replies[sent:])
 
-    # -- beginning and end -----------------------------------------------------------------------------------------
+    def _keep_pending(self, replies: bytes) -> None:
+        """Keep replies that the kernel did not take, and read no more until it has."""
+        self._pending = replies
+        self.is_hot = False
+        self._watch()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin (asyncio.Protocol), or end what was ended before it began."""
-        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
-        farewell, self._farewell = self._farewell, b""  # which may be much: not to be held any longer
-        # No buffer of our own: `pause_writing` then means exactly that the kernel took less than it was given.
-        transport.set_write_buffer_limits(high=0)
-        if farewell is None:
-            self._abort()
-        elif self.reason == "client":
-            self._write(farewell)
-            transport.close()
-        elif self.reason is not None:
-            self._half_close(farewell)
-        elif farewell:
-            self._write(farewell)
-            asyncio.get_running_loop().call_soon(self._read_on)
+    def _on_writable(self) -> None:
+        try:
+            sent = os.write(self.descriptor, self._pending)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error.errno or 0)
+            return
+        self._pending = self._pending[sent:]
+        if self._pending:
+            return
+        if self.state is State.FLUSHING:
+            self._end_when_sent()
+        elif self.echo.has_more:
+            self._owner.turns.add(self)
+        self._watch()
+        self._check_hot()
 
-    def eof_received(self) -> bool:
-        """Answer an unterminated last line and end, as the client did (asyncio.Protocol)."""
-        assert self._transport
-        if self.reason is None:
+    def _watch(self) -> None:
+        """Have the event loop tell what this connection waits for now: room to send, or input."""
+        if self.state is State.CLOSED:
+            return
+        wants_room = bool(self._pending)
+        wants_input = not (wants_room or self._has_ended or self.echo.has_more or self.state is State.FLUSHING)
+        loop = self._owner.loop
+        # First what is new: a descriptor that nothing is waited for leaves epoll, and would have to come back.
+        if wants_room and not self._is_writing:
+            loop.add_writer(self.descriptor, self._on_writable)
+        if wants_input and not self._is_reading:
+            loop.add_reader(self.descriptor, self.on_readable)
+        if self._is_writing and not wants_room:
+            loop.remove_writer(self.descriptor)
+        if self._is_reading and not wants_input:
+            loop.remove_reader(self.descriptor)
+        self._is_writing, self._is_reading = wants_room, wants_input
+
+    def _check_hot(self) -> None:
+        """See whether the fast path may answer: nothing is begun, pending or unusual, and somebody looks after us."""
+        self.is_hot = (
+            self.state is State.OPEN
+            and not (self._pending or self._is_draining or self.parked_until is not None)
+            and self.echo.is_clean
+        )
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _receive_end(self) -> None:
+        """Answer an unterminated last line and end, as the client did."""
+        self._has_ended = True
+        if self.state is State.LINGERING:
+            self._close()
+        elif self.state is State.OPEN:
             replies = self.echo.finish()
             self.reason = self.echo.fault.value if self.echo.fault else "client"
-            self.bytes_out += len(replies)
-            self._write(replies)
-            if self._awaits_acknowledgement:
-                self._half_close()
-                return True
-        self._transport.close()
-        return True
+            self.is_hot = False
+            self.state = State.FLUSHING
+            if replies:
+                self._send(replies)
+            self._end_when_sent()
+            self._watch()
 
     def finish(self, reason: str, error: str = "") -> None:
         """End in good order: send what is owed and the `error`, half-close, read to the end of the stream, close."""
-        if self.reason is not None:
+        if self.state is not State.OPEN:
             return
         self.reason = reason
+        self.is_hot = False
+        self.state = State.FLUSHING
         farewell = error_line(error) if error else b""
-        self.bytes_out += len(farewell)
-        if self._transport:
-            self._half_close(farewell)
-        else:
-            self._farewell = (self._farewell or b"") + farewell
+        if self._pending:
+            self.bytes_out += len(farewell)
+            self._pending += farewell
+        elif farewell:
+            self._send(farewell)
+        self._end_when_sent()
+        self._watch()
 
-    def cut_off(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         """End now; what the kernel has not taken is lost to the client."""
-        if not self.is_aborted:
-            self.bytes_out -= self.unsent_bytes
+        if self.state is not State.CLOSED:
+            self.bytes_out -= len(self._pending)
             self.reason = reason
-            self._abort()
-
-    def close(self) -> None:
-        """Close, the client having ended its stream and taken every reply."""
-        if self._transport:
-            self._transport.close()
+            self._close()
 
     def end_now(self) -> None:
-        """End now, cutting the client off if it is owed a reply still, be it to a line that has not been read yet."""
-        if self.unsent_bytes or (self.reason is None and self.unread_bytes()):
-            self.cut_off("cut")
+        """End now, aborting the client if it is owed a reply still, be it to a line that has not been read yet."""
+        if self.is_owed or (self.state is State.OPEN and self.unread_bytes()):
+            self.abort("cut")
         else:
             self.reason = self.reason or "drained"
-            self._abort()
+            self._close()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The end, however it came (asyncio.Protocol)."""
-        if self.reason is None or (exc and self.reason == "client"):
-            self.reason = "reset"
-        if self._linger:
-            self._linger.cancel()
-        self._transport = self._linger = None
-        self._on_closed(self)
+    def close(self) -> None:
+        """Close now, whatever the client has or hasn't got."""
+        self._close()
 
-    def _write(self, data: bytes) -> None:
-        self._transport.write(data)  # type: ignore[union-attr]
-        if self._tail is not None:
-            self._tail += data
+    def close_if_done(self) -> None:
+        """Close, if the client has ended its stream and its kernel has every reply."""
+        if self._has_ended and not self.pace.owed:
+            self._close()
 
-    def _half_close(self, farewell: bytes = b"") -> None:
-        assert self._transport
-        if self._transport.is_closing():
+    def _end_when_sent(self) -> None:
+        if self.state is not State.FLUSHING or self._pending:
             return
-        self._write(farewell)
-        self._transport.write_eof()
-        if not self.unsent_bytes:
-            self._start_linger()
-
-    def _start_linger(self) -> None:
-        if not self._linger:
-            self._linger = asyncio.get_running_loop().call_later(sockets.LINGER_S, self._give_up)
+        if self._has_ended and not self._is_draining:
+            self._close()
+            return
+        try:
+            sockets.half_close(self.descriptor)
+        except OSError as error:
+            self._lose(error.errno or 0)
+            return
+        self.state = State.LINGERING
+        self._linger = self._owner.loop.call_later(sockets.LINGER_S, self._give_up)
 
     def _give_up(self) -> None:
         self._measure(0.0)
         self.unacknowledged_bytes = max(0, self.pace.owed - 1)  # the FIN counts as one
-        self._abort()
+        self._close()
 
-    def _abort(self) -> None:
-        self.is_aborted = True
-        if self._transport:
-            self._transport.abort()
-        else:
-            self._farewell = None
+    def _lose(self, error: int) -> None:  # noqa: ARG002 (which one it was tells nothing more: the client is gone)
+        """End because the connection has failed, as by a reset."""
+        if self.reason is None or self.reason == "client":
+            self.reason = "reset"
+        self._close()
+
+    def _close(self) -> None:
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        self.is_hot = False
+        loop = self._owner.loop
+        if self._is_reading:
+            loop.remove_reader(self.descriptor)
+        if self._is_writing:
+            loop.remove_writer(self.descriptor)
+        if self._linger:
+            self._linger.cancel()
+        self._is_reading = self._is_writing = False
+        self._pending = b""
+        os.close(self.descriptor)
+        self._owner.on_closed(self)
 
     # -- time ------------------------------------------------------------------------------------------------------
 
     def look(self, now: float) -> None:
         """See how the client gets on; to be called again and again."""
         pace = self.pace
-        if pace.owed or self.reason is not None or pace.is_news(self.bytes_in):
+        if pace.owed or self.state is not State.OPEN or pace.is_news(self.bytes_in):
             self._measure(now)
-        # With replies unsent the rest of a line isn't even read.
-        is_in_line, is_unread = self.echo.unfinished_bytes > 0, self.unsent_bytes > 0
-        pace.look(now, self.bytes_in, self.echo.answered, is_in_line=is_in_line, is_unread=is_unread)
+        # With replies pending or lines unanswered the rest of a line isn't even read.
+        is_in_line = self.echo.held_bytes > 0
+        pace.look(now, self.bytes_in, self.lines, is_in_line=is_in_line, is_unread=self.is_owed)
+
+    def is_silent(self, now: float) -> bool:
+        """Whether nothing has come for a while and nothing is owed or begun, as of the last `look`."""
+        return (
+            self.state is State.OPEN
+            and self.pace.quiet_since < now
+            and not (self.pace.owed or self._is_draining or self.echo.held_bytes)
+        )
+
+    def park(self, until: float) -> None:
+        """Be looked at no more until then; the owner is told of the next input (`on_active`)."""
+        self.parked_until = until
+        self.is_hot = False
+
+    def unpark(self) -> None:
+        """Be looked at again."""
+        self.parked_until = None
+        self._check_hot()
 
     def start_draining(self, now: float) -> None:
         """Count the quiet from now on, and see each reply acknowledged before closing."""
         self.pace.quiet_since = now
-        self._awaits_acknowledgement = True
+        self._is_draining = True
+        self.is_hot = False
 
     def unread_bytes(self) -> int:
         """Bytes that have arrived and were not read."""
-        return sockets.unread_bytes(self.descriptor) if self._transport else 0
+        return sockets.unread_bytes(self.descriptor) if self.state is not State.CLOSED else 0
 
     def _measure(self, now: float) -> None:
         """See what the client's kernel has not acknowledged (TCP), or ours not taken (Unix)."""
-        unsent = self.unsent_bytes
-        queued = sockets.unacknowledged_bytes(self.descriptor) if self._transport else 0
-        owed = unsent if self.family == socket.AF_UNIX else unsent + queued
+        if self.state is State.CLOSED:
+            return
+        unsent = len(self._pending)
+        queued = sockets.unacknowledged_bytes(self.descriptor)
+        owed = unsent if self.is_unix else unsent + queued
         self.pace.measure(now, self.bytes_out - unsent - queued, owed)

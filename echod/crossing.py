@@ -32,7 +32,7 @@ def past(connection: Connection, *, is_counted: bool) -> Past:
     """Everything about a connection that the next program has to know."""
     return Past(
         descriptor=connection.descriptor,
-        family=connection.family,
+        family=socket.AF_UNIX if connection.is_unix else socket.AF_INET,
         peer=address_of(connection.sockaddr),
         is_counted=is_counted,
         opened_at=connection.opened_at,
@@ -40,9 +40,8 @@ def past(connection: Connection, *, is_counted: bool) -> Past:
         bytes_out=connection.bytes_out,
         lines=connection.lines,
         unfinished=connection.echo.unfinished,
-        unsent=connection.unsent,
+        unsent=connection.pending,
         reason=connection.reason,
-        is_aborted=connection.is_aborted,
         pace=connection.pace.past(),
     )
 
@@ -98,7 +97,7 @@ class Legacy(Struct, frozen=True):
     proxied: frozenset[Key]
     """The listeners whose clients come with a PROXY header."""
     heirs: tuple[Heir, ...]
-    clients: Iterable[tuple[socket.socket, SockAddr, Past]]
+    clients: Iterable[tuple[int, SockAddr, Past]]
     """To be gone through once."""
 
     @property
@@ -161,10 +160,11 @@ def _key(described: Listening) -> Key:
     return Endpoint(socket.AddressFamily(described.family), sockaddr_of(described.address)), described.number
 
 
-def _clients(clients: Iterable[Past]) -> Iterator[tuple[socket.socket, SockAddr, Past]]:
+def _clients(clients: Iterable[Past]) -> Iterator[tuple[int, SockAddr, Past]]:
     for each in clients:
         with suppress(OSError):  # no such descriptor: nothing is left of it
-            yield _socket(each.descriptor), sockaddr_of(each.peer), each
+            os.set_inheritable(each.descriptor, False)
+            yield each.descriptor, sockaddr_of(each.peer), each
 
 
 def _socket(descriptor: int) -> socket.socket:

@@ -5,17 +5,19 @@ Called by the owner now and then: a timeout is at most two of those intervals la
 
 from echod import sockets
 from echod.config import Timeouts
-from echod.connection import Connection
+from echod.connection import Connection, State
 
 
 def tend(connection: Connection, now: float, timeouts: Timeouts) -> None:
     """End the connection if a timeout is over; to be called again and again while serving."""
+    if connection.state is State.CLOSED:
+        return
     connection.look(now)
     pace = connection.pace
     if timeouts.write and pace.owed and now - pace.taken_since >= timeouts.write:
         sockets.reset_on_close(connection.descriptor)
-        connection.cut_off("write timeout")
-    elif connection.reason is not None:
+        connection.abort("write timeout")
+    elif connection.state is not State.OPEN:
         return
     elif timeouts.line and pace.line_since is not None and now - pace.line_since >= timeouts.line:
         _time_out(connection, "line timeout", f"line not finished within {timeouts.line:.15g} s")
@@ -33,20 +35,20 @@ def _time_out(connection: Connection, reason: str, error: str) -> None:
 def settle(connection: Connection, now: float, quiet_s: float) -> None:
     """Finish the connection if it has been quiet for so long; to be called after each `tend` while draining."""
     pace = connection.pace
-    if connection.reason == "client" and not pace.owed:
-        connection.close()
-    elif connection.reason is None and now - pace.quiet_since >= quiet_s and _is_settled(connection):
+    if connection.state is not State.OPEN:
+        connection.close_if_done()
+    elif now - pace.quiet_since >= quiet_s and _is_settled(connection):
         connection.finish("drained")
 
 
 def _is_settled(connection: Connection) -> bool:
     """Whether nothing is begun, owed or unread."""
-    return not (connection.echo.unfinished_bytes or connection.pace.owed or connection.unread_bytes())
+    return not (connection.echo.held_bytes or connection.pace.owed or connection.unread_bytes())
 
 
 def end_at_line_boundary(connection: Connection) -> None:
     """End a drain that takes too long: a line begun is owed nothing, replies that the kernel hasn't taken are."""
-    if connection.unsent_bytes:
-        connection.cut_off("cut")
+    if connection.is_owed:
+        connection.abort("cut")
     else:
         connection.finish("drained")

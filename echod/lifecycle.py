@@ -109,7 +109,6 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     for warning in first.warnings:
         log.warning("configuration", warning=warning)
     if around.legacy:
-        await server.opened()
         _tell_upgrade(around.legacy.state.process, server)
     else:
         log.info("ready", listen=server.addresses, pid=os.getpid())
@@ -136,8 +135,8 @@ def _adopt(legacy: Legacy, config: Config, server: Server, endpoint: Endpoint) -
     server.clients.selfcheck.recognize(legacy.ourselves)
     endpoint.apply(legacy.admin)
     server.apply(config, legacy.listeners, legacy.proxied)
-    for sock, peer, past in legacy.clients:
-        server.clients.adopt(sock, peer, past)
+    for descriptor, peer, past in legacy.clients:
+        server.clients.adopt(descriptor, peer, past)
 
 
 def _tell_upgrade(before: Process, server: Server) -> None:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 
 from echod import sockets
+from echod.fastpath import acceptor
 from echod.sockets import Bound, SockAddr
 
 ACCEPT_BATCH = 64
@@ -28,7 +29,7 @@ _STARVED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Listener:
-    """Hands each accepted socket and its peer's address to `on_accept`, which must not raise.
+    """Hands the descriptor of each accepted client, and its address, to `on_accept`, which must not raise.
 
     Listens from the beginning on; making one raises ListenError if that can't be.
     """
@@ -36,7 +37,7 @@ class Listener:
     def __init__(
         self,
         bound: Bound,
-        on_accept: Callable[[socket.socket, SockAddr], None],
+        on_accept: Callable[[int, SockAddr], None],
         on_starved: Callable[[OSError], None],
     ) -> None:
         self.bound = bound
@@ -48,6 +49,8 @@ class Listener:
         self._is_closing = False
         self._retry: asyncio.TimerHandle | None = None
         self._last_client_at = 0.0
+        self._sets_no_delay = not sockets.pass_on_no_delay(bound)
+        self._accept = acceptor(bound.socket)
         bound.listen()
         self._loop.add_reader(self._socket, self._accept_some)
 
@@ -139,15 +142,17 @@ class Listener:
             if self._pauses:
                 return False
             try:
-                sock, peer = self._socket.accept()
-            except BlockingIOError:
-                return False
+                accepted = self._accept()
             except OSError as error:
                 return self._accept_failed(error)
+            if accepted is None:
+                return False
+            if self._sets_no_delay:
+                sockets.set_no_delay(accepted[0])
             if self._is_closing:
                 self._last_client_at = self._loop.time()
-                sockets.welcome(sock)
-            self.on_accept(sock, peer)
+                sockets.welcome(accepted[0], self._socket.family)
+            self.on_accept(*accepted)
         return True
 
     def _accept_failed(self, error: OSError) -> bool:

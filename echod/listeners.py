@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from echod.listener import CLOSE_S, Listener
 from echod.sockets import Bound, Key, SockAddr
 
-OnAccept = Callable[[socket.socket, SockAddr], None]
+OnAccept = Callable[[int, SockAddr], None]
 
 NOWHERE_ELSE: Mapping[Key, OnAccept] = {}
 
@@ -17,7 +17,7 @@ TELL_STARVED_S = 10.0
 
 
 class Listeners:
-    """Hands each socket that any of them accepts, and its peer's address, to `on_accept`, which must not raise."""
+    """Hands the descriptor and address of each client that any of them accepts to `on_accept`, which must not raise."""
 
     def __init__(self, on_accept: OnAccept, on_starved: Callable[[OSError], None]) -> None:
         self._on_accept = on_accept

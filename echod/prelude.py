@@ -86,12 +86,16 @@ class Prelude:
 
 
 class Preludes:
-    """All of them: hands the sockets on, with the client's address to `on_ready`, or else with ours and why not."""
+    """All of them: hands each descriptor on when its header has come or has failed.
+
+    `on_ready` gets it with the client's address, `on_failed` with the peer's and why not; both are told whether it is a
+    Unix socket's.
+    """
 
     def __init__(
         self,
-        on_ready: Callable[[socket.socket, SockAddr], None],
-        on_failed: Callable[[socket.socket, SockAddr, str], None],
+        on_ready: Callable[[int, SockAddr, bool], None],
+        on_failed: Callable[[int, SockAddr, bool, str], None],
     ) -> None:
         self._on_ready = on_ready
         self._on_failed = on_failed
@@ -105,8 +109,9 @@ class Preludes:
         """Each of them."""
         return iter(self._under_way)
 
-    def begin(self, sock: socket.socket, peer: SockAddr, began_at: float, header: bytes = b"") -> None:
+    def begin(self, descriptor: int, peer: SockAddr, began_at: float, header: bytes = b"") -> None:
         """Wait for the header of a client, the beginning of which may have been read before."""
+        sock = socket.socket(fileno=descriptor)
         sock.setblocking(False)
         prelude = Prelude(sock, peer, began_at, header, self._end)
         self._under_way.add(prelude)
@@ -119,7 +124,9 @@ class Preludes:
 
     def _end(self, prelude: Prelude, result: SockAddr | ProxyError) -> None:
         self._under_way.discard(prelude)
+        is_unix = prelude.sock.family == socket.AF_UNIX
+        descriptor = prelude.sock.detach()
         if isinstance(result, ProxyError):
-            self._on_failed(prelude.sock, prelude.peer, str(result))
+            self._on_failed(descriptor, prelude.peer, is_unix, str(result))
         else:
-            self._on_ready(prelude.sock, result)
+            self._on_ready(descriptor, result, is_unix)

@@ -46,11 +46,10 @@ class Server:
         self._config = config
         self._stats = stats
         self._loop = asyncio.get_running_loop()
-        self.clients = Clients(config.limits, stats, open_files, self._on_crowd)
-        self._listeners = Listeners(self.clients.come, self.clients.admission.starved)
+        self.clients = Clients(config.limits, stats, open_files)
+        self._listeners = Listeners(self.clients.accept, self.clients.admission.starved)
         self.proxied: frozenset[Key] = frozenset()
         """The listeners whose clients come with a PROXY header."""
-        self._is_full = False
         self.is_leaving = False
         self._is_cutting = False
         self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
@@ -90,37 +89,17 @@ class Server:
 
         The clients of `proxied` ones come with a PROXY header.
         """
-        self._listeners.apply(sockets, config.timeouts.drain, dict.fromkeys(proxied, self.clients.come_proxied))
+        self._listeners.apply(sockets, config.timeouts.drain, dict.fromkeys(proxied, self.clients.accept_proxied))
         self.proxied = proxied
         self._config = config
         self.clients.limits = config.limits
         for connection in self.clients.served:
-            connection.echo.line_bytes = config.limits.line_bytes  # for the line begun too
-        self._pause_or_resume()
+            connection.set_line_bytes(config.limits.line_bytes)
+        self.clients.unpark_all()  # the idle timeout may be another
 
     async def retired(self) -> None:
         """Return when each listener that went away has served its backlog and is closed."""
         await self._listeners.retired()
-
-    async def opened(self) -> None:
-        """Return when each client that has come so far is served."""
-        await self.clients.openings.opened()
-
-    def _on_crowd(self) -> None:
-        if self._is_crowded != self._is_full:
-            self._pause_or_resume()
-
-    @property
-    def _is_crowded(self) -> bool:
-        return self.clients.admission.is_full(self._config.limits, len([*self._listeners]))
-
-    def _pause_or_resume(self) -> None:
-        """Accept or not, as there are descriptors to turn clients away with: to be called whenever that may change."""
-        self._is_full = self._is_crowded
-        if self._is_full:
-            self._listeners.pause("turning away")
-        else:
-            self._listeners.resume("turning away")
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -133,10 +112,13 @@ class Server:
             self.clients.admission.tell(len(self.clients.served))
             # The worst of late, forgotten by and by.
             self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
-            for part in _slices(self.clients.served):
+            self.clients.unpark_due(self._loop.time())
+            for part in _slices(self.clients.active):
                 now = self._loop.time()
                 for connection in part:
                     deadlines.tend(connection, now, self._config.timeouts)
+                    if connection.is_silent(now):
+                        self.clients.park(connection, self._config.timeouts.idle)
                 await asyncio.sleep(0)
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -148,22 +130,17 @@ class Server:
         """
         before = dict(self._stats.closed)
         started_at = self._loop.time()
-        self.clients.is_draining = self.is_leaving = True
+        self.is_leaving = True
         self._sweeper.cancel()
-        for connection in self.clients.served:
-            connection.start_draining(started_at)
+        self.clients.start_draining()
         self._listeners.apply({}, self._config.timeouts.drain)
-        self._pause_or_resume()
         await self._settle(started_at, report)
-        while self.clients.are_any:  # cut off, which takes a turn of the loop or two
-            await asyncio.sleep(0)
         await self._listeners.retired()
-        await self.opened()
         await asyncio.gather(self._sweeper, return_exceptions=True)
         return self._drained(before)
 
     def cut_off(self) -> None:
-        """End a drain now: close the listeners and cut off whoever is still owed a reply."""
+        """End a drain now: close the listeners and abort each client that is still owed a reply."""
         self._is_cutting = True
         self._listeners.close_now()
         self.clients.preludes.give_up()

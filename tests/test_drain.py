@@ -274,8 +274,8 @@ def _seconds_of_an_idle_drain() -> float:
 def test_term_ends_a_process_whose_loop_is_stuck() -> None:
     """TERM works while the loop is busy; when the loop never turns again, the process ends all the same, with 3."""
     stuck = (
-        "import sys, time; from echod import __main__, connection\n"
-        "connection.Connection.buffer_updated = lambda *_: time.sleep(3600)\n"
+        "import sys, time; from echod import __main__, clients\n"
+        "clients.Clients.accept = lambda *_: time.sleep(3600)\n"
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
     with serving("-l", "127.0.0.1:0", *settings(timeouts_drain=0.2), command=(sys.executable, "-c", stuck)) as echod:

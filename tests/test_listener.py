@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
@@ -39,7 +40,9 @@ class Door:
             bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self.came: asyncio.Queue[socket.socket] = asyncio.Queue()
         self.starved: list[OSError] = []
-        self.listener = Listener(bound, lambda sock, _: self.came.put_nowait(sock), self.starved.append)
+        self.listener = Listener(
+            bound, lambda descriptor, _: self.came.put_nowait(socket.socket(fileno=descriptor)), self.starved.append
+        )
         self._address = parse_address(self.listener.address)
 
     def client(self) -> socket.socket:
@@ -176,7 +179,7 @@ def test_listeners_that_are_closed_at_once_are_gone() -> None:
     """A second signal may come in the very turn of the loop in which the first began to close the listeners."""
 
     async def scenario() -> None:
-        listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
+        listeners = Listeners(lambda descriptor, _: os.close(descriptor), lambda _: None)
         listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         (port,) = (int(address.rpartition(":")[2]) for address in listeners.addresses)
         listeners.apply({}, bound_s=8)
@@ -193,7 +196,7 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
     """All or nothing: one of the new listeners can't be watched, and none of them is left."""
 
     async def scenario() -> None:
-        listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
+        listeners = Listeners(lambda descriptor, _: os.close(descriptor), lambda _: None)
         listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.addresses
         new = binding.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
@@ -258,7 +261,7 @@ def test_a_long_starvation_is_told_once() -> None:
 
     async def scenario() -> None:
         starved: list[OSError] = []
-        listeners = Listeners(lambda sock, _: sock.close(), starved.append)
+        listeners = Listeners(lambda descriptor, _: os.close(descriptor), starved.append)
         listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0))), bound_s=8)
         for listener_of_them in [*listeners, *listeners]:
             listener_of_them._accept_failed(OSError(errno.EMFILE, "Too many open files"))
@@ -277,7 +280,7 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
     """Bound is not yet listened on: who is quicker in between keeps the port, and the listeners stay as they were."""
 
     async def scenario() -> None:
-        listeners = Listeners(lambda sock, _: sock.close(), lambda _: None)
+        listeners = Listeners(lambda descriptor, _: os.close(descriptor), lambda _: None)
         listeners.apply(binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.bound.keys()
         new = binding.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0)))
@@ -303,10 +306,10 @@ def test_one_that_retires_hands_its_clients_where_it_did() -> None:
     async def scenario() -> None:
         came: asyncio.Queue[str] = asyncio.Queue()
 
-        def to(place: str) -> Callable[[socket.socket, SockAddr], None]:
-            def on_accept(sock: socket.socket, _: SockAddr) -> None:
+        def to(place: str) -> Callable[[int, SockAddr], None]:
+            def on_accept(descriptor: int, _: SockAddr) -> None:
                 came.put_nowait(place)
-                sock.close()
+                os.close(descriptor)
 
             return on_accept
 
@@ -322,5 +325,51 @@ def test_one_that_retires_hands_its_clients_where_it_did() -> None:
             listeners.apply({}, 1.0)
             await listeners.retired()
             assert await came.get() == "there"
+
+    _run(scenario())
+
+
+@pytest.mark.parametrize("is_inherited", [False, True])
+def test_each_reply_is_sent_at_once(is_inherited: bool) -> None:
+    """Accepted sockets have TCP_NODELAY; the options of an inherited listener stay as they are."""
+
+    async def scenario() -> None:
+        (bound,) = binding.bind_all(wanted(TcpAddress("127.0.0.1", 0))).values()
+        assert bound
+        bound.socket.listen()
+        came: asyncio.Queue[socket.socket] = asyncio.Queue()
+        it = Listener(
+            sockets.Bound(bound.socket, is_inherited=is_inherited),
+            lambda descriptor, _: came.put_nowait(socket.socket(fileno=descriptor)),
+            lambda _: None,
+        )
+        with socket.create_connection(bound.socket.getsockname()):
+            with await came.get() as accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert not os.get_blocking(accepted.fileno())
+                assert not accepted.get_inheritable()
+        assert bool(bound.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) is not is_inherited
+        it.close_now()
+
+    _run(scenario())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:0"])
+def test_an_accepted_client_comes_with_its_address(address: str) -> None:
+    """The address is that of the socket module, whichever code accepts."""
+
+    async def scenario() -> None:
+        came: asyncio.Queue[SockAddr] = asyncio.Queue()
+
+        def on_accept(descriptor: int, peer: SockAddr) -> None:
+            os.close(descriptor)
+            came.put_nowait(peer)
+
+        (bound,) = binding.bind_all(wanted(parse_address(address))).values()
+        assert bound
+        it = Listener(bound, on_accept, lambda _: None)
+        with socket.create_connection(bound.socket.getsockname()[:2]) as client:
+            assert await came.get() == client.getsockname()
+        it.close_now()
 
     _run(scenario())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from echod.config import Config
 from echod.protocol import Echo, Fault, error_line
-from tests.reference import BROKEN, CASED, INVALID, LIMIT, OTHERS, SPACES, bytewise, cut, reference, told
+from tests.reference import BROKEN, CASED, INVALID, LIMIT, OTHERS, SPACES, bytewise, cut, receive, reference, told
 
 texts = st.lists(
     st.sampled_from([*CASED, *SPACES, *OTHERS]) | st.characters(exclude_categories=["Cs"]), max_size=8
@@ -67,7 +67,7 @@ def test_replies_come_as_soon_as_they_can(data: bytes, draw: st.DataObject) -> N
     seen = b""
     for chunk in cut(data, draw.draw(st.lists(st.integers(0, len(data)), max_size=6))):
         seen += chunk
-        replies += echo.receive(chunk)
+        replies += receive(echo, chunk)
         assert replies == reference(seen, LIMIT, is_ended=False)
 
 
@@ -125,7 +125,7 @@ def test_every_character() -> None:
     """Every character of Unicode is upper-cased as str.upper does, in the middle of a word and of a chunk."""
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and code != 0x0A]
     lines = ["σ".join(["a", *characters[start : start + 64], "a"]) for start in range(0, len(characters), 64)]
-    replies = Echo(1_000).receive("".join([f"{line}\n" for line in lines]).encode()).decode().split("\n")
+    replies = told(["".join([f"{line}\n" for line in lines]).encode()], 1_000).decode().split("\n")
     expected = [
         "Σ".join(["A", *map(str.upper, characters[start : start + 64]), "A"]) for start in range(0, len(characters), 64)
     ]
@@ -148,7 +148,7 @@ def test_long_lines(margin: str, length: int) -> None:
         for lines in ([long, odd, long], [odd, long], [long, odd]):
             data = "".join(f"{line}\n" for line in lines).encode()
             echo = Echo(5_000)
-            assert echo.receive(data) == reference(data, 5_000, is_ended=True)
+            assert receive(echo, data) == reference(data, 5_000, is_ended=True)
             assert echo.answered == len(lines)
 
 
@@ -157,7 +157,7 @@ def test_long_lines(margin: str, length: int) -> None:
 def test_no_lower_case(data: bytes) -> None:
     """Replies never hold a lower-case letter of ASCII; an error line goes on in lower case, so the two differ."""
     echo = Echo(LIMIT)
-    lines = (echo.receive(data) + echo.finish()).splitlines(keepends=True)
+    lines = (receive(echo, data) + echo.finish()).splitlines(keepends=True)
     if echo.fault:
         error = lines.pop()
         assert error.startswith(b"ERROR ")
@@ -184,14 +184,14 @@ def test_no_lower_case(data: bytes) -> None:
 def test_unterminated_last_line(data: bytes, reply: bytes) -> None:
     """An unterminated, non-empty last line is a message too, answered at the end of the stream."""
     echo = Echo(LIMIT)
-    echo.receive(data)
+    receive(echo, data)
     assert echo.finish() == reply
 
 
 def test_finish_answers_once() -> None:
     """The last line is answered once, and then no line is begun."""
     echo = Echo(LIMIT)
-    echo.receive(b"ab")
+    receive(echo, b"ab")
     assert echo.unfinished_bytes == 2
     assert echo.finish() == b"AB\n"
     assert echo.finish() == b""
@@ -215,9 +215,9 @@ def test_nothing_after_a_fault(data: bytes, fault: Fault) -> None:
     """After an error line nothing is answered, nothing counted and nothing kept."""
     echo = Echo(LIMIT)
     assert echo.fault is None
-    assert echo.receive(data).startswith(b"A\nERROR ")
+    assert receive(echo, data).startswith(b"A\nERROR ")
     assert echo.fault is fault
-    assert echo.receive(b"c\nd") == echo.receive(b"\n") == echo.receive(b"x" * 100) == echo.finish() == b""
+    assert receive(echo, b"c\nd") == receive(echo, b"\n") == receive(echo, b"x" * 100) == echo.finish() == b""
     assert (echo.answered, echo.unfinished_bytes) == (1, 0)
 
 
@@ -239,9 +239,9 @@ def test_the_first_fault_counts(data: bytes, error: bytes) -> None:
 def test_an_unfinished_line_is_not_judged_by_its_bytes() -> None:
     """A sequence of UTF-8 that the chunk cuts is no fault; a line is invalid once it has ended."""
     echo = Echo(LIMIT)
-    assert echo.receive(b"\xff") == b""
+    assert receive(echo, b"\xff") == b""
     assert echo.fault is None
-    assert echo.receive(b"\n") == INVALID
+    assert receive(echo, b"\n") == INVALID
 
 
 def test_error_lines() -> None:
@@ -268,8 +268,8 @@ def test_limit(before: bytes, after: bytes, excess: int) -> None:
 def test_limit_without_line_end() -> None:
     """A line over the limit is refused as soon as its last byte too many is there, not when it ends."""
     echo = Echo(LIMIT)
-    assert echo.receive(b"a\n" + b"x" * LIMIT) == b"A\n"
-    assert echo.receive(b"x") == b"ERROR line longer than 12 bytes\n"
+    assert receive(echo, b"a\n" + b"x" * LIMIT) == b"A\n"
+    assert receive(echo, b"x") == b"ERROR line longer than 12 bytes\n"
 
 
 def test_default_limit() -> None:
@@ -302,15 +302,15 @@ def test_limit_counts_bytes() -> None:
 def test_limit_changed_live(begun: bytes, new_limit: int, rest: bytes, reply: bytes) -> None:
     """A new limit holds from then on, for the line begun too."""
     echo = Echo(LIMIT)
-    assert echo.receive(begun) == b""
+    assert receive(echo, begun) == b""
     echo.line_bytes = new_limit
-    assert echo.receive(rest) == reply
+    assert receive(echo, rest) == reply
 
 
 def test_limit_lowered_before_the_end_of_stream() -> None:
     """A last line begun under a higher limit is held against the one in force when the stream ends."""
     echo = Echo(LIMIT)
-    echo.receive(b"abcdef")
+    receive(echo, b"abcdef")
     echo.line_bytes = 5
     assert echo.finish() == b"ERROR line longer than 5 bytes\n"
 
@@ -324,17 +324,17 @@ def test_answered(data: bytes, places: Sequence[int]) -> None:
     """`answered` counts the messages that got a reply; an error line is none."""
     echo = Echo(LIMIT)
     chunks = cut(data, [min(place, len(data)) for place in places])
-    replies = b"".join([echo.receive(chunk) for chunk in chunks]) + echo.finish()
+    replies = b"".join([receive(echo, chunk) for chunk in chunks]) + echo.finish()
     assert echo.answered == replies.count(b"\n") - bool(echo.fault)
 
 
 def _seconds_for_more(begun_bytes: int) -> float:
     echo = Echo(16_000_000)
-    echo.receive(b"x" * begun_bytes)
-    echo.receive(b"x")  # which may have to move the line once
+    receive(echo, b"x" * begun_bytes)
+    receive(echo, b"x")  # which may have to move the line once
     started_at = time.perf_counter()
     for _ in range(100):
-        echo.receive(b"x")
+        receive(echo, b"x")
     return time.perf_counter() - started_at
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from echod.admission import AT_ONCE
+from echod.admission import LEAST_LINGERING
 from echod.config import RESERVED_FILES
 from echod.process import allowed_open_files
 from echod.sockets import LINGER_S
@@ -570,11 +570,11 @@ def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, 
     path = tmp_path / "echod.toml"
     port = free_port()
     kept, gone = f'{{address = "unix:{tmp_path}/sock"}}', f'{{address = "127.0.0.1:{port}"}}'
-    # As few clients as can be are told at once that they are too many; the next ones wait.
+    # As few rejected clients as can be linger at once; the next ones make the oldest go.
     rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"
     path.write_text(f"listen = [{kept}, {gone}]\n{rest}")
     with installed.serving("-c", str(path)) as echod, contextlib.ExitStack() as clients:
-        served, *_ = [clients.enter_context(connect(port)) for _ in range(AT_ONCE.start + 1)]
+        served, *_ = [clients.enter_context(connect(port)) for _ in range(LEAST_LINGERING + 1)]
         assert ask(served, b"hello\n") == b"HELLO\n"
         late = [clients.enter_context(connect(port)) for _ in range(5)]
         path.write_text(f"listen = [{kept}]\n{rest}")

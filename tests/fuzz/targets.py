@@ -15,7 +15,7 @@ from echod.protocol import Echo
 from echod.settings import ConfigError, load
 from echod.sources import Setting
 from echod.toml import render
-from tests.reference import BROKEN, CASED, LIMIT, OTHERS, SPACES, bytewise, cut, reference, told
+from tests.reference import BROKEN, CASED, LIMIT, OTHERS, SPACES, bytewise, cut, receive, reference, told
 
 MOST_CUTS = 16
 
@@ -53,7 +53,7 @@ def protocol(data: bytes) -> None:
     seen = replies = b""
     for chunk in chunks:
         seen += chunk
-        replies += echo.receive(chunk)
+        replies += receive(echo, chunk)
         assert replies == reference(seen, line_bytes, is_ended=False)
         assert echo.unfinished_bytes == (0 if echo.fault else len(seen.rpartition(b"\n")[2]))
     replies += echo.finish()

@@ -1,0 +1,179 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, binding=False
+"""The ordinary case of a line, compiled: receive, check, upper-case, send, count; without a Python object.
+
+A chunk is ordinary if it is ASCII, ends with LF and holds no line longer than the limit, and if the kernel takes the
+whole reply at once. Everything else goes to the Python code of the connection with the bytes as they were read, so what
+an unusual line means is written down there and only there.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.string cimport memchr, memmove
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t recv(int descriptor, void *buffer, size_t size, int flags)
+    ssize_t send(int descriptor, const void *buffer, size_t size, int flags)
+    int MSG_NOSIGNAL
+    int SOCK_NONBLOCK, SOCK_CLOEXEC
+    ctypedef unsigned int socklen_t
+    cdef struct sockaddr:
+        unsigned short sa_family
+    int accept4(int descriptor, sockaddr *address, socklen_t *length, int flags)
+
+cdef extern from "<netinet/in.h>" nogil:
+    int AF_INET, AF_INET6
+    int INET6_ADDRSTRLEN
+    cdef struct in_addr:
+        pass
+    cdef struct in6_addr:
+        pass
+    cdef struct sockaddr_in:
+        unsigned short sin_port
+        in_addr sin_addr
+    cdef struct sockaddr_in6:
+        unsigned short sin6_port
+        unsigned int sin6_flowinfo
+        in6_addr sin6_addr
+        unsigned int sin6_scope_id
+    unsigned short ntohs(unsigned short number)
+    unsigned int ntohl(unsigned int number)
+
+cdef extern from "<arpa/inet.h>" nogil:
+    const char *inet_ntop(int family, const void *address, char *text, socklen_t size)
+
+cdef enum:
+    CHUNK_BYTES = 65536
+
+# One thread runs the event loop, and nothing of a chunk is left here when a call returns: all connections share these.
+cdef unsigned char chunk[CHUNK_BYTES]
+cdef unsigned char replies[CHUNK_BYTES]
+
+
+cdef union Address:
+    sockaddr any
+    sockaddr_in ipv4
+    sockaddr_in6 ipv6
+
+
+def accept(int listener):
+    """Accept a TCP client: its descriptor, which doesn't block, and its address as the socket module has it.
+
+    Return None if nobody waits; raise OSError as socket.accept does.
+    """
+    cdef Address address
+    cdef socklen_t length = sizeof(address)
+    cdef char[64] host
+    cdef int descriptor = accept4(listener, &address.any, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)
+    if descriptor < 0:
+        if errno == EAGAIN or errno == EINTR:
+            return None
+        PyErr_SetFromErrno(OSError)
+    if address.any.sa_family == AF_INET:
+        inet_ntop(AF_INET, &address.ipv4.sin_addr, host, sizeof(host))
+        return descriptor, (host.decode("ascii"), ntohs(address.ipv4.sin_port))
+    inet_ntop(AF_INET6, &address.ipv6.sin6_addr, host, sizeof(host))
+    return descriptor, (
+        host.decode("ascii"),
+        ntohs(address.ipv6.sin6_port),
+        ntohl(address.ipv6.sin6_flowinfo),
+        address.ipv6.sin6_scope_id,
+    )
+
+
+cdef inline bint is_space(unsigned char c) noexcept nogil:
+    """What str.strip removes from ASCII text."""
+    return c == 0x20 or 0x09 <= c <= 0x0D or 0x1C <= c <= 0x1F
+
+
+cdef inline unsigned char upper_case(const unsigned char *source, unsigned char *target, size_t size) noexcept nogil:
+    """Upper-case ASCII letters; return the OR of all bytes. Without a branch, so that the compiler can vectorize it."""
+    cdef unsigned char seen = 0, c
+    cdef size_t i
+    for i in range(size):
+        c = source[i]
+        seen |= c
+        target[i] = c - ((<unsigned char>(c - <unsigned char>0x61) < <unsigned char>26) << 5)
+    return seen
+
+
+cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept nogil:
+    """Put the replies to the chunk into `replies` and count them; return their size, or -1 if it isn't ordinary."""
+    cdef unsigned char *start = replies
+    cdef unsigned char *end = replies + size
+    cdef unsigned char *target = replies
+    cdef unsigned char *first
+    cdef unsigned char *last
+    cdef unsigned char *line_feed
+    cdef long long count = 0
+    if upper_case(chunk, replies, size) & 0x80:
+        return -1
+    while start < end:
+        line_feed = <unsigned char *>memchr(start, 0x0A, end - start)
+        if line_feed == NULL or <size_t>(line_feed - start) > line_bytes:
+            return -1
+        first, last = start, line_feed
+        while first < last and is_space(first[0]):
+            first += 1
+        while first < last and is_space((last - 1)[0]):
+            last -= 1
+        if target != first:
+            memmove(target, first, last - first)
+        target += last - first
+        target[0] = 0x0A
+        target += 1
+        start = line_feed + 1
+        count += 1
+    lines[0] = count
+    return target - replies
+
+
+cdef class HotPath:
+    """One connection's counters and the callback of its readiness, for the event loop to call.
+
+    `is_hot` says whether an ordinary chunk may be answered here. A subclass supplies `_read`, which is called instead
+    while it is false, and `_receive`, `_keep_pending` and `_lose` for what is not ordinary.
+    """
+
+    cdef public int descriptor
+    cdef public bint is_hot
+    cdef public size_t line_bytes
+    cdef public long long hot_lines
+    cdef public long long bytes_in
+    cdef public long long bytes_out
+
+    @property
+    def on_readable(self):
+        """The callback: the object itself, which is cheaper to call than a bound method."""
+        return self
+
+    def __call__(self):
+        cdef ssize_t received, size, sent
+        cdef long long lines = 0
+        cdef int error
+        if not self.is_hot:
+            self._read()
+            return
+        received = recv(self.descriptor, chunk, CHUNK_BYTES, 0)
+        if received < 0:
+            error = errno
+            if error != EAGAIN and error != EINTR:
+                self._lose(error)
+            return
+        size = answer(received, self.line_bytes, &lines) if received and chunk[received - 1] == 0x0A else -1
+        if size < 0:
+            self._receive(PyBytes_FromStringAndSize(<char *>chunk, received))
+            return
+        self.bytes_in += received
+        self.bytes_out += size
+        self.hot_lines += lines
+        sent = send(self.descriptor, replies, size, MSG_NOSIGNAL)
+        if sent == size:
+            return
+        if sent < 0:
+            error = errno
+            if error != EAGAIN and error != EINTR:
+                self._lose(error)
+                return
+            sent = 0
+        self._keep_pending(PyBytes_FromStringAndSize(<char *>replies + sent, size - sent))
