@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 
 import structlog
 
-from echod.admission import Admission
+from echod.admission import TELL_S, Admission
 from echod.config import Limits
 from echod.connection import Connection
 from echod.handover import Past
+from echod.memory import Memory
 from echod.parking import Parking
 from echod.prelude import Preludes
 from echod.selfcheck import SelfCheck
@@ -32,12 +33,13 @@ class Clients:
         """`open_files` is how many descriptors the process may have."""
         self.loop = asyncio.get_running_loop()
         self.turns = Turns()
+        self.memory = Memory(self._on_memory_full)
         self.limits = limits
         self.served: set[Connection] = set()
         """Those that count."""
         self.active: set[Connection] = set()
         """Those of them that have to be looked at; the others are parked."""
-        self._parking = Parking()
+        self._parking = Parking[Connection]()
         self.admission = Admission(stats, open_files)
         self.preludes = Preludes(self._admit, self._on_bad_header)
         """Those whose PROXY header isn't there yet: they are in no count."""
@@ -47,6 +49,7 @@ class Clients:
         self.unacknowledged = 0
         """How many have left without their kernel having confirmed every byte."""
         self.is_draining = False
+        self._told_full_at = -math.inf
         self._stats = stats
 
     # -- what others ask -------------------------------------------------------------------------------------------
@@ -170,6 +173,22 @@ class Clients:
         now = self.loop.time()
         for connection in self.served:
             connection.start_draining(now)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _on_memory_full(self) -> None:
+        for connection in self.served:
+            connection.is_hot = False  # each read asks for memory now
+        now = self.loop.time()
+        if now - self._told_full_at < TELL_S:
+            return
+        self._told_full_at = now
+        log.warning(
+            "memory limit exceeded",
+            held_bytes=self.memory.held_bytes,
+            limit_bytes=self.memory.limit_bytes,
+            advice="who holds most is not read from; raise limits.held_bytes or lower limits.connections",
+        )
 
     # -- they go ---------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,10 @@ class Limits(Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1, le=16_777_216)],
         Meta(description="longest line, without its LF"),
     ] = 65_536
+    held_bytes: Annotated[
+        Annotated[int, Meta(ge=0, le=1_099_511_627_776)],
+        Meta(description="replies and partial lines of all clients together; 0 = a quarter of the memory allowed"),
+    ] = 0
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):

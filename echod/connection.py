@@ -15,6 +15,7 @@ from typing import Protocol
 from echod import sockets
 from echod.fastpath import CHUNK_BYTES, HotPath
 from echod.handover import Past
+from echod.memory import SPARE_BYTES, UNREAD_BYTES, Memory
 from echod.pace import Pace
 from echod.protocol import Echo, error_line
 from echod.turns import Turns
@@ -50,6 +51,7 @@ class Owner(Protocol):
 
     loop: asyncio.AbstractEventLoop
     turns: Turns
+    memory: Memory
 
     def on_active(self, connection: "Connection") -> None:
         """A parked connection has input."""
@@ -66,10 +68,12 @@ class Connection(HotPath):
     """
 
     __slots__ = (
+        "_counted_bytes",
         "_has_ended",
         "_is_draining",
         "_is_reading",
         "_is_writing",
+        "_lacks_memory",
         "_linger",
         "_owner",
         "_pending",
@@ -115,6 +119,8 @@ class Connection(HotPath):
         """When its idle timeout ends, if it is silent and owed nothing, and nobody looks at it until then."""
         self.unacknowledged_bytes = 0
         self._pending = b""
+        self._counted_bytes = 0
+        self._lacks_memory = False
         self._has_ended = False
         self._is_draining = False
         self._is_reading = False
@@ -169,6 +175,7 @@ class Connection(HotPath):
         self._has_ended = past.reason == "client"
         if past.reason is not None:
             self.state = State.FLUSHING
+        self._count_held()
 
     def open(self) -> None:
         """Begin to read and answer, or go on with what was left unfinished."""
@@ -188,6 +195,13 @@ class Connection(HotPath):
         """
         begun = self.echo.unfinished_bytes
         room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
+        if self._owner.memory.is_full and self.state is State.OPEN:
+            if begun > SPARE_BYTES or sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES:
+                self._lacks_memory = True
+                self._owner.memory.wait(self)
+                self._watch()
+                return
+            room = _chunk[:SPARE_BYTES]
         try:
             received = os.readv(self.descriptor, (room,))
         except (BlockingIOError, InterruptedError):
@@ -218,6 +232,7 @@ class Connection(HotPath):
             return
         if self.parked_until is not None:
             self._owner.on_active(self)
+        self._count_held()
         if self.echo.fault:
             self.finish(self.echo.fault.value)
             return
@@ -238,6 +253,7 @@ class Connection(HotPath):
         replies = self.echo.receive_more()
         if replies:
             self._send(replies)
+        self._count_held()
         if self.state is State.OPEN and self.echo.has_more and not self._pending:
             return True
         if self.state is State.OPEN and not self._pending:
@@ -263,6 +279,7 @@ class Connection(HotPath):
         """Keep replies that the kernel did not take, and read no more until it has."""
         self._pending = replies
         self.is_hot = False
+        self._count_held()
         self._watch()
 
     def _on_writable(self) -> None:
@@ -274,6 +291,7 @@ class Connection(HotPath):
             self._lose(error.errno or 0)
             return
         self._pending = self._pending[sent:]
+        self._count_held()
         if self._pending:
             return
         if self.state is State.FLUSHING:
@@ -288,7 +306,9 @@ class Connection(HotPath):
         if self.state is State.CLOSED:
             return
         wants_room = bool(self._pending)
-        wants_input = not (wants_room or self._has_ended or self.echo.has_more or self.state is State.FLUSHING)
+        wants_input = not (
+            wants_room or self._has_ended or self._lacks_memory or self.echo.has_more or self.state is State.FLUSHING
+        )
         loop = self._owner.loop
         # First what is new: a descriptor that nothing is waited for leaves epoll, and would have to come back.
         if wants_room and not self._is_writing:
@@ -306,8 +326,22 @@ class Connection(HotPath):
         self.is_hot = (
             self.state is State.OPEN
             and not (self._pending or self._is_draining or self.parked_until is not None)
+            and not self._owner.memory.is_full
             and self.echo.is_clean
         )
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _count_held(self) -> None:
+        held = self.held_bytes
+        if held != self._counted_bytes:
+            more, self._counted_bytes = held - self._counted_bytes, held
+            self._owner.memory.change(more)
+
+    def on_memory(self) -> None:
+        """Read again, if there is something to read and memory for it (Waiting)."""
+        self._lacks_memory = False
+        self._watch()
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -331,12 +365,13 @@ class Connection(HotPath):
         if self.state is not State.OPEN:
             return
         self.reason = reason
-        self.is_hot = False
+        self.is_hot = self._lacks_memory = False
         self.state = State.FLUSHING
         farewell = error_line(error) if error else b""
         if self._pending:
             self.bytes_out += len(farewell)
             self._pending += farewell
+            self._count_held()
         elif farewell:
             self._send(farewell)
         self._end_when_sent()
@@ -405,6 +440,9 @@ class Connection(HotPath):
             self._linger.cancel()
         self._is_reading = self._is_writing = False
         self._pending = b""
+        if self._counted_bytes:
+            self._owner.memory.change(-self._counted_bytes)
+        self._owner.memory.forget(self)
         os.close(self.descriptor)
         self._owner.on_closed(self)
 

@@ -132,7 +132,7 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
 
 def _adopt(legacy: Legacy, config: Config, server: Server, endpoint: Endpoint) -> None:
     """Go on where the program before us stopped: with its listeners first, whatever the configuration says now."""
-    server.clients.selfcheck.recognize(legacy.ourselves)
+    server.clients.selfcheck.expect(legacy.ourselves)
     endpoint.apply(legacy.admin)
     server.apply(config, legacy.listeners, legacy.proxied)
     for descriptor, peer, past in legacy.clients:

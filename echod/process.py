@@ -3,6 +3,8 @@
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 
 UNLIMITED = 2**31 - 1
@@ -46,3 +48,33 @@ def _statm() -> int:
 def open_files() -> int:
     """Descriptors in use. Linux 6.2 and later tell it as the size of the directory, without listing it."""
     return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
+
+
+def allowed_memory_bytes() -> int:
+    """Memory that this process may use: the least limit of its control groups, or what the machine has (cgroups(7))."""
+    return min([_machine_memory_bytes(), *_cgroup_limits()])
+
+
+def _machine_memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 1 << 30  # as where /proc is hidden: too little is safer than too much
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The limits of each group that holds this process, of version 2 (memory.max) and 1 (memory.limit_in_bytes)."""
+    try:
+        with open("/proc/self/cgroup") as groups:
+            paths = [line.rstrip("\n").split(":", 2)[1:] for line in groups]
+    except OSError:
+        return
+    for controllers, path in paths:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, file = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        names = path.strip("/").split("/")
+        for depth in range(len(names) + 1):  # a group is bound by the limits of those above it, too
+            group = os.path.join("/sys/fs/cgroup", root, *names[:depth])
+            with suppress(OSError, ValueError), open(os.path.join(group, file)) as limit:
+                yield int(limit.read())  # "max" is no limit

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from msgspec import Struct
 
-from echod import deadlines
+from echod import deadlines, process
 from echod.clients import Clients
 from echod.config import Config, Timeouts
 from echod.connection import Connection
@@ -25,6 +25,9 @@ SWEEP_SLICE = 256
 
 PROGRESS_S = 0.9
 """A drain reports its progress this often: at least once a second, however busy the loop is."""
+
+MEMORY_SHARE = 4
+"""Where limits.held_bytes is 0, clients may make us hold one part in so many of the memory that the process may use."""
 
 log = structlog.get_logger()
 
@@ -93,6 +96,7 @@ class Server:
         self.proxied = proxied
         self._config = config
         self.clients.limits = config.limits
+        self.clients.memory.set_limit(config.limits.held_bytes or process.allowed_memory_bytes() // MEMORY_SHARE)
         for connection in self.clients.served:
             connection.set_line_bytes(config.limits.line_bytes)
         self.clients.unpark_all()  # the idle timeout may be another
@@ -113,6 +117,7 @@ class Server:
             # The worst of late, forgotten by and by.
             self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
             self.clients.unpark_due(self._loop.time())
+            self.clients.memory.retry()
             for part in _slices(self.clients.active):
                 now = self._loop.time()
                 for connection in part:

@@ -17,6 +17,7 @@ from echod.config import Timeouts
 from echod.connection import Connection, State
 from echod.fastpath import CHUNK_BYTES
 from echod.handover import Past
+from echod.memory import SPARE_BYTES, Memory
 from echod.protocol import SLICE_LINES
 from echod.turns import Turns
 from tests.daemon import DEADLINE_S
@@ -39,9 +40,15 @@ class Keeper:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.turns = Turns()
+        self.memory = Memory(self._on_full)
+        self.memory.set_limit(1 << 30)
+        self.full = 0
         self.active: list[Connection] = []
         self.closed: list[Connection] = []
         self._changed = asyncio.Event()
+
+    def _on_full(self) -> None:
+        self.full += 1
 
     def on_active(self, connection: Connection) -> None:
         self.active.append(connection)
@@ -485,4 +492,76 @@ def test_a_connection_that_is_not_at_rest_is_never_silent(sent: bytes) -> None:
     with pair() as (ours, client):
         if sent.endswith(b"\n"):
             fill(ours)
+        run(scenario(ours, client))
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_clients_hold_is_counted_and_given_back() -> None:
+    """Partial lines, pending replies and lines that wait their turn count until they are gone."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        client.send(b"partial")
+        await until(lambda: keeper.memory.held_bytes == 7)
+        fill(ours_too)
+        client.send(b" line\n")
+        await until(lambda: connection.pending)
+        assert keeper.memory.held_bytes == len(connection.pending) == 13
+        connection.abort("cut")
+        assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client):
+        ours_too = ours.dup()
+        with ours_too:
+            run(scenario(ours, client))
+
+
+def test_over_the_limit_only_a_client_that_holds_little_is_read_from() -> None:
+    """Who holds much waits until there is memory again, and everyone else is answered."""
+
+    async def scenario(ours: socket.socket, client: socket.socket, others: socket.socket, other: socket.socket) -> None:
+        keeper = Keeper()
+        keeper.memory.set_limit(10_000)
+        greedy, modest = keeper.open(ours), keeper.open(others)
+        client.send(b"x" * 20_000)
+        await until(lambda: keeper.full)
+        greedy.is_hot = modest.is_hot = False  # as the owner does when it is told
+        client.send(b"y\n")
+        other.send(b"partial")
+        await until(lambda: keeper.memory.waiting)
+        assert greedy.held_bytes == 20_000
+        for _ in range(3):
+            other.send(b" line\npartial")
+            assert await received(other, 13) == b"PARTIAL LINE\n"
+            keeper.memory.retry()
+        assert greedy.held_bytes == 20_000
+        keeper.memory.set_limit(1 << 20)
+        assert await received(client, 20_002) == b"X" * 20_000 + b"Y\n"
+        assert not keeper.memory.waiting
+        for each in (greedy, modest):
+            each.abort("cut")
+        assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client), pair() as (others, other):
+        run(scenario(ours, client, others, other))
+
+
+def test_over_the_limit_no_read_brings_more_than_a_little() -> None:
+    """So many clients that begin at once exceed it by next to nothing."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        keeper.memory.set_limit(0)
+        connection = keeper.open(ours)
+        keeper.memory.change(1)
+        connection.is_hot = False
+        client.send(b"x" * 50_000)
+        await until(lambda: keeper.memory.waiting)
+        assert SPARE_BYTES < connection.held_bytes <= 2 * SPARE_BYTES
+        connection.abort("cut")
+
+    with pair() as (ours, client):
         run(scenario(ours, client))

@@ -2,10 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
+import warnings
 
+import pytest
 import uvloop
 
+from echod import process, selfcheck
 from echod.selfcheck import LINE, REPLY, SelfCheck
 from tests.daemon import DEADLINE_S
 
@@ -34,6 +38,66 @@ def test_no_reply_counts_only_where_there_was_one() -> None:
         listener.setblocking(False)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             assert runner.run(scenario(listener)) == [True, True, False, False]
+
+
+def test_nobody_else_is_taken_for_our_check() -> None:
+    """A check is recognized once. One that got no reply in time keeps its address until it is accepted."""
+
+    async def scenario(listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        check = SelfCheck()
+        assert await check.passes(listener, 0.05), "no reply proves nothing yet"
+        (name,) = check.names
+        assert isinstance(name, tuple)
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(name)
+        client, peer = await loop.sock_accept(listener)
+        with client:
+            assert check.is_ours(peer)
+            assert not check.is_ours(peer), "whoever comes from that address later is somebody else"
+            assert await loop.sock_recv(client, 100) == LINE
+            assert await loop.sock_recv(client, 100) == b"", "our end is closed once it is accepted"
+        assert check.names == []
+
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        listener.setblocking(False)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(scenario(listener))
+
+
+def test_checks_that_are_never_accepted_are_few() -> None:
+    """A listener that accepts nobody costs no more than a handful of descriptors, and none afterwards."""
+
+    async def scenario(listener: socket.socket) -> None:
+        check = SelfCheck()
+        before = process.open_files()
+        for _ in range(40):
+            await check.passes(listener, 0.01)
+        assert len(check.names) <= 17
+        assert process.open_files() - before <= 17
+
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        listener.setblocking(False)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # the last ones go with the check
+            runner.run(scenario(listener))
+            gc.collect()
+
+
+def test_the_check_of_the_predecessor_is_expected_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is recognized once, or not at all if it is not accepted soon."""
+
+    async def scenario() -> None:
+        check = SelfCheck()
+        check.expect([("127.0.0.1", 1), ("127.0.0.1", 2)])
+        assert check.is_ours(("127.0.0.1", 1))
+        assert not check.is_ours(("127.0.0.1", 1))
+        monkeypatch.setattr(selfcheck, "_PREDECESSORS_S", -1.0)
+        check.expect([("127.0.0.1", 2)])
+        assert not check.is_ours(("127.0.0.1", 2))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())
 
 
 def test_a_check_that_can_t_be_made_tells_nothing() -> None:
