@@ -129,7 +129,7 @@ cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept n
 
 
 cdef class HotPath:
-    """One connection's counters and the callback of its readiness, for the event loop to call.
+    """One connection's counters; called by the event loop when there is something to read.
 
     `is_hot` says whether an ordinary chunk may be answered here. A subclass supplies `_read`, which is called instead
     while it is false, and `_receive`, `_keep_pending` and `_lose` for what is not ordinary.
@@ -141,11 +141,6 @@ cdef class HotPath:
     cdef public long long hot_lines
     cdef public long long bytes_in
     cdef public long long bytes_out
-
-    @property
-    def on_readable(self):
-        """The callback: the object itself, which is cheaper to call than a bound method."""
-        return self
 
     def __call__(self):
         cdef ssize_t received, size, sent

@@ -1,6 +1,6 @@
 """One client: its socket, its protocol, and how it ends.
 
-A line's way through here is `on_readable` and `_receive` alone: no task, no timer, no log call and no look at the
+A line's way through here is `HotPath.__call__` and `_receive` alone: no task, no timer, no log call and no look at the
 clock. Readiness is level-triggered, so a client gets one bounded read a turn of the event loop, and the others theirs.
 Time passes in `look`, which the owner calls now and then; what it means is decided elsewhere. Other connections,
 signals and the server are not known here; the end is told through `Owner.on_closed`.
@@ -314,7 +314,7 @@ class Connection(HotPath):
         if wants_room and not self._is_writing:
             loop.add_writer(self.descriptor, self._on_writable)
         if wants_input and not self._is_reading:
-            loop.add_reader(self.descriptor, self.on_readable)
+            loop.add_reader(self.descriptor, self)
         if self._is_writing and not wants_room:
             loop.remove_writer(self.descriptor)
         if self._is_reading and not wants_input:

@@ -1,7 +1,7 @@
 """Chooses between the compiled fast path and the Python code that does the same.
 
-`HotPath` is the base of a connection: its counters, and the callback that the event loop calls when there is something
-to read. The compiled one answers ordinary chunks itself; the one in Python reads and hands everything on.
+`HotPath` is the base of a connection: its counters, and what the event loop calls when there is something to read. The
+compiled one answers ordinary chunks itself; the one in Python reads and hands everything on.
 """
 
 import os
@@ -26,8 +26,9 @@ _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
 class PythonHotPath:
-    """One connection's counters and the callback of its readiness.
+    """One connection's counters; called by the event loop when there is something to read.
 
+    The object itself is the callback, because a bound method for each connection would take 80 bytes.
     A subclass supplies `_read`, which is called instead of a read here while `is_hot` is false, `_receive` for what was
     read (b"" at the end of the stream), `_keep_pending` for replies that the kernel has not taken, and `_lose` for an
     errno.
@@ -45,8 +46,8 @@ class PythonHotPath:
     def __init__(self) -> None:
         self.hot_lines = self.bytes_in = self.bytes_out = 0
 
-    def on_readable(self) -> None:
-        """Read and answer once (the callback of the event loop)."""
+    def __call__(self) -> None:
+        """Read and answer once."""
         if not self.is_hot:
             self._read()
             return

@@ -125,6 +125,7 @@ class Server:
                     if connection.is_silent(now):
                         self.clients.park(connection, self._config.timeouts.idle)
                 await asyncio.sleep(0)
+            self.clients.shrink()
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from msgspec import Struct, field
 
-from echod import __version__
+from echod import __version__, fastpath
 
 State = Literal["serving", "draining"]
 
@@ -95,6 +95,7 @@ class Stats(Struct):
         return {
             "pid": os.getpid(),
             "version": __version__,
+            "fast_path": fastpath.IS_COMPILED,
             "state": state,
             "uptime_s": round(time.monotonic() - self.started_at, 3),
             "upgrades": self.upgrades,

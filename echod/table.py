@@ -108,7 +108,7 @@ SECTIONS: Mapping[str, Sequence[Row]] = {
     ),
 }
 
-TITLE = ("version", "pid", "state", "uptime_s")
+TITLE = ("version", "pid", "state", "uptime_s", "fast_path")
 LAST_ERROR = "reloads.last_error"
 
 
@@ -141,6 +141,7 @@ def _title(figures: Mapping[str, Any]) -> Line:
         Cell(f"   pid {printable(figures.get('pid'))}   "),
         Cell(state, Meaning.GOOD if state == "serving" else Meaning.WARNING),
         Cell(f"   up {duration(uptime)}" if uptime is not None else ""),
+        Cell({"True": "   fast path", "False": "   no fast path"}.get(str(figures.get("fast_path")), "")),
     )
 
 

@@ -68,7 +68,7 @@ ROOMS = {
         unknown=EVERYTHING - {"os", "socket"},
     ),
     "deadlines": room("config", "connection", "sockets", unknown=EVERYTHING),
-    "stats": room("__init__", unknown=EVERYTHING - {"os", "time"}),
+    "stats": room("__init__", "fastpath", unknown=EVERYTHING - {"os", "time"}),
     "systemd": room(unknown=EVERYTHING - {"os", "socket", "time"}),
     "signals": room(unknown=EVERYTHING - {"asyncio", "signal", "threading"}),
     "guard": room("signals", unknown=EVERYTHING - {"os", "structlog", "time"}),

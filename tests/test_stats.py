@@ -15,6 +15,7 @@ from echod.stats import CLOSE_REASONS, REJECT_REASONS, Stats
 NAMES = {
     "pid",
     "version",
+    "fast_path",
     "state",
     "uptime_s",
     "upgrades",

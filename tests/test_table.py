@@ -13,6 +13,7 @@ STATS = {
     "version": "0.1.0",
     "state": "serving",
     "uptime_s": 93784.1,
+    "fast_path": True,
     "connections": {
         "open": 12,
         "accepted": 1234,
@@ -33,7 +34,7 @@ def text(lines: list[Line], width: int | None = None) -> list[str]:
 def test_a_table() -> None:
     """A title, a line for each figure, what a sum is made of; an unknown figure is last, a missing one left out."""
     assert text(table(STATS)) == [
-        "echod 0.1.0   pid 4711   serving   up 1 d 2 h",
+        "echod 0.1.0   pid 4711   serving   up 1 d 2 h   fast path",
         "",
         "connections",
         "  open                       12",

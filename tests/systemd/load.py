@@ -78,7 +78,7 @@ def until_served(address: str) -> None:
 def freeze(address: str) -> None:
     """Make the event loop stuck, then wait until somebody serves again."""
     with connected(address) as client:
-        client.sendall(b"freeze\n")
+        client.sendall("freeze ü\n".encode())  # not ASCII: the code in Python answers it
         until_served(address)
 
 
