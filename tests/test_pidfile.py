@@ -5,23 +5,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from echod import pidfile
+from echod import lockfile, pidfile
 from tests.daemon import DEADLINE_S
 
 
 def test_it_holds_our_pid_while_we_run(tmp_path: Path) -> None:
-    """The pid and a newline, for anybody to read whatever the umask; removed at the end."""
+    """The pid and a newline, for nobody else to lock whatever the umask; removed at the end."""
     path = tmp_path / "pid"
-    before = os.umask(0o077)
+    before = os.umask(0)
     try:
         held = pidfile.acquire(str(path))
     finally:
         os.umask(before)
     assert path.read_text() == f"{os.getpid()}\n"
-    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.stat().st_mode & 0o777 == 0o600
     held.release()
     assert not path.exists()
 
@@ -109,6 +110,91 @@ def test_nobody_gets_the_lock_of_a_file_that_is_being_removed(tmp_path: Path, mo
         pidfile.acquire(path)
     second.release()
 
+
+def test_a_pid_file_that_is_removed_as_we_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner ends between our opening its file and looking at it: it has no name any more, and we make a new one."""
+    path = str(tmp_path / "pid")
+    first = pidfile.acquire(path)
+    is_released = False
+
+    def open_and_release(*arguments: Any) -> int:
+        nonlocal is_released
+        descriptor = original(*arguments)
+        if not is_released:
+            is_released = True
+            first.release()
+        return descriptor
+
+    original = os.open
+    monkeypatch.setattr(os, "open", open_and_release)
+    second = pidfile.acquire(path)
+    assert Path(path).read_text() == f"{os.getpid()}\n"
+    second.release()
+
+
+# -- other users -------------------------------------------------------------------------------------------------------
+
+LOCK_IT = """
+import fcntl, os, sys
+os.setgid(65534)
+os.setuid(65534)
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_cannot_lock_what_a_dead_one_has_left(open_path: Path) -> None:
+    """Whoever could open the file could keep the next one from starting."""
+    path = str(open_path / "pid")
+    held = pidfile.acquire(path)
+    os.close(held.descriptor)  # as a kill does
+    stranger = subprocess.run(
+        [sys.executable, "-c", LOCK_IT, path], capture_output=True, text=True, input="", timeout=DEADLINE_S
+    )
+    assert "PermissionError" in stranger.stderr
+    pidfile.acquire(path).release()
+
+
+def test_a_file_that_others_could_open_is_replaced(tmp_path: Path) -> None:
+    """One of them may have it open, and lock it in the very moment in which we end."""
+    path = tmp_path / "pid"
+    path.write_text("1\n")
+    path.chmod(0o644)
+    stranger = os.open(path, os.O_RDONLY)
+    try:
+        held = pidfile.acquire(str(path))
+        os.close(held.descriptor)  # as a kill does
+        fcntl.flock(stranger, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        pidfile.acquire(str(path)).release()
+    finally:
+        os.close(stranger)
+
+
+def test_a_lock_that_others_may_have_taken_is_told_as_such(tmp_path: Path) -> None:
+    """A readable file that is locked may be an echod's, so it is left alone; the message says what to do."""
+    path = tmp_path / "pid"
+    path.write_text("4711\n")
+    path.chmod(0o644)
+    stranger = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(stranger, fcntl.LOCK_EX)
+        words = "locked, by pid 4711 or by another user who can read the file: remove it if no echod runs$"
+        with pytest.raises(pidfile.PidFileError, match=words):
+            pidfile.acquire(str(path))
+    finally:
+        os.close(stranger)
+    assert path.read_text() == "4711\n"
+
+
+def test_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every file looks readable for all it is replaced once, not for ever."""
+    monkeypatch.setattr(lockfile, "is_private", lambda _: False)
+    pidfile.acquire(f"{tmp_path}/pid").release()
+
+
+# -- handed on ---------------------------------------------------------------------------------------------------------
 
 HEIR = """
 import sys
