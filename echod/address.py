@@ -1,5 +1,6 @@
 """An address as people write it: `host:port`, `[v6]:port`, `unix:/path` or `systemd:NAME`."""
 
+import os
 import re
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
@@ -55,6 +56,39 @@ def parse_address(text: str) -> Address:
     if not (re.fullmatch("[0-9]{1,5}", port) and int(port) <= 65535):
         raise ValueError("expected a port from 0 to 65535")
     return TcpAddress(_host(host), int(port))
+
+
+def identity(address: Address) -> Address:
+    """Return what the address stands for: two addresses of the same identity can't both be listened on.
+
+    Looks at the file system, for `real_path`; resolves no host name.
+    """
+    match address:
+        case UnixAddress(path):
+            return UnixAddress(real_path(path))
+        case TcpAddress(host, port):
+            return TcpAddress(normal_host(host), port)
+        case HandedOver():
+            return address
+
+
+def real_path(path: str) -> str:
+    """Return the path of a Unix socket without symbolic links in its directory.
+
+    The last component isn't followed, as bind(2) doesn't either.
+    """
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def normal_host(host: str) -> str:
+    """Return the one way to write a host, such as ::1 for 0:0:0:0:0:0:0:1.
+
+    An IPv4-mapped address is the IPv4 address: ::ffff:127.0.0.1 is 127.0.0.1 (RFC 4291, 2.5.5.2).
+    """
+    if ":" not in host:
+        return host.lower()
+    number = IPv6Address(host)
+    return str(number.ipv4_mapped or number)
 
 
 def _is_bracketed(host: str) -> bool:

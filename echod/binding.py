@@ -5,22 +5,22 @@ configuration file.
 """
 
 import errno
-import fcntl
 import os
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import count
 
 from msgspec import Struct
 
-from echod.address import Address, HandedOver, TcpAddress, UnixAddress
+from echod import lockfile
+from echod.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, UnixAddress, normal_host, real_path
 from echod.sockets import Bound, Endpoint, Key, identity, share_port
 
 LOCK_S = 1.0
-"""How long others may keep us from binding in a folder, each for a moment; bounded, for anybody may lock /tmp."""
+"""How long others may bind at the same path, each for a moment; bounded, for one of them may be stopped."""
 
 
 class BindError(Exception):
@@ -73,8 +73,8 @@ def bind_all(
     faults: list[str] = []
 
     def add(endpoint: Endpoint, how: Wanted | None = None) -> None:
-        key = next(key for number in count() if (key := (endpoint, number)) not in sockets)
         heir = next((heir for heir in unclaimed if heir.endpoint == endpoint), None)
+        key = _key(endpoint, sockets, is_there=heir is not None)
         if heir:
             unclaimed.remove(heir)
         if proxied is not None and how and how.proxy_protocol:
@@ -99,6 +99,18 @@ def bind_all(
     return sockets
 
 
+def _key(endpoint: Endpoint, others: Collection[Key], *, is_there: bool) -> Key:
+    """A name for one more listener, whose socket may be there already; raises BindError if another has its address."""
+    number = next(number for number in count() if (endpoint, number) not in others)
+    if number and not is_there and not _is_any_port(endpoint):
+        raise BindError(f"{endpoint}: listed twice")
+    return endpoint, number
+
+
+def _is_any_port(endpoint: Endpoint) -> bool:
+    return isinstance(endpoint.sockaddr, tuple) and endpoint.sockaddr[1] == 0
+
+
 def _adapt(bound: Bound | None, how: Wanted | None) -> None:
     if bound and how:
         share_port(bound.socket, is_shared=how.reuse_port)
@@ -115,18 +127,30 @@ def _endpoints(address: Address, heirs: Sequence[Heir]) -> list[Endpoint]:
 
 
 def resolve(address: TcpAddress | UnixAddress) -> list[Endpoint]:
-    """Every endpoint that the address stands for; may wait for a name server. Raises BindError."""
+    """Every endpoint that the address stands for, however it is written; may wait for a name server.
+
+    Raises BindError.
+    """
     match address:
         case UnixAddress(path):
-            return [Endpoint(socket.AF_UNIX, path)]
+            return [unix_endpoint(path)]
         case TcpAddress(host, port):
+            name = normal_host(host).encode("ascii")  # a str would import the idna codec (6 ms) to encode ASCII
             try:
-                # As bytes, for a str would import the idna codec (6 ms) to encode what is ASCII anyway.
-                found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+                found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             except (OSError, UnicodeError) as error:
                 words = getattr(error, "strerror", None) or error
                 raise BindError(f"{address}: unknown host: {words}") from error
             return list(dict.fromkeys(Endpoint(family, sockaddr) for family, *_, sockaddr in found))
+
+
+def unix_endpoint(path: str) -> Endpoint:
+    """The endpoint of a Unix socket, however its path is written.
+
+    Its directory may be named through a symbolic link because the real path is too long to bind: that path is kept.
+    """
+    real = real_path(path)
+    return Endpoint(socket.AF_UNIX, real if len(os.fsencode(real)) <= UNIX_PATH_BYTES else path)
 
 
 def is_possible(address: Address) -> bool:
@@ -155,7 +179,8 @@ def bind(endpoint: Endpoint, how: Wanted | None = None) -> Bound:
         raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
     try:
         if isinstance(endpoint.sockaddr, str):
-            with _stale_file_removed(endpoint.sockaddr):
+            with _locked(endpoint.sockaddr):
+                _remove_stale(endpoint.sockaddr)
                 sock.bind(endpoint.sockaddr)
                 if how and how.is_private:
                     os.chmod(endpoint.sockaddr, 0o600)  # before anyone can connect: nobody listens yet
@@ -196,55 +221,62 @@ def _advice(endpoint: Endpoint, error: OSError) -> str:
 
 
 @contextmanager
-def _stale_file_removed(path: str) -> Iterator[None]:
-    """Remove the socket file that a dead process left; two that start at once can't both think so."""
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _locked(path: str) -> Iterator[None]:
+    """Keep others from binding at the path meanwhile: of two that start at once, both could find a stale file there.
+
+    The lock is a file beside the socket's, which only our user can open. The directory itself won't do, for everybody
+    who can read it can lock it.
+    """
+    name = f"{path}.lock"
     try:
-        _lock(folder, path)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise BindError(f"unix:{path}: a file that is no socket is in the way")
-            if _is_answered(path) or _is_about_to_listen(path):
-                raise BindError(f"unix:{path}: address already in use; `ss -lxp` shows by whom")
-            os.unlink(path)
+        descriptor = _wait_for_lock(path, name)
+    except lockfile.LockError:
+        descriptor = None  # there two starts may still be in each other's way
+    try:
         yield
     finally:
-        os.close(folder)
+        with suppress(OSError):
+            os.unlink(name)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _lock(folder: int, path: str) -> None:
+def _wait_for_lock(path: str, name: str) -> int:
     end = time.monotonic() + LOCK_S
     while True:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lockfile.lock(name)
         except BlockingIOError:
             if time.monotonic() > end:
-                raise BindError(f"unix:{path}: another process is binding in this folder; try again") from None
+                raise BindError(f"unix:{path}: another process is binding there; try again") from None
             time.sleep(0.005)
-        except OSError:
-            return  # a file system without locks: a race of two starts stays possible there
-        else:
-            return
+        except OSError as error:
+            if os.path.lexists(name):
+                words = (error.strerror or str(error)).lower()
+                raise BindError(f"unix:{path}: {name}: {words}; remove it if no echod is starting") from error
+            raise
 
 
-def _is_answered(path: str) -> bool:
-    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as probe:
+def _remove_stale(path: str) -> None:
+    """Remove the socket file that a dead process left."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise BindError(f"unix:{path}: a file that is no socket is in the way")
+        if _is_bound(path):
+            raise BindError(f"unix:{path}: address already in use; `ss -lxp` shows by whom")
+        os.unlink(path)
+
+
+def _is_bound(path: str) -> bool:
+    """Whether a process has the socket of that file, listening or about to.
+
+    The kernel finds the socket by the file's inode, however the path is written, and refuses a datagram socket with
+    EPROTOTYPE (connect(2)); nothing arrives in a backlog. Only a dead socket refuses the connection itself.
+    """
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)) as probe:
         try:
             probe.connect(path)
-        except ConnectionRefusedError:
-            return False
         except OSError as error:
-            # A full backlog is somebody's; so is a socket of another type or one we may not write to.
-            return error.errno != errno.ENOENT
+            # One we may not write to is somebody else's.
+            return error.errno not in (errno.ECONNREFUSED, errno.ENOENT)
     return True
-
-
-def _is_about_to_listen(path: str) -> bool:
-    """Whether a socket is bound there that doesn't listen yet (unix(7), /proc/net/unix: no flag, unconnected)."""
-    name = os.fsencode(path)
-    with suppress(OSError), open("/proc/net/unix", "rb") as table:
-        for line in table:
-            columns = line.rstrip(b"\n").split(None, 7)
-            if columns[7:] == [name] and columns[3] == b"00000000" and columns[5] == b"01":
-                return True
-    return False

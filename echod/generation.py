@@ -155,8 +155,11 @@ def _admin(
     bound: Sockets = {}
     if configured:
         bound |= _bound("admin.listen", partial(_private, configured), kept, faults)
-    if runtime and runtime != configured:
-        bound |= _bound("$RUNTIME_DIRECTORY", partial(_private, runtime), kept, faults)
+    if runtime:
+        # It may be the one configured, written in another way.
+        there = {**kept, **bound}
+        more = _bound("$RUNTIME_DIRECTORY", partial(_private, runtime), there, faults)
+        bound |= {key: each for key, each in more.items() if key not in bound}
     if bound:
         import h11  # noqa: F401 (17 ms; here a reload takes them aside, and not clients from the loop)
     return bound

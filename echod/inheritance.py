@@ -3,7 +3,8 @@
 import socket
 from collections.abc import Iterable, MutableMapping
 
-from echod.binding import Heir
+from echod.address import normal_host
+from echod.binding import Heir, unix_endpoint
 from echod.sockets import Endpoint, SockAddr
 from echod.systemd import Inherited, take_sockets
 
@@ -40,12 +41,21 @@ def _adopt(handed: Inherited) -> Heir:
             f"systemd:{handed.name}: no listening stream socket; its unit needs ListenStream= and Accept=no"
         )
     sock.setblocking(False)
-    return Heir(handed.name, Endpoint(socket.AddressFamily(sock.family), _name(sock)), sock)
+    return Heir(handed.name, _endpoint(sock), sock)
 
 
-def _name(sock: socket.socket) -> SockAddr:
-    """Its address; one for IPv6 and IPv4 alike has a name that no address of the configuration has."""
+def _endpoint(sock: socket.socket) -> Endpoint:
+    """Its endpoint, as an address of the configuration has it.
+
+    A socket for IPv6 and IPv4 alike has a name that no such address has.
+    """
     name: SockAddr = sock.getsockname()
-    if sock.family == socket.AF_INET6 and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-        return (*name, "and IPv4")
-    return name
+    if isinstance(name, str) and name.startswith("/"):
+        return unix_endpoint(name)
+    if isinstance(name, tuple) and sock.family == socket.AF_INET6:
+        host = normal_host(name[0])
+        if ":" not in host:  # IPv4-mapped
+            return Endpoint(socket.AF_INET, (host, name[1]))
+        if not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            name = (*name, "and IPv4")
+    return Endpoint(socket.AddressFamily(sock.family), name)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Struct
 
-from echod.address import HandedOver, TcpAddress, parse_address
+from echod.address import HandedOver, TcpAddress, identity, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
 from echod.sources import Setting
 
@@ -209,9 +209,10 @@ def _wrong_address(address: Any, seen: set[str]) -> str:
     except ValueError as error:
         return str(error)
     # As text: tuples of two kinds are equal if what they hold is.
-    if str(parsed) in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
+    name = str(identity(parsed))
+    if name in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
         return "listed twice"
-    seen.add(str(parsed))
+    seen.add(name)
     return ""
 
 
@@ -272,7 +273,8 @@ def _hold_apart(config: Config, setting: Setting | None) -> None:
     if isinstance(admin, HandedOver):
         raise ConfigError([f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}"])
     is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
-    if not is_any_port and str(admin) in [str(parse_address(entry.address)) for entry in config.listen]:
+    clients = [str(identity(parse_address(entry.address))) for entry in config.listen]
+    if not is_any_port and str(identity(admin)) in clients:
         raise ConfigError([f"{setting.source}: admin.listen: clients are served there{_got(setting.value)}"])
 
 

@@ -1,10 +1,12 @@
 """Addresses as people write them, and what is said about those that are none."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from echod.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, UnixAddress, parse_address
+from echod.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, UnixAddress, identity, parse_address
 
 
 @pytest.mark.parametrize(
@@ -127,3 +129,43 @@ def test_anything_is_an_address_or_a_value_error(text: str) -> None:
     except ValueError:
         return
     assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("127.0.0.1:1", "[::ffff:127.0.0.1]:1"),
+        ("127.0.0.1:1", "[::FFFF:7F00:0001]:1"),
+        ("[::1]:1", "[0:0:0:0:0:0:0:1]:1"),
+        ("[fe80::1%eth0]:1", "[fe80:0::1%eth0]:1"),
+        ("a.example:1", "A.EXAMPLE:01"),
+        ("unix:/x/q", "unix:/x//q"),
+        ("unix:/x/q", "unix:///x/./y/../q"),
+    ],
+)
+def test_two_spellings_of_one_address(one: str, other: str) -> None:
+    """They stand for the same, although each is shown as it was written."""
+    assert identity(parse_address(one)) == identity(parse_address(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("127.0.0.1:1", "[::127.0.0.1]:1"),
+        ("127.0.0.1:1", "127.0.0.1:2"),
+        ("[fe80::1%a]:1", "[fe80::1%b]:1"),
+        ("unix:/x/q", "unix:/x/Q"),
+        ("systemd:web", "systemd:Web"),
+    ],
+)
+def test_two_addresses(one: str, other: str) -> None:
+    """What is not the same stays so."""
+    assert identity(parse_address(one)) != identity(parse_address(other))
+
+
+def test_a_path_through_a_symbolic_link(tmp_path: Path) -> None:
+    """The directory may be named through links; the last component is the socket's own name, whatever is there."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "q").symlink_to("elsewhere")
+    assert identity(UnixAddress(f"{tmp_path}/link/q")) == UnixAddress(f"{tmp_path}/real/q")

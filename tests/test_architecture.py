@@ -38,7 +38,7 @@ def room(*imports: str, unknown: frozenset[str]) -> Room:
 
 ROOMS = {
     "__init__": room(unknown=EVERYTHING),
-    "address": room(unknown=EVERYTHING),
+    "address": room(unknown=EVERYTHING - {"os"}),
     "protocol": room(unknown=EVERYTHING | {"msgspec"}),
     "proxy": room(unknown=EVERYTHING),
     "pace": room(unknown=EVERYTHING),
@@ -77,8 +77,8 @@ ROOMS = {
     "pidfile": room("lockfile", unknown=EVERYTHING - {"os"}),
     "privileges": room(unknown=EVERYTHING - {"os"}),
     "sockets": room(unknown=EVERYTHING - NETWORK - SYSTEM),
-    "binding": room("address", "sockets", unknown=EVERYTHING - NETWORK - SYSTEM),
-    "inheritance": room("binding", "sockets", "systemd", unknown=EVERYTHING - NETWORK),
+    "binding": room("address", "lockfile", "sockets", unknown=EVERYTHING - NETWORK - SYSTEM),
+    "inheritance": room("address", "binding", "sockets", "systemd", unknown=EVERYTHING - NETWORK),
     "watch": room(unknown=EVERYTHING - {"structlog", "sys", "threading", "time"}),
     "sink": room(unknown=EVERYTHING - {"os", "select", "threading", "time"}),
     "logs": room("config", "sink", unknown=LOOP | NETWORK | SIGNALS | FILES | PROCESSES | {"argparse"}),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from echod import binding, inheritance, sockets
+from echod import binding, inheritance, lockfile, sockets
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress
 from echod.binding import Wanted
 from echod.systemd import Inherited
@@ -110,29 +110,149 @@ def test_a_low_port_without_the_privilege_says_what_is_needed() -> None:
     assert "127.0.0.1:7: permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE" in done.stdout, done.stderr
 
 
-def test_a_socket_file_in_a_folder_that_another_binds_in_is_left_to_it(tmp_path: Path) -> None:
+def test_a_socket_file_that_another_is_binding_is_left_to_it(tmp_path: Path) -> None:
     """Two that start at once can't both take a stale file for theirs."""
-    folder = os.open(tmp_path, os.O_RDONLY)
+    lock = lockfile.lock(f"{tmp_path}/sock.lock")
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        with pytest.raises(binding.BindErrors, match="another process is binding in this folder"):
+        with pytest.raises(binding.BindErrors, match="another process is binding there"):
             binding.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
     finally:
-        os.close(folder)
+        os.close(lock)
     with pytest.raises(binding.BindErrors, match="no such file or directory"):
         binding.bind_all(wanted(UnixAddress(str(tmp_path / "missing" / "sock"))))
 
 
-def test_who_starts_in_the_same_moment_in_the_same_folder_is_waited_for(tmp_path: Path) -> None:
-    """Several instances that keep their sockets in one folder start together, none fails for it."""
-    folder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    done = threading.Timer(0.2, os.close, [folder])
+def test_who_binds_the_same_path_in_the_same_moment_is_waited_for(opened: Sockets, tmp_path: Path) -> None:
+    """The lock of another start lasts for a moment, and the file that one leaves when killed is no obstacle."""
+    lock = lockfile.lock(f"{tmp_path}/sock.lock")
+    done = threading.Timer(0.2, os.close, [lock])
     done.start()
-    (bound,) = binding.bind_all(wanted(UnixAddress(str(tmp_path / "sock")))).values()
+    opened |= binding.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
     done.join()
-    assert bound
+    assert os.listdir(tmp_path) == ["sock"]
+
+
+def test_a_lock_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    """What is in the way is named, and what to do."""
+    (tmp_path / "sock.lock").symlink_to("nowhere")
+    with pytest.raises(binding.BindErrors, match=rf"{tmp_path}/sock.lock: .*; remove it if no echod is starting"):
+        binding.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    assert os.listdir(tmp_path) == ["sock.lock"]
+
+
+def test_nobody_keeps_us_from_binding_by_a_lock_on_the_directory(opened: Sockets, tmp_path: Path) -> None:
+    """Whoever can read a directory can lock it (flock(2)), so that lock says nothing."""
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        opened |= binding.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    finally:
+        os.close(directory)
+
+
+def test_of_many_that_start_at_once_one_gets_the_path(tmp_path: Path) -> None:
+    """Each finds the same stale file; one replaces it, and the others are told that the address is in use."""
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+    results: list[sockets.Bound | str] = []
+    together = threading.Barrier(8)
+
+    def start() -> None:
+        together.wait(DEADLINE_S)
+        try:
+            results.extend(bound for bound in binding.bind_all(wanted(UnixAddress(path))).values() if bound)
+        except binding.BindErrors as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    (bound,) = (result for result in results if isinstance(result, sockets.Bound))
+    others = [result for result in results if isinstance(result, str)]
+    assert others == [f"unix:{path}: address already in use; `ss -lxp` shows by whom"] * 7
     bound.close()
+    assert os.listdir(tmp_path) == []
+
+
+# -- one address in two spellings --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spellings(tmp_path: Path) -> list[UnixAddress]:
+    """One path, written in four ways."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    names = ("real/q", "real//q", "link/q", "link/../real/./q")
+    return [UnixAddress(f"{tmp_path}/{name}") for name in names]
+
+
+@pytest.mark.parametrize("is_listening", [False, True])
+def test_a_live_socket_is_not_replaced_by_another_spelling(
+    is_listening: bool, opened: Sockets, spellings: list[UnixAddress]
+) -> None:
+    """Its file stays, whether it is listened on already or not."""
+    opened |= binding.bind_all(wanted(spellings[0]))
+    for bound in opened.values():
+        assert bound
+        if is_listening:
+            bound.listen()
+        for other in spellings:
+            with pytest.raises(binding.BindErrors, match="already in use"):
+                binding.bind_all(wanted(other))
+            assert sockets.identity(spellings[0].path) == bound.file
+        if is_listening:
+            with pytest.raises(BlockingIOError):  # and the question was no client
+                bound.socket.accept()
+
+
+def test_a_live_socket_of_a_real_path_too_long_is_not_replaced(opened: Sockets, tmp_path: Path) -> None:
+    """A path that is bound through a symbolic link because it is too long is known by its file all the same."""
+    real = tmp_path / ("x" * 100) / ("y" * 100)
+    real.mkdir(parents=True)
+    first, second = tmp_path / "1", tmp_path / "2"
+    for link in (first, second):
+        link.symlink_to(real)
+    opened |= binding.bind_all(wanted(UnixAddress(f"{first}/q")))
+    assert (real / "q").is_socket()
+    for link in (first, second):
+        with pytest.raises(binding.BindErrors, match="already in use"):
+            binding.bind_all(wanted(UnixAddress(f"{link}/q")))
+
+
+def test_another_spelling_is_the_listener_that_there_is(opened: Sockets, spellings: list[UnixAddress]) -> None:
+    """What a reload keeps is known by what it is."""
+    opened |= binding.bind_all(wanted(spellings[0], TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
+    ports = [int(name.rpartition(":")[2]) for name in _names(opened)[1:]]
+    (path, v4, v6) = opened
+    there: Sockets = {path: None}
+    there |= {(sockets.Endpoint(v4[0].family, ("127.0.0.1", ports[0])), 0): None}
+    there |= {(sockets.Endpoint(v6[0].family, ("::1", ports[1], 0, 0)), 0): None}
+    for unix in spellings:
+        for mapped in ("::ffff:127.0.0.1", "::FFFF:7f00:1"):
+            for loopback in ("::1", "0:0:0:0:0:0:0:1"):
+                addresses = wanted(unix, TcpAddress(mapped, ports[0]), TcpAddress(loopback, ports[1]))
+                assert binding.bind_all(addresses, kept=there) == there
+
+
+def test_two_spellings_of_one_address_are_a_fault(spellings: list[UnixAddress]) -> None:
+    """They can't both be listened on; nothing stays bound."""
+    for one, other in (
+        (spellings[0], spellings[2]),
+        (TcpAddress("127.0.0.1", 7), TcpAddress("::ffff:127.0.0.1", 7)),
+        (TcpAddress("127.0.0.1", 7), TcpAddress("LOCALHOST", 7)),
+    ):
+        with pytest.raises(binding.BindErrors, match=r"(/q|127\.0\.0\.1:7): listed twice"):
+            binding.bind_all(wanted(one, other))
+    assert not os.path.exists(spellings[0].path)
+
+
+def test_an_ipv4_mapped_address_is_the_ipv4_address(opened: Sockets) -> None:
+    """Bound as IPv6 alone, which [::] is here, the kernel refuses it."""
+    opened |= binding.bind_all(wanted(TcpAddress("::ffff:127.0.0.1", 0)))
+    assert [bound and bound.socket.family for bound in opened.values()] == [socket.AF_INET]
 
 
 def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
@@ -190,6 +310,15 @@ def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_t
         unwanted.socket,
     ]
     assert set(binding.bind_all(entries, kept=opened, heirs=[by_address, by_name, unwanted]).values()) == {None}
+
+
+def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spellings: list[UnixAddress]) -> None:
+    """It is matched by what its address is."""
+    mapped = socket.create_server(("::ffff:127.0.0.1", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    port = mapped.getsockname()[1]
+    heirs = [handed_over("a", spellings[2].path), *inheritance.adopt([Inherited("b", mapped.detach())])]
+    opened |= binding.bind_all(wanted(spellings[1], TcpAddress("127.0.0.1", port)), heirs=heirs)
+    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
 
 
 def test_several_sockets_of_one_name(opened: Sockets) -> None:

@@ -78,6 +78,60 @@ def test_a_configuration_from_a_pipe_is_not_reread_as_nothing() -> None:
         assert "it can be read only once" in echod.reload("reload refused")["errors"][0]
 
 
+def test_a_path_or_address_written_in_another_way_is_the_same_listener(tmp_path: Path) -> None:
+    """Over a reload the listener stays, with its clients and its file; beside the first spelling it is refused."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    file, port = tmp_path / "echod.toml", free_port()
+    spelt = "listen = [{{address = 'unix:{}/q'}}, {{address = '{}:{}'}}]\n[admin]\nlisten = 'unix:{}/admin'\n"
+    file.write_text(spelt.format(real, "127.0.0.1", port, real))
+
+    def identities() -> list[int]:
+        return [(real / name).stat().st_ino for name in ("q", "admin")]
+
+    with serving("-c", str(file)) as echod, socket.socket(socket.AF_UNIX) as local, connect(port) as client:
+        local.settimeout(DEADLINE_S)
+        local.connect(str(real / "q"))
+        before = identities()
+        for directory in (f"{real}/", link, f"{link}/../real"):
+            file.write_text(spelt.format(directory, "[::ffff:127.0.0.1]", port, directory))
+            applied = echod.reload("reload applied")
+            assert applied["listen"] == [f"unix:{real}/q", f"127.0.0.1:{port}"]
+            assert identities() == before
+        for others in ("unix:{1}/q", "unix:{0}//q", "[::ffff:7f00:1]:{2}"):
+            other = others.format(real, link, port)
+            good = file.read_text()
+            file.write_text(good.replace("listen = [", f"listen = [{{address = '{other}'}}, ", 1))
+            assert "listed twice" in echod.reload("reload refused")["errors"][0]
+            file.write_text(good)
+            admin = good.replace(f"listen = 'unix:{link}/../real/admin'", f"listen = '{other}'")
+            assert admin != good
+            file.write_text(admin)
+            assert "clients are served there" in echod.reload("reload refused")["errors"][0]
+            file.write_text(good)
+        assert ask(local, b"still here\n") == ask(client, b"still here\n") == b"STILL HERE\n"
+        local.close()
+        client.close()
+
+
+def test_the_directory_of_a_listener_is_another_one_after_a_reload(tmp_path: Path) -> None:
+    """A symbolic link that leads elsewhere names another socket: it is bound, and the old one's file is removed."""
+    first, second, link = tmp_path / "first", tmp_path / "second", tmp_path / "link"
+    first.mkdir()
+    second.mkdir()
+    link.symlink_to(first)
+    with serving("-l", f"unix:{link}/q") as echod:
+        link.unlink()
+        link.symlink_to(second)
+        assert echod.reload("reload applied")["listen"] == [f"unix:{second}/q"]
+        assert not (first / "q").exists()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE_S)
+            client.connect(str(second / "q"))
+            assert ask(client, b"here\n") == b"HERE\n"
+
+
 def test_a_line_that_waits_for_us_is_not_late() -> None:
     """`line`: a line begun must end; while its client's replies are unsent it isn't even read."""
     lines = b"a line that is long enough not to end where a chunk does\n" * 60_000
@@ -277,13 +331,13 @@ def test_a_stop_at_the_limit_resets_nobody_in_the_backlog() -> None:
 
 
 def test_a_start_that_can_t_listen_leaves_no_socket_file(tmp_path: Path) -> None:
-    """Two names of one address both bind, and the second can't be listened on: what was made by then is removed."""
+    """Two addresses that overlap both bind, and the second can't be listened on: what was made by then is removed."""
     sock, admin = tmp_path / "sock", tmp_path / "admin"
     port = free_port()
-    arguments = ("-l", f"unix:{sock}", "-l", f"127.0.0.1:{port}", "-l", f"localhost:{port}", "--set")
+    arguments = ("-l", f"unix:{sock}", "-l", f"127.0.0.1:{port}", "-l", f"0.0.0.0:{port}", "--set")
     with Daemon(*arguments, f"admin.listen=unix:{admin}") as echod:
         assert echod.process.wait(DEADLINE_S) == 1
         echod._reader.join(DEADLINE_S)
-        assert any(f"listen: 127.0.0.1:{port}: address already in use" in line for line in echod.other_lines)
+        assert any(f"listen: 0.0.0.0:{port}: address already in use" in line for line in echod.other_lines)
     assert not sock.exists()
     assert not admin.exists()
