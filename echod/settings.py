@@ -3,16 +3,14 @@
 Defaults, file, environment and command line, a later one winning. No bad value is ever replaced by a default.
 """
 
-import codecs
-import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
 
+from echod import files, toml
 from echod.address import HandedOver, TcpAddress, identity, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
 from echod.sources import Setting
@@ -86,21 +84,10 @@ def _packed(environment: Mapping[str, str]) -> list[Setting]:
 def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
     if file is None:
         return
-    import tomllib  # 3 ms that only a file needs
-
     try:
-        document = tomllib.loads(_text(file))
-    except _UnfitFileError as error:
+        document = toml.parse(files.read_bounded(file))
+    except (files.FileError, toml.TomlError) as error:
         faults.append(f"{file}: {error}")
-        return
-    except OSError as error:
-        faults.append(f"{file}: cannot be read: {error.strerror}")
-        return
-    except UnicodeDecodeError as error:
-        faults.append(f"{file}: not valid TOML: not UTF-8 (at byte {error.start})")
-        return
-    except (ValueError, RecursionError) as error:
-        faults.append(f"{file}: not valid TOML: {error}")
         return
     for name, value in document.items():
         if name == "listen":
@@ -111,21 +98,6 @@ def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
             faults.append(f"{file}: {name}: expected a table{_got(value)}")
         else:
             yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
-
-
-class _UnfitFileError(Exception):
-    """Why a file that can be read is none to take a configuration from."""
-
-
-def _text(file: str) -> str:
-    with open(file, "rb") as stream:
-        data = stream.read()
-        if not data and not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            # Such as a pipe at a reload: its text went to the first who read it, and nothing would mean the defaults.
-            raise _UnfitFileError("empty, and no regular file: it can be read only once")
-    if data.startswith(codecs.BOM_UTF8):
-        raise _UnfitFileError("begins with a byte order mark: save it as UTF-8 without one")
-    return data.decode()
 
 
 # What Kubernetes puts into every container for a Service that happens to be called echod, echod-log, ...
@@ -237,7 +209,7 @@ def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
     base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if get_origin(base) is Literal:
         choices = get_args(base)
-        return f"expected one of {', '.join(choices)}{_nearest(str(value), choices)}"
+        return f"expected one of {', '.join(choices)}{_nearest(value, choices) if isinstance(value, str) else ''}"
     words = str(error).partition(", got")[0].replace("`", "").replace("Expected float", "Expected number")
     return re.sub(r"(?<=[0-9])\.0$", "", words[:1].lower() + words[1:])
 
@@ -258,7 +230,10 @@ def _nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6, prefix: st
 
 
 def _got(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # a hexadecimal number of thousands of digits, tables in tables
+        shown = "a value too long or nested too deep to show"
     return f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from echod.address import identity, parse_address
 from echod.config import (
     KEYS,
     LISTEN_KEYS,
@@ -206,6 +207,38 @@ FILE_FAULTS = [
         "listen[1].address: listed twice (got 'unix:/a:0')",
     ),
     (
+        "[[listen]]\naddress = 'unix:/a/b'\n[[listen]]\naddress = 'unix:/a//c/../b'",
+        "listen[1].address: listed twice (got 'unix:/a//c/../b')",
+    ),
+    (
+        "[[listen]]\naddress = '10.0.0.1:1'\n[[listen]]\naddress = '[::ffff:10.0.0.1]:1'",
+        "listen[1].address: listed twice (got '[::ffff:10.0.0.1]:1')",
+    ),
+    (
+        "[[listen]]\naddress = '[::1]:1'\n[[listen]]\naddress = '[0::0:1]:1'",
+        "listen[1].address: listed twice (got '[0::0:1]:1')",
+    ),
+    (
+        "[[listen]]\naddress = 'unix:/a'\n[admin]\nlisten = 'unix:///a'",
+        "admin.listen: clients are served there (got 'unix:///a')",
+    ),
+    (
+        "[admin]\nlisten = '[::ffff:127.0.0.1]:8888'",
+        "admin.listen: clients are served there (got '[::ffff:127.0.0.1]:8888')",
+    ),
+    (
+        f"[limits]\nconnections = 0x{'f' * 5_000}",
+        "limits.connections: expected int <= 1000000 (got a value too long or nested too deep to show)",
+    ),
+    (
+        f"[log]\nlevel = 0x{'f' * 5_000}",
+        "log.level: expected one of debug, info, warning, error (got a value too long or nested too deep to show)",
+    ),
+    (
+        "[limits]\nconnections = " + ("{" + "a." * 90 + "a = ") * 20 + "1" + "}" * 20,
+        "limits.connections: expected int (got a value too long or nested too deep to show)",
+    ),
+    (
         "[[listen]]\naddress = 'a:1'\nreuse_port = 1",
         "listen[0].reuse_port: expected bool (got 1)",
     ),
@@ -332,7 +365,14 @@ def test_all_faults_at_once(file: Path) -> None:
         (b"[limits\n", "FILE: not valid TOML: "),
         (b"a = 1\na = 2\n", "FILE: not valid TOML: "),
         (b"[limits]\nline_bytes = 1_\n", "FILE: not valid TOML: "),
-        (b"x = " + b"[" * 5_000, "FILE: not valid TOML: "),
+        (b"x = " + b"[" * 5_000, "FILE: not valid TOML: arrays or tables nested too deep"),
+        (b"x = " + b"{x = " * 5_000, "FILE: not valid TOML: arrays or tables nested too deep"),
+        (b"\nx = " + b"9" * 5_000, "FILE: a number of too many digits (at line 2)"),
+        (b"x = -" + b"9_" * 5_000 + b"9", "FILE: a number of too many digits (at line 1)"),
+        (b"\n\nx" + b".x" * 20_000 + b" = 1", "FILE: a key of more than 100 parts (at line 3)"),
+        (b"[" + b" 'x' .\t" * 100 + b"x]", "FILE: a key of more than 100 parts (at line 1)"),
+        (b"x = {" + b'"\\"." . ' * 100 + b"x = 1}", "FILE: a key of more than 100 parts (at line 1)"),
+        (b"\xef\xbb\xbf", "FILE: begins with a byte order mark"),
         (b"\xff", "FILE: not valid TOML: not UTF-8 (at byte 0)"),
         (b"# \xc3\n", "FILE: not valid TOML: not UTF-8 (at byte 2)"),
     ],
@@ -347,7 +387,7 @@ def test_not_toml(text: bytes, fault: str, file: Path) -> None:
 def test_unreadable_file(tmp_path: Path) -> None:
     """A file that is missing or a directory is one fault; those of the other sources are told with it."""
     assert faults_of(None, tmp_path / "no") == ["FILE: cannot be read: No such file or directory"]
-    assert faults_of(None, tmp_path) == ["FILE: cannot be read: Is a directory"]
+    assert faults_of(None, tmp_path) == ["FILE: cannot be read: a directory, expected a regular file"]
     assert len(faults_of(None, tmp_path, flags=[flag("timeouts.idle", "x")])) == 2
 
 
@@ -487,7 +527,7 @@ configs = st.builds(
         | st.builds("{}:{}".format, st.sampled_from(["a", "[::1]"]), st.integers(0, 65_535)),
         min_size=1,
         max_size=3,
-        unique=True,
+        unique_by=lambda text: str(identity(parse_address(text))),
     ).flatmap(
         lambda texts: st.tuples(
             *(

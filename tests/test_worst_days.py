@@ -5,15 +5,20 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.daemon import (
     DEADLINE_S,
     Daemon,
     ask,
+    clean_environment,
     connect,
     connect_once_open,
     free_port,
@@ -70,12 +75,66 @@ def test_a_log_file_that_is_a_fifo_nobody_reads_is_refused(tmp_path: Path) -> No
         echod.reload("reload applied")
 
 
-def test_a_configuration_from_a_pipe_is_not_reread_as_nothing() -> None:
-    """`-c <(…)`: a reload that can't read the text again is refused, not taken for the defaults."""
-    text = """[[listen]]\\naddress = '127.0.0.1:0'\\n"""
-    command = ("bash", "-c", f'exec 8< <(printf "{text}"); exec "$@" -c /dev/fd/8', "bash")
-    with serving(command=(*command, sys.executable, "-m", "echod"), listen=False) as echod:
-        assert "it can be read only once" in echod.reload("reload refused")["errors"][0]
+def _as_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _as_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _as_deep_key(path: Path) -> None:
+    path.write_text(f"limits{'.a' * 20_000} = 1\n")
+
+
+def _as_long_number(path: Path) -> None:
+    path.write_text(f"limits.connections = 0x{'f' * 5_000}\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_as_fifo, "cannot be read: a pipe, expected a regular file"),
+        (_as_device, "cannot be read: a device, expected a regular file"),
+        (_as_deep_key, "a key of more than 100 parts (at line 1)"),
+        (
+            _as_long_number,
+            "limits.connections: expected int <= 1000000 (got a value too long or nested too deep to show)",
+        ),
+    ],
+)
+def test_a_configuration_that_would_block_or_break_a_reload(
+    spoil: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    """A reload and an upgrade are refused at once and by name, clients are served, and a good file is taken again."""
+    file = tmp_path / "echod.toml"
+    file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
+    with serving("-c", str(file)) as echod, connect(echod.port) as client:
+        good = file.read_bytes()
+        spoil(file)
+        assert echod.reload("reload refused")["errors"] == [f"{file}: {words}"]
+        known = len(echod.events)
+        echod.send(signal.SIGUSR2)
+        assert echod.wait_for("upgrade refused", after=known)["errors"] == [f"{file}: {words}"]
+        for command in ("serve", "check"):
+            done = subprocess.run(
+                [sys.executable, "-m", "echod", command, "-c", str(file), "--log-level", "loud"],
+                env=clean_environment(),
+                capture_output=True,
+                text=True,
+                timeout=DEADLINE_S,
+            )
+            assert done.returncode == 78
+            assert done.stderr.splitlines() == [
+                f"{file}: {words}",
+                "--log-level: log.level: expected one of debug, info, warning, error (got 'loud')",
+            ]
+        assert ask(client, b"still here\n") == b"STILL HERE\n"
+        file.unlink()
+        file.write_bytes(good)
+        echod.reload("reload applied")
 
 
 def test_a_path_or_address_written_in_another_way_is_the_same_listener(tmp_path: Path) -> None:

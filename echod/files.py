@@ -1,0 +1,77 @@
+"""Files that an operator names, read within bounds: what they are, how large, and how long it takes.
+
+A FIFO would block for good, a device would be read until memory ends, and a network file system may stop answering.
+"""
+
+import os
+import stat
+import threading
+from collections.abc import Callable
+
+MOST_BYTES = 1 << 20
+"""Far above any configuration or certificate chain."""
+
+WITHIN_S = 5.0
+"""Below the deadline of a preflight, so that its refusal names the file."""
+
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+_unanswered: dict[str, threading.Thread] = {}
+"""Reads that were given up. Their threads can't be ended, so each file has one at most."""
+
+
+class FileError(Exception):
+    """Why a file isn't read, and what is expected instead."""
+
+
+def read_bounded(path: str, most_bytes: int = MOST_BYTES, within_s: float = WITHIN_S) -> bytes:
+    """Return the content of a regular file; raises FileError if it is none, or too large, or not read in time."""
+    if (stuck := _unanswered.get(path)) and stuck.is_alive():
+        raise FileError("cannot be read: an earlier attempt still waits for its file system")
+    contents: list[bytes] = []
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            contents.append(_read(path, most_bytes))
+        except (OSError, FileError) as error:
+            errors.append(error)
+
+    # O_NONBLOCK has no effect on a regular file: only another thread can wait for its file system with a deadline.
+    thread = threading.Thread(target=read, name="read file", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise FileError(f"cannot be read: {error} (TasksMax=, ulimit -u)") from error
+    thread.join(within_s)
+    if contents:
+        return contents[0]
+    if errors:
+        raise _explained(errors[0]) from errors[0]
+    _unanswered[path] = thread
+    raise FileError(f"cannot be read: its file system has not answered within {within_s:g} s")
+
+
+def _explained(error: Exception) -> FileError:
+    return error if isinstance(error, FileError) else FileError(f"cannot be read: {getattr(error, 'strerror', error)}")
+
+
+def _read(path: str, most_bytes: int) -> bytes:
+    _require_regular(os.stat(path))  # before it is opened, which rewinds a tape
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:
+        _require_regular(os.fstat(descriptor))
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise FileError(f"larger than {most_bytes} bytes: not the file that is meant")
+    return content
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "a device")
+        raise FileError(f"cannot be read: {kind}, expected a regular file")
