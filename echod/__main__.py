@@ -86,7 +86,7 @@ def _detach(serve: cli.Serve) -> int:
     from echod.detach import DetachError, detach
 
     try:
-        folder = os.getcwd()
+        folder = process.working_directory()
         caller = detach(partial(_end_by, (_signal.SIGTERM, _signal.SIGINT)), silent_end=COULD_NOT_START)
     except (OSError, DetachError) as error:
         return _refuse(_tell_here, [str(error)])
@@ -141,17 +141,16 @@ def _start(serve: cli.Serve, tell: "Tell", folder: str) -> int:
     # takes a preflight that failed for one that went well.
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     legacy = _legacy()
-    if legacy:
-        folder = legacy.state.process.folder
+    folder = (legacy.state.process.folder if legacy else folder) or process.working_directory()
     arguments = sys.argv[1:]
     start = serving.Start(
         serve,
         os.environ,
-        folder or os.getcwd(),
+        folder,
         serving.Statuses(OK, COULD_NOT_START, CUT_OFF),
         tell,
         legacy,
-        successor.command_line(sys.orig_argv, arguments, sys.executable, folder or os.getcwd()),
+        successor.command_line(sys.orig_argv, arguments, sys.executable, folder),
         os.execve,
     )
     return serving.serve(start)
@@ -160,7 +159,7 @@ def _start(serve: cli.Serve, tell: "Tell", folder: str) -> int:
 def _is_upgraded() -> bool:
     from echod import handover
 
-    return handover.VARIABLE in os.environ
+    return bool(os.environ.get(handover.VARIABLE))
 
 
 def _legacy() -> "Legacy | None":

@@ -24,6 +24,8 @@ VARIABLE = "ECHOD_HANDOVER"
 
 _HEAD = b"echod state %d\n"
 _LENGTH_BYTES = 8
+_FIRST_DESCRIPTOR = 3  # behind the standard streams
+_LAST_DESCRIPTOR = 2**31 - 1
 _BATCH_BYTES = 1 << 20
 
 Address = list[Any] | bytes
@@ -150,8 +152,7 @@ def received(environment: Mapping[str, str], pid: int) -> "tuple[State, Iterator
     if not said:
         return None
     try:
-        descriptor = int(said)
-        with open(descriptor, "rb") as file:
+        with open(_descriptor(said), "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise HandoverError(f"{VARIABLE}: no state there (got {said!r})") from error
@@ -159,6 +160,13 @@ def received(environment: Mapping[str, str], pid: int) -> "tuple[State, Iterator
     if state.process.pid != pid:
         raise HandoverError(f"{VARIABLE}: the state of another process, {state.process.pid}")
     return state, clients
+
+
+def _descriptor(said: str) -> int:
+    descriptor = int(said)
+    if not _FIRST_DESCRIPTOR <= descriptor <= _LAST_DESCRIPTOR:
+        raise ValueError(said)
+    return descriptor
 
 
 def read(content: "mmap.mmap | bytes") -> tuple[State, Iterator[Past]]:

@@ -10,6 +10,8 @@ from functools import cache
 UNLIMITED = 2**31 - 1
 """As many open files as there can be."""
 
+DELETED_DIRECTORY = "/(deleted working directory)"
+
 
 def raise_open_files() -> int:
     """Raise the soft limit of open files (RLIMIT_NOFILE) to the hard one; return what is then in force."""
@@ -35,8 +37,22 @@ def fill_standard_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (as long as the process)
 
 
+def working_directory() -> str:
+    """Where relative paths are meant from.
+
+    If it was deleted, it is a path where nothing can be: relative paths then fail by name.
+    """
+    try:
+        return os.getcwd()
+    except OSError:
+        return DELETED_DIRECTORY
+
+
 def rss_bytes() -> int:
-    """Resident memory (proc(5), statm); from the second call on it needs no descriptor, for there may be none left."""
+    """Resident memory (proc(5), statm); raises OSError without /proc.
+
+    From the second call on it needs no descriptor, for there may be none left.
+    """
     return int(os.pread(_statm(), 128, 0).split()[1]) * resource.getpagesize()
 
 
@@ -46,7 +62,10 @@ def _statm() -> int:
 
 
 def open_files() -> int:
-    """Descriptors in use. Linux 6.2 and later tell it as the size of the directory, without listing it."""
+    """Descriptors in use; raises OSError without /proc.
+
+    Linux 6.2 and later tell it as the size of the directory, without listing it.
+    """
     return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
 
 

@@ -6,7 +6,7 @@ The other half of the composition root: exit statuses, arguments and what ends o
 import gc
 import os
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import structlog
@@ -165,7 +165,8 @@ def _run(first: Generation, parts: _Parts) -> int:
     import uvloop
 
     start = parts.start
-    process.rss_bytes()  # opens what it needs as long as there are descriptors
+    with suppress(OSError):  # no /proc
+        process.rss_bytes()  # opens what it needs as long as there are descriptors
     logs = Logs(first.config.log, first.log_descriptor)
     notifier = Notifier(start.environment.get("NOTIFY_SOCKET"))
     around = lifecycle.Surroundings(

@@ -108,9 +108,16 @@ class Bound(Struct, frozen=True):
         try:
             status = os.fstat(found)
             if (status.st_dev, status.st_ino) == self.file:
-                os.chown(f"/proc/self/fd/{found}", uid, gid)
+                _chown(found, uid, gid)
         finally:
             os.close(found)
+
+
+def _chown(found: int, uid: int, gid: int) -> None:
+    try:
+        os.chown(f"/proc/self/fd/{found}", uid, gid)  # fchown(2) takes no O_PATH
+    except FileNotFoundError as error:
+        raise OSError(error.errno, "a Unix socket can't be given away without /proc") from error
 
 
 def share_port(sock: socket.socket, *, is_shared: bool) -> None:
