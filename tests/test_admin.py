@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from echod.admin import EXCHANGES, WAITING
 from echod.exchange import REQUEST_BYTES, REQUEST_S
 from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, ask, connect, read_to_end, serving
+from tests.gate import Gate
 
 LISTEN = "[[listen]]\naddress = '127.0.0.1:0'\n"
 
@@ -302,26 +303,27 @@ def test_the_verdict_of_a_reload(local: str, tmp_path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """A daemon whose configuration file can be made one that is read only when it is released."""
+    """A daemon whose reload can be made to wait until it is released."""
 
     echod: Daemon
     address: str
     folder: Path
+    gate: Gate
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[str], None]]:
-        """A reload is under way, and reads its file: until it is called, with what it is to read."""
-        os.mkfifo(self.folder / "fifo")
-        self.point_to("fifo")
+    def reading(self) -> Iterator[Callable[[], None]]:
+        """A reload is under way until it is released, and is to be refused."""
+        (self.folder / "bad").write_text("nonsense = 1\n")
+        self.point_to("bad")
+        self.gate.shut()
         known = len(self.echod.events)
         with ThreadPoolExecutor(1) as asking:
             verdict = asking.submit(reload, self.address)
             self.echod.wait_for("reload started", after=known)
-            writer = os.open(self.folder / "fifo", os.O_WRONLY)  # returns when the reload has opened it to read
+            let_through = self.gate.wait()
 
-            def release(text: str) -> None:
-                os.write(writer, text.encode())
-                os.close(writer)
+            def release() -> None:
+                let_through()
                 verdicts.append(verdict.result(DEADLINE_S))
 
             verdicts: list[Reply] = []
@@ -339,8 +341,9 @@ def slow(tmp_path: Path, local: str) -> Iterator[Slow]:
     (tmp_path / "good").write_text(LISTEN + f"[admin]\nlisten = '{local}'\n")
     (tmp_path / "better").write_text(LISTEN + f"[admin]\nlisten = '{local}'\n[timeouts]\nidle = 9\n")
     (tmp_path / "echod.toml").symlink_to(tmp_path / "good")
-    with serving("-c", str(tmp_path / "echod.toml")) as echod:
-        yield Slow(echod, local, tmp_path)
+    gate = Gate(tmp_path / "gate")
+    with serving("-c", str(tmp_path / "echod.toml"), environment=gate.environment) as echod:
+        yield Slow(echod, local, tmp_path, gate)
 
 
 def test_requests_that_pile_up_get_the_verdict_of_a_reload_that_began_after_them(slow: Slow) -> None:
@@ -349,7 +352,7 @@ def test_requests_that_pile_up_get_the_verdict_of_a_reload_that_began_after_them
         later = [asking.submit(reload, slow.address) for _ in range(20)]
         wait_for_events(slow.echod, "reload started", 21)
         slow.point_to("better")
-        release("nonsense = 1\n")
+        release()
         assert [each.result(DEADLINE_S).status for each in later] == [200] * 20
         assert {tuple(each.result().content["changed"]) for each in later} == {("timeouts.idle",)}
     assert slow.echod.stats()["reloads"]["applied"] == 1
@@ -369,7 +372,7 @@ def test_a_reload_that_hangs_leaves_room_for_every_other_question(slow: Slow) ->
         clients.pop().close()
         wait_until(lambda: get(slow.address, "/healthz").status == 200 and _may_wait(slow.address))
         slow.point_to("good")
-        release("nonsense = 1\n")
+        release()
         assert {read_reply(client).status for client in clients} == {200}
 
 
@@ -392,7 +395,7 @@ def test_a_stop_answers_who_waits_for_a_verdict(slow: Slow) -> None:
         slow.echod.send(signal.SIGTERM)
         assert next_one.result(DEADLINE_S).content == {"errors": ["draining"]}
         assert slow.echod.wait_for("reload refused")["errors"] == ["draining"]
-        release("nonsense = 1\n")
+        release()
     assert slow.echod.exit_status() == 0
 
 

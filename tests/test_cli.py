@@ -15,6 +15,7 @@ from echod import __version__, cli
 from echod.address import TcpAddress, UnixAddress
 from echod.config import Config
 from echod.sources import Setting, Sources
+from tests.gate import Gate
 
 PYTHON_M_ECHOD = (sys.executable, "-m", "echod")
 
@@ -355,9 +356,11 @@ def test_the_last_of_several_flags_wins() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_check_ends_by_a_signal(number: signal.Signals, tmp_path: Path) -> None:
     """`check` is no daemon: a signal ends it as any command, however long its file takes."""
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    check = subprocess.Popen([*PYTHON_M_ECHOD, "check", "-c", str(fifo)], env=environment())
-    with check, fifo.open("wb"):  # which opens when `check` has opened it too, and is reading
+    gate, file = Gate(tmp_path / "gate"), tmp_path / "echod.toml"
+    file.touch()
+    gate.shut()
+    with subprocess.Popen([*PYTHON_M_ECHOD, "check", "-c", str(file)], env=environment(gate.environment)) as check:
+        release = gate.wait()
         check.send_signal(number)
         assert check.wait() == -number
+        release()

@@ -20,6 +20,7 @@ import pytest
 
 from echod import detach
 from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, ask, clean_environment, connect, serving, settings
+from tests.gate import Gate
 
 COMMAND = (sys.executable, "-m", "echod", "serve", "--daemon")
 
@@ -45,10 +46,11 @@ class Scene:
         """Start one, and wait as a caller does."""
         return run(self.arguments(*more), **options)
 
-    def begin(self, *more: str) -> "subprocess.Popen[str]":
+    def begin(self, *arguments: str, more: dict[str, str]) -> "subprocess.Popen[str]":
         """Start one without waiting."""
+        environment = clean_environment() | more
         return subprocess.Popen(
-            self.arguments(*more), env=clean_environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            self.arguments(*arguments), env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
 
     @property
@@ -161,13 +163,10 @@ def test_a_daemon_has_left_everything(scene: Scene) -> None:
 
 def test_the_caller_waits_until_then(scene: Scene) -> None:
     """However long the start takes, here reading the configuration, the caller doesn't return before its end."""
-    fifo = scene.folder / "echod.toml"
-    os.mkfifo(fifo)
-    with scene.begin("-c", str(fifo)) as caller:
-        with fifo.open("w") as config:  # opens once the daemon has opened it too
-            with pytest.raises(subprocess.TimeoutExpired):
-                caller.wait(0.3)
-            config.write("[limits]\nconnections = 7\n")
+    with starting(scene) as (caller, release):
+        with pytest.raises(subprocess.TimeoutExpired):
+            caller.wait(0.3)
+        release()
         assert caller.wait(DEADLINE_S) == 0
         connect(scene.port).close()
     scene.stop()
@@ -268,20 +267,21 @@ def test_a_stale_pid_file_is_no_obstacle(scene: Scene) -> None:
 
 
 @contextlib.contextmanager
-def starting(scene: Scene) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
-    """A caller that waits for a daemon that waits for its configuration, and the FIFO that it waits at."""
-    fifo = scene.folder / "echod.toml"
-    os.mkfifo(fifo)
-    with scene.begin("-c", str(fifo)) as caller:
-        until(lambda: scene.pidfile.exists() and scene.pidfile.read_text(), "pid file")
-        yield caller, fifo
+def starting(scene: Scene) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], None]]]:
+    """A caller that waits for a daemon that is reading its configuration, and what lets it go on."""
+    gate, file = Gate(scene.folder / "gate"), scene.folder / "echod.toml"
+    file.write_text("[limits]\nconnections = 7\n")
+    gate.shut()
+    with scene.begin("-c", str(file), more=gate.environment) as caller:
+        yield caller, gate.wait()
 
 
 def test_a_daemon_that_dies_without_a_word(scene: Scene) -> None:
     """Killed before it served: the caller says that it ended without a word, status 1."""
-    with starting(scene) as (caller, _):
+    with starting(scene) as (caller, release):
         stop(scene.pid, signal.SIGKILL)
         assert caller.wait(DEADLINE_S) == 1
+        release()
         assert caller.stderr
         assert caller.stderr.read() == detach.SILENT_END
 
@@ -289,11 +289,11 @@ def test_a_daemon_that_dies_without_a_word(scene: Scene) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_caller_that_gives_up_calls_the_start_off(number: signal.Signals, scene: Scene) -> None:
     """TERM or Ctrl-C while the caller waits ends it as any command, and the daemon doesn't stay."""
-    with starting(scene) as (caller, fifo):
+    with starting(scene) as (caller, release):
         process = os.pidfd_open(scene.pid)
         caller.send_signal(number)
         assert caller.wait(DEADLINE_S) == -number
-        fifo.write_text("[limits]\nconnections = 7\n")
+        release()
         assert select.select([process], [], [], DEADLINE_S)[0], "it stayed"
         os.close(process)
     assert [event["event"] for event in scene.events if event["level"] == "warning"] == ["start called off"]
@@ -303,20 +303,20 @@ def test_a_caller_that_gives_up_calls_the_start_off(number: signal.Signals, scen
 
 def test_a_terminal_that_hangs_up_does_not_end_the_start(scene: Scene) -> None:
     """HUP, USR1 and USR2 to a waiting caller end nothing: a connection that breaks during the start is no stop."""
-    with starting(scene) as (caller, fifo):
+    with starting(scene) as (caller, release):
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             caller.send_signal(number)
-        fifo.write_text("[limits]\nconnections = 7\n")
+        release()
         assert caller.wait(DEADLINE_S) == 0
     scene.stop()
 
 
 def test_a_stop_during_the_start_is_followed(scene: Scene) -> None:
     """TERM to the daemon that is still starting: it doesn't stay, and the caller hears of an end."""
-    with starting(scene) as (caller, fifo):
+    with starting(scene) as (caller, release):
         process = os.pidfd_open(scene.pid)
         signal.pidfd_send_signal(process, signal.SIGTERM)
-        fifo.write_text("[limits]\nconnections = 7\n")
+        release()
         assert select.select([process], [], [], DEADLINE_S)[0], "it stayed"
         os.close(process)
         assert caller.wait(DEADLINE_S) in (0, 1)

@@ -1,7 +1,6 @@
 """A reload: all or nothing, and no client notices."""
 
 import asyncio
-import os
 import signal
 import socket
 import time
@@ -12,6 +11,7 @@ import pytest
 
 from tests.clients import Tally, come_and_go, pipeline
 from tests.daemon import DEADLINE_S, Daemon, ask, connect, free_port, read_to_end, serving
+from tests.gate import Gate
 
 GOOD = """\
 [[listen]]
@@ -243,16 +243,14 @@ def _wait_until(claim: Callable[[], bool]) -> None:
 
 def test_a_reload_under_way_doesn_t_delay_a_stop(tmp_path: Path) -> None:
     """A stop that comes during a reload's preparation gives the reload up: nothing of it is left."""
-    fifo, file = tmp_path / "slow.toml", tmp_path / "echod.toml"
+    gate, file = Gate(tmp_path / "gate"), tmp_path / "echod.toml"
     file.write_text(GOOD.format(port=0))
-    link = tmp_path / "link.toml"
-    link.symlink_to(file)
-    os.mkfifo(fifo)
-    with serving("-c", str(link)) as echod:
-        link.unlink()
-        link.symlink_to(fifo)  # opening it waits for a writer that never comes
+    with serving("-c", str(file), environment=gate.environment) as echod:
+        gate.shut()
         echod.send(signal.SIGHUP)
         echod.wait_for("reload started")
+        release = gate.wait()
         with connect(echod.port) as client:
             assert ask(client, b"served meanwhile\n") == b"SERVED MEANWHILE\n"
         assert echod.stop() == 0
+        release()

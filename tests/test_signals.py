@@ -17,6 +17,7 @@ import pytest
 
 from echod.signals import TABLE, Command, Mailbox, Order, delivered, stop_is_pending
 from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, UNMEASURED, Daemon, ask, clean_environment, connect, serving
+from tests.gate import Gate
 
 FIRST_MS = range(0, 400, 5)
 
@@ -121,22 +122,20 @@ def test_usr2_is_followed_not_fatal() -> None:
         assert echod.stop() == 0
 
 
-def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked() -> None:
+def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked(tmp_path: Path) -> None:
     """An entry point that blocks signals for a daemon as PID 1 doesn't make `check` immortal."""
-    fifo_reader = (
+    blocked = (
         "import signal, os, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
         "os.execv(sys.executable, [sys.executable, '-m', 'echod', 'check', '-c', sys.argv[1]])"
     )
-    fifo = f"/tmp/echod-test-{os.getpid()}"
-    os.mkfifo(fifo)
-    try:
-        process = subprocess.Popen([sys.executable, "-c", fifo_reader, fifo])
-        writer = os.open(fifo, os.O_WRONLY)  # opens once `check` reads
+    gate, file = Gate(tmp_path / "gate"), tmp_path / "echod.toml"
+    file.touch()
+    gate.shut()
+    with subprocess.Popen([sys.executable, "-c", blocked, str(file)], env=os.environ | gate.environment) as process:
+        release = gate.wait()
         process.terminate()
         assert process.wait(DEADLINE_S) == -signal.SIGTERM
-        os.close(writer)
-    finally:
-        os.unlink(fifo)
+        release()
 
 
 # -- the room itself, in processes of their own: pytest has other threads, which don't block what is sent --------------

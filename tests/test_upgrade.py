@@ -38,6 +38,7 @@ from tests.daemon import (
     serving,
     settings,
 )
+from tests.gate import CODE, Gate
 from tests.installed import Installed
 from tests.streams import stream_through_upgrades, upgrade
 from tests.test_inheriting import activated, two_sockets
@@ -542,25 +543,24 @@ def test_a_reload_at_the_same_time_is_in_nobody_s_way(order: tuple[signal.Signal
 
 def test_who_waits_for_the_verdict_of_a_reload_gets_it(installed: Installed, tmp_path: Path) -> None:
     """A reload that is asked for in the last moment, and takes its time, is awaited with whoever asked."""
-    installed.add("patient", admin="END_S = 2")  # for the last moment to be one that can be met
+    gate = Gate(tmp_path / "gate")
+    installed.add("patient", admin="END_S = 2", toml=CODE)  # for the last moment to be one that can be met
     installed.switch("patient")
-    path, fifo = tmp_path / "echod.toml", tmp_path / "fifo"
+    path = tmp_path / "echod.toml"
     text = f'listen = [{{address = "unix:{tmp_path}/sock"}}]\nadmin.listen = "unix:{tmp_path}/admin"\n'
     path.write_text(text)
-    os.mkfifo(fifo)
-    with installed.serving("-c", str(path)) as echod, socket.socket(socket.AF_UNIX) as client:
+    there = {"TEST_GATE": gate.environment["TEST_GATE"]}
+    with installed.serving("-c", str(path), environment=there) as echod, socket.socket(socket.AF_UNIX) as client:
         client.settimeout(DEADLINE_S)
         client.connect(f"{tmp_path}/admin")
         echod.send(signal.SIGUSR2)
         echod.wait_for("upgrade proven")
-        fifo.rename(path)
+        gate.shut()
         client.sendall(b"POST /reload HTTP/1.1\r\nhost: x\r\n\r\n")
-        with path.open("w") as file:  # when the reload has opened it too
-            time.sleep(3)  # longer than a silent client would be left
-            file.write(text)
+        release = gate.wait()
+        time.sleep(3)  # longer than a silent client would be left
+        release()
         assert b"HTTP/1.1 200" in read_to_end(client)
-        (tmp_path / "again").write_text(text)
-        (tmp_path / "again").rename(path)
         echod.wait_for("upgrade done")
 
 
