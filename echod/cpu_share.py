@@ -21,7 +21,7 @@ class CpuShare:
     new work in between; what runs all the same, such as a timer, is charged as well. Used inside a running loop.
     """
 
-    def __init__(self, share: float, suspend: Callable[[], None], resume: Callable[[], None]) -> None:
+    def __init__(self, share: float, suspend: Callable[[], object], resume: Callable[[], object]) -> None:
         self._share = share
         self._suspend = suspend
         self._resume = resume

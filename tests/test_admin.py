@@ -462,7 +462,7 @@ def test_a_taken_address_refuses_the_reload_as_a_whole(tmp_path: Path, local: st
         assert refused.content["errors"][0].startswith(f"admin.listen: {address}: address already in use")
         assert not (tmp_path / "new").exists()
         assert get(local, "/stats").content["config_generation"] == 1
-        assert echod.stats()["open_files"] == before
+        assert _once_there_are(before, echod)["open_files"] == before
 
 
 # -- the drain ---------------------------------------------------------------------------------------------------------
