@@ -1,6 +1,7 @@
 """The rooms of echod and the arrows between them, as data, held against the code."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -333,6 +334,12 @@ def foreign(module: str) -> set[str]:
 def test_every_module_has_its_room() -> None:
     """Each module is in the table, and each room of the table exists."""
     assert modules() == sorted(ROOMS)
+
+
+def test_the_tour_of_the_source_leaves_no_module_out() -> None:
+    """The README's tour links to each module once."""
+    tour = (ROOT.parent / "README.md").read_text().partition("## A tour of the source")[2]
+    assert sorted(re.findall(r"\]\(echod/(\w+)\.py\)", tour)) == sorted(ROOMS.keys() - {"__init__"})
 
 
 @pytest.mark.parametrize("module", ROOMS)
