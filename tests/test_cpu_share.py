@@ -7,6 +7,7 @@ import pytest
 import uvloop
 
 from echod.cpu_share import CpuShare
+from tests.daemon import DEADLINE_S
 
 
 class Worker:
@@ -14,7 +15,8 @@ class Worker:
 
     def __init__(self, share: float, piece_s: float) -> None:
         self.spent_s = 0.0
-        self.suspended = 0
+        self.has_paused_often = asyncio.Event()
+        self._pauses = 0
         self._piece_s = piece_s
         self._is_paused = False
         self._loop = asyncio.get_running_loop()
@@ -34,7 +36,9 @@ class Worker:
     def _pause(self) -> None:
         assert not self._is_paused
         self._is_paused = True
-        self.suspended += 1
+        self._pauses += 1
+        if self._pauses == 20:
+            self.has_paused_often.set()
 
     def _resume(self) -> None:
         assert self._is_paused
@@ -50,9 +54,9 @@ def test_work_gets_its_share_and_no_more(piece_s: float) -> None:
         began = time.monotonic()
         worker = Worker(0.1, piece_s)
         worker.start()
-        await asyncio.sleep(1.0)  # the span that is measured
+        async with asyncio.timeout(DEADLINE_S):
+            await worker.has_paused_often.wait()
         assert worker.spent_s <= 0.1 * (time.monotonic() - began) + 0.001 + piece_s
-        assert worker.suspended > 5
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

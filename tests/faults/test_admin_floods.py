@@ -44,7 +44,7 @@ def test_a_flood_of_the_endpoint(name: str, sent: bytes, report: Callable[[Figur
         it.notes |= {"slowest probe s": round(max(probes), 3), "open clients": _open(echod)}
         report(it.row())
         assert flood.exitcode == 0
-        assert max(probes) < PROBE_S
+        assert max(probes) < PROBE_S or it.starved_share > STARVED
         assert it.peak_descriptors <= it.usage_before.descriptors + EXCHANGES + IN_TURN + 4
         it.assert_bystander_unaffected()
 
