@@ -54,7 +54,8 @@ EXPOSE 8888
 USER 10001:10001
 STOPSIGNAL SIGTERM
 # env(1) holds the signals back until echod takes them: as process 1 it would lose those that come before its first line.
-ENTRYPOINT ["env", "--block-signal=TERM,INT,HUP,USR1,USR2", "echod"]
+# Options without a command are those of `serve`, as people expect of an image.
+ENTRYPOINT ["env", "--block-signal=TERM,INT,HUP,USR1,USR2", "sh", "-c", "case ${1-} in -h | --help | --version) ;; -*) set -- serve \"$@\" ;; esac; exec echod \"$@\"", "echod"]
 CMD ["serve"]
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --start-interval=200ms --retries=3 \
   CMD ["echod", "ping", "-c", "1", "-W", "1", "127.0.0.1:8888"]

@@ -132,7 +132,6 @@ clean: ## remove what make, the tests and the tools have made
 .PHONY: install
 install: ## install for the system: PREFIX, DESTDIR; pip's options in PIP_OPTIONS="--no-index --find-links DIR"
 	@set -eu; $(ASK); "$$(echo "$$said" | head -n 1)" tools/install.py install $(PLACES) --pip-options="$(PIP_OPTIONS)"
-	@if [ -z "$(DESTDIR)" ]; then echo "next: systemctl daemon-reload && systemctl enable --now echod"; fi
 
 .PHONY: uninstall
 uninstall: ## remove what `make install` made, with the same PREFIX and DESTDIR; a changed configuration is kept

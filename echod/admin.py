@@ -1,36 +1,54 @@
 """The admin endpoint: what monitoring and operators may ask over HTTP, and that nobody who asks can hurt the service.
 
 One code for TCP and Unix sockets. It is handed what it can say and do as callables, and knows nothing of the server.
+
+However many ask and however they behave, the endpoint takes a fifth of the event loop at most. All CPU time that its
+clients cause is charged to one of three shares, and what has used its share up pauses. The shares are apart so that
+nobody who matters waits for somebody else: a health check not for scrapes, which cost twenty times as much, and echod's
+own user, on a Unix socket, not for strangers on TCP.
 """
 
 import asyncio
 import json
 import socket
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import structlog
 from msgspec import Struct
 
 from echod.aside import aside
+from echod.cpu_share import CpuShare
 from echod.exchange import Answer, Exchange, Request
 from echod.listeners import Listeners
 from echod.sockets import Bound, Key, SockAddr
 
+TCP_SHARE = 0.12
+"""Of the loop, for TCP clients: to accept them, read what they send, answer what costs little, and see them go."""
+
+UNIX_SHARE = 0.03
+"""Of the loop, for the same with clients of Unix sockets."""
+
+COSTLY_SHARE = 0.05
+"""Of the loop, for the answers of COSTLY, to all clients."""
+
+COSTLY = {"/stats", "/metrics", "/reload"}
+"""What is answered in turn: clients of Unix sockets first, then who came first."""
+
 EXCHANGES = 8
-"""Clients at once; one more takes the place of the oldest. Few, for they take descriptors from the 32 that echod keeps
-for itself, and enough, for a request is answered as soon as it is there."""
+"""Clients at once that ask, or have their answer and haven't gone. One more takes the place of another: the oldest of
+the TCP address that has most of them. Few, for they take descriptors from the 32 that echod keeps for itself, and
+enough, for a request is answered as soon as it is there."""
 
-SLICE_S = 0.001
-"""After so much time of the processor that clients have cost, the service gets BREATH times as much before the next."""
-
-BREATH = 4
-"""So the endpoint takes a fifth of the loop at most, however many ask."""
+IN_TURN = 12
+"""TCP clients that wait for their turn at COSTLY, beside those. One more is too many: the last one of the address that
+has most of them is refused, for it is better to come again than to wait for long."""
 
 WAITING = 32
-"""Clients of Unix sockets that may wait for the verdict of a reload, beside the others."""
+"""Clients of Unix sockets that may wait for their turn, and again for the verdict of a reload, beside the others."""
 
 END_S = 0.25
 """How long the end waits for clients that are there still: they have their answer and don't go, or never asked."""
@@ -59,42 +77,56 @@ class Endpoint:
         }
         self._exposition: Callable[[dict[str, Any]], Answer] | None = None
         self._loop = asyncio.get_running_loop()
-        self._listeners = Listeners(self._on_accept, self._on_starved)
         self._exchanges: dict[Exchange, None] = {}  # a set that keeps its order: the oldest first
-        self._spent_s = 0.0
+        self._turns: dict[Exchange, Callable[[], Answer | Awaitable[Answer]]] = {}
+        self._costly = CpuShare(COSTLY_SHARE, lambda: None, partial(self._loop.call_soon, self._take_turns))
+        self._sides = (self._side(TCP_SHARE, is_local=False), self._side(UNIX_SHARE, is_local=True))
         self._gone = asyncio.Event()
         self._is_draining = False
+
+    def _side(self, share: float, *, is_local: bool) -> "_Side":
+        def exchanges() -> list[Exchange]:
+            return [each for each in self._exchanges if each.is_local == is_local]
+
+        return _Side(share, exchanges, self._admit, self._on_starved, is_local=is_local)
 
     # -- what the lifecycle asks -----------------------------------------------------------------------------------
 
     @property
     def listening(self) -> dict[Key, Bound]:
         """The sockets of the listeners in force."""
-        return self._listeners.bound
+        return {key: bound for side in self._sides for key, bound in side.listeners.bound.items()}
 
     def apply(self, sockets: Mapping[Key, Bound | None]) -> None:
         """Answer on these from now on: a socket is a new one, None stays as it is, the others retire."""
         before = self.listening.keys()
-        self._listeners.apply(sockets, END_S)
+        # TCP first: only there can another process be quicker to listen, and nothing has changed then.
+        for side in self._sides:
+            side.apply(
+                {key: each for key, each in sockets.items() if (key[0].family == socket.AF_UNIX) == side.is_local}
+            )
         if self.listening.keys() != before:
-            log.info("admin endpoint", listen=self._listeners.addresses)
+            log.info("admin endpoint", listen=[each for side in self._sides for each in side.listeners.addresses])
 
     async def retired(self) -> None:
         """Return when each listener that went away has served its backlog and is closed."""
-        await self._listeners.retired()
+        for side in self._sides:
+            await side.listeners.retired()
 
     async def rest(self) -> bool:
         """Accept nobody until `wake`, and return when the clients that are there have their answers, or had the time.
 
         False if some wait for the verdict of a reload still: they stay.
         """
-        self._listeners.pause("resting")
+        for side in self._sides:
+            side.listeners.pause("resting")
         await self._emptied()
         return not self._exchanges
 
     def wake(self) -> None:
         """Accept clients again."""
-        self._listeners.resume("resting")
+        for side in self._sides:
+            side.listeners.resume("resting")
 
     def start_draining(self) -> None:
         """Tell whoever asks that echod isn't ready for new clients any more."""
@@ -102,14 +134,16 @@ class Endpoint:
 
     async def close(self) -> None:
         """Answer who is there already, and close."""
-        self._listeners.apply({}, END_S)
+        for side in self._sides:
+            side.apply({})
         with suppress(TimeoutError):
             async with asyncio.timeout(END_S):
                 await self.retired()
         await self._emptied()
         for exchange in [*self._exchanges]:
             exchange.close()
-        self._listeners.close_now()
+        for side in self._sides:
+            side.listeners.close_now()
 
     async def _emptied(self) -> None:
         with suppress(TimeoutError):
@@ -123,9 +157,35 @@ class Endpoint:
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def _answer(self, request: Request) -> Answer | Awaitable[Answer]:
+    def _on_request(self, exchange: Exchange, request: Request) -> None:
+        find = partial(self._answer, request, is_local=exchange.is_local)
+        if request.path not in COSTLY:
+            self._give(exchange, find)
+            return
+        self._turns[exchange] = find
+        self._loop.call_soon(self._take_turns)
+        waiting = [each for each in self._turns if each.is_local == exchange.is_local]
+        if len(waiting) > (WAITING if exchange.is_local else IN_TURN):
+            refused = _of_largest_group(reversed(waiting))
+            del self._turns[refused]
+            refused.reply(Answer(503, b"too many ask, try again\n", headers=(("retry-after", "1"),)))
+
+    def _take_turns(self) -> None:
+        """Answer who waits, until the share is used up; its end calls this again."""
+        while self._turns and not self._costly.is_suspended:
+            exchange = next((each for each in self._turns if each.is_local), next(iter(self._turns)))
+            self._costly.run(self._give, exchange, self._turns.pop(exchange))
+
+    def _give(self, exchange: Exchange, find: Callable[[], Answer | Awaitable[Answer]]) -> None:
+        answer = find()
+        if isinstance(answer, Answer):
+            exchange.reply(answer)
+        else:
+            exchange.reply_later(answer)
+
+    def _answer(self, request: Request, *, is_local: bool) -> Answer | Awaitable[Answer]:
         match request.method, request.path:
-            case "POST", "/reload" if request.is_local:
+            case "POST", "/reload" if is_local:
                 is_full = sum(exchange.is_awaited for exchange in self._exchanges) >= WAITING
                 return Answer(503, b"too many wait for a reload\n") if is_full else self._verdict()
             case "POST", "/reload":
@@ -158,29 +218,71 @@ class Endpoint:
 
     # -- clients come and go ---------------------------------------------------------------------------------------
 
-    def _on_accept(self, descriptor: int, _: SockAddr) -> None:
-        began = time.thread_time()
+    def _admit(self, descriptor: int, peer: SockAddr, share: CpuShare) -> None:
         self._make_room()
-        exchange = Exchange(socket.socket(fileno=descriptor), self._answer, self._on_closed)
+        host = peer[0] if isinstance(peer, tuple) else ""
+        exchange = Exchange(socket.socket(fileno=descriptor), host, share, self._on_request, self._on_closed)
         self._exchanges[exchange] = None
         exchange.start()
-        self._spent_s += time.thread_time() - began
-        if self._spent_s >= SLICE_S:
-            self._listeners.pause("breath")
-            self._loop.call_later(BREATH * self._spent_s, self._listeners.resume, "breath")
-            self._spent_s = 0.0
 
     def _make_room(self) -> None:
-        others = [exchange for exchange in self._exchanges if not exchange.is_awaited]
+        awaited = {each for each in self._exchanges if each.is_local and each.is_awaited}
+        others = [each for each in self._exchanges if each not in self._turns and each not in awaited]
         if len(others) >= EXCHANGES:
-            others[0].close()
+            _of_largest_group([each for each in others if not each.is_local] or others).close()
 
     def _on_closed(self, exchange: Exchange) -> None:
         del self._exchanges[exchange]
+        self._turns.pop(exchange, None)
         self._gone.set()
 
     def _on_starved(self, error: OSError) -> None:
         log.warning("accepting paused", listener="admin", error=error.strerror)
+
+
+class _Side:
+    """The listeners of TCP or of Unix sockets, and the share of the loop that their clients have."""
+
+    def __init__(
+        self,
+        share: float,
+        exchanges: Callable[[], list[Exchange]],
+        admit: Callable[[int, SockAddr, CpuShare], None],
+        on_starved: Callable[[OSError], None],
+        *,
+        is_local: bool,
+    ) -> None:
+        self.is_local = is_local
+        self.listeners = Listeners(self._on_accept, on_starved)
+        self._exchanges = exchanges
+        self._admit = admit
+        self._share = CpuShare(share, self._pause, self._resume)
+
+    def apply(self, sockets: Mapping[Key, Bound | None]) -> None:
+        """Listen on these from now on; the others retire."""
+        self.listeners.apply(sockets, END_S)
+        if self._share.is_suspended:
+            self.listeners.pause("share")  # the new ones too
+
+    def _on_accept(self, descriptor: int, peer: SockAddr) -> None:
+        self._share.run(self._admit, descriptor, peer, self._share)
+
+    def _pause(self) -> None:
+        self.listeners.pause("share")
+        for exchange in self._exchanges():
+            exchange.pause()
+
+    def _resume(self) -> None:
+        self.listeners.resume("share")
+        for exchange in self._exchanges():
+            exchange.resume()
+
+
+def _of_largest_group(exchanges: Iterable[Exchange]) -> Exchange:
+    """The first one of the address that has most of these: who floods makes room before others have to."""
+    found = [*exchanges]
+    [(host, _)] = Counter(each.host for each in found).most_common(1)
+    return next(each for each in found if each.host == host)
 
 
 def _exposition() -> Callable[[dict[str, Any]], Answer]:

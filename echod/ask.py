@@ -4,7 +4,7 @@ import json
 import socket
 from collections.abc import Sequence
 from contextlib import closing
-from http.client import HTTPConnection, HTTPException
+from http.client import BadStatusLine, HTTPConnection, HTTPException, RemoteDisconnected
 from typing import Any
 
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress, parse_address
@@ -101,8 +101,22 @@ def _ask_one(address: Address, method: str, path: str, answer_s: float) -> tuple
             raise UnansweredError(
                 f"{address}: no answer within {answer_s:.0f} s: its log tells what it is busy with"
             ) from error
+        except RemoteDisconnected as error:  # which is a BadStatusLine too
+            raise UnansweredError(f"{address}: no admin endpoint of echod: closed without an answer") from error
+        except BadStatusLine as error:
+            if str(error).startswith(f"{method} {path} ".upper()):  # the request itself, echoed in upper case
+                raise UnansweredError(
+                    f"{address}: echod serves clients there; its admin endpoint is where admin.listen says"
+                ) from error
+            raise UnansweredError(f"{address}: no admin endpoint of echod: the answer is not HTTP") from error
         except (HTTPException, OSError, ValueError, RecursionError) as error:
-            raise UnansweredError(f"{address}: no admin endpoint of echod: {error!r:.100}") from error
+            raise UnansweredError(f"{address}: no admin endpoint of echod: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    return "the answer is not HTTP" if isinstance(error, HTTPException) else "the answer is not JSON"
 
 
 def _content(body: bytes, kind: str) -> Any:

@@ -204,7 +204,10 @@ def bind(endpoint: Endpoint, how: Wanted | None = None) -> Bound:
 def _advice(endpoint: Endpoint, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "address already in use; `ss -ltnp` shows by whom, and -l ADDRESS takes another"
+            return (
+                "address already in use; `ss -ltnp` shows by whom, -l ADDRESS takes another, "
+                "and several echods share one with reuse_port = true in each"
+            )
         case errno.EADDRNOTAVAIL:
             return "not an address of this machine; `ip address` lists them"
         case errno.EAFNOSUPPORT:

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from echod import __version__
 from echod.address import Address, HandedOver, TcpAddress, UnixAddress, parse_address
@@ -88,12 +88,22 @@ def parse(arguments: Sequence[str]) -> Invocation:
             return ShowDefaults()
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """The arguments of one command: what it doesn't know is told with its own usage, not that of all commands."""
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:  # argparse calls this one for a command
+        namespace, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="echod", description="A TCP daemon that answers every line in upper case.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"echod {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_CommandParser)
     serve = commands.add_parser(
         "serve",
         help="run until a signal, in the foreground or as a daemon",
@@ -173,7 +183,7 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=_assignment,
-        help="any key of the configuration, such as limits.connections=100; repeatable",
+        help="any key but those of a [[listen]], such as limits.connections=100; repeatable",
     )
 
 
@@ -246,10 +256,10 @@ def _wait(text: str) -> float:
 
 def _number(text: str, least: float, most: float, *, is_whole: bool = False) -> float:
     try:
-        number = int(text) if is_whole else float(text)
+        number = float(text)
     except ValueError:
         number = math.nan
-    if not least <= number <= most:
+    if not least <= number <= most or (is_whole and not number.is_integer()):
         kind = "a whole number" if is_whole else "a number"
         raise argparse.ArgumentTypeError(f"expected {kind} from {least:g} to {most} (got {text!r})")
     return number

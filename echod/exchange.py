@@ -1,8 +1,8 @@
 """One HTTP request and its answer on one socket: read within bounds, answered once, closed without a reset.
 
-The socket is read and written by hand: a request that came while its client waited to be accepted is answered at once,
-so that no crowd of silent clients can push it out. What the answer is the owner knows; h11 knows HTTP, and is
-imported by the first request.
+The socket is read and written by hand: a request that came while its client waited to be accepted is seen at once, so
+that a crowd of silent clients cannot push it out. The owner knows what the answer is. h11 parses the request; the first
+request imports it.
 """
 
 import asyncio
@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from echod.cpu_share import CpuShare
 from echod.sockets import LINGER_S
 
 if TYPE_CHECKING:
     import h11
 
 REQUEST_BYTES = 8192
-"""Longest head of a request; a body is never looked at."""
+"""Longest head of a request."""
+
+BODY_BYTES = 262_144
+"""How much may follow the head: it is read so that closing does not reset the client, and nobody looks at it."""
+
+READ_BYTES = 65_536
+"""How much of that is read at once."""
 
 REQUEST_S = 5.0
 """How long a client may take to ask, and again to take its answer."""
@@ -30,8 +37,6 @@ class Request(Struct, frozen=True):
 
     method: str
     path: str
-    is_local: bool
-    """Whether it came through a Unix socket."""
 
 
 class Answer(Struct, frozen=True):
@@ -44,41 +49,68 @@ class Answer(Struct, frozen=True):
 
 
 class Exchange:
-    """Owns an accepted socket until `on_closed`; neither `answer` nor what it returns to be awaited may raise."""
+    """Owns an accepted socket until `on_closed`. `on_request` must lead to `reply`, `reply_later` or `close`.
+
+    All its CPU time is charged to `share`. While that is suspended, the owner keeps the exchange paused.
+    """
 
     def __init__(
         self,
         sock: socket.socket,
-        answer: Callable[[Request], Answer | Awaitable[Answer]],
+        host: str,
+        share: CpuShare,
+        on_request: Callable[["Exchange", Request], None],
         on_closed: Callable[["Exchange"], None],
     ) -> None:
+        self.is_local = sock.family == socket.AF_UNIX
+        """Whether its client came through a Unix socket."""
+        self.host = host
+        """Where its client is, "" for a Unix socket's."""
         self._socket = sock
-        self._answer = answer
+        self._share = share
+        self._on_request = on_request
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._http = _new_http()
-        self._room = REQUEST_BYTES
+        self._left_bytes = REQUEST_BYTES
         self._is_head = False
         self._is_heard = False
         self._has_ended = False
+        self._is_answered = False
+        self._is_paused = False
         self._answering: asyncio.Future[None] | None = None
         self._unsent = b""
-        self._timer = self._loop.call_later(REQUEST_S, self._time_out)
+        self._timer = self._loop.call_later(REQUEST_S, share.run, self._time_out)
 
     def start(self) -> None:
         """Answer if the request is there, or as soon as it is."""
         self._socket.setblocking(False)
-        self._loop.add_reader(self._socket, self._read)
         self._read()
+        self._watch()
+
+    def pause(self) -> None:
+        """Neither read nor write until `resume`; time limits run on."""
+        self._is_paused = True
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+
+    def resume(self) -> None:
+        """Read and write again."""
+        self._is_paused = False
+        self._watch()
 
     @property
     def is_awaited(self) -> bool:
         """Whether its client waits for an answer that is still being found."""
         return self._answering is not None and not self._has_ended
 
+    @property
+    def _is_open(self) -> bool:
+        return self._socket.fileno() >= 0
+
     def close(self) -> None:
         """End now, whatever the client has or hasn't got."""
-        if self._socket.fileno() < 0:
+        if not self._is_open:
             return
         self._timer.cancel()
         if self._answering:
@@ -88,81 +120,94 @@ class Exchange:
         self._socket.close()
         self._on_closed(self)
 
+    def _watch(self) -> None:
+        if not self._is_open or self._is_paused:
+            return
+        if not self._has_ended:
+            self._loop.add_reader(self._socket, self._share.run, self._read)
+        if self._unsent:
+            self._loop.add_writer(self._socket, self._share.run, self._send)
+
     # -- the request -----------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         try:
-            data = self._socket.recv(REQUEST_BYTES if self._is_heard else self._room)
+            data = self._socket.recv(min(self._left_bytes, READ_BYTES))
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self.close()
             return
+        self._left_bytes -= len(data)
         if not data:
             self._has_ended = True
             self._loop.remove_reader(self._socket)  # it would stay readable for ever
         if not self._is_heard:
             self._hear(data)
-        elif self._has_ended and not self._answering and not self._unsent:
+        elif not self._left_bytes or (self._has_ended and self._is_answered):
             self.close()
 
     def _hear(self, data: bytes) -> None:
         import h11
 
-        self._room -= len(data)
         self._http.receive_data(data)
         try:
             event = self._http.next_event()
         except h11.RemoteProtocolError as error:
-            self._reply(Answer(error.error_status_hint, f"{error}\n".encode()))
+            self.reply(Answer(error.error_status_hint, f"{error}\n".encode()))
             return
         if isinstance(event, h11.Request):
-            self._ask(event.method.decode(), event.target.decode().partition("?")[0])
-        elif event is not h11.NEED_DATA:  # it came and went without a word
+            self._heard()
+            self._is_head = event.method == b"HEAD"
+            self._on_request(self, Request(event.method.decode(), event.target.decode().partition("?")[0]))
+        elif event is not h11.NEED_DATA:  # the client left without a request
             self.close()
-        elif not self._room:
-            self._reply(Answer(431, f"request longer than {REQUEST_BYTES} bytes\n".encode()))
+        elif not self._left_bytes:
+            self.reply(Answer(431, f"request longer than {REQUEST_BYTES} bytes\n".encode()))
 
-    def _ask(self, method: str, path: str) -> None:
+    def _heard(self) -> None:
         self._is_heard = True
-        self._is_head = method == "HEAD"
+        self._left_bytes = BODY_BYTES
         self._timer.cancel()
-        answer = self._answer(Request(method, path, is_local=self._socket.family == socket.AF_UNIX))
-        if isinstance(answer, Answer):
-            self._reply(answer)
-        else:
-            self._answering = asyncio.ensure_future(self._reply_later(answer))
-
-    async def _reply_later(self, answer: Awaitable[Answer]) -> None:
-        found = await answer
-        self._answering = None
-        self._reply(found)
 
     def _time_out(self) -> None:
-        # What has arrived and waits for us, as after a pause of the whole process, is not the client's delay.
+        # What has arrived and was not read, as in a pause of the whole process, is not the client's delay.
         self._read()
-        if not self._is_heard and self._socket.fileno() >= 0:
-            self._reply(Answer(408, b"request not finished in time\n"))
+        if not self._is_heard and self._is_open:
+            self.reply(Answer(408, b"request not finished in time\n"))
 
     # -- the answer ------------------------------------------------------------------------------------------------
 
-    def _reply(self, answer: Answer) -> None:
-        self._is_heard = True
-        self._unsent = _rendered(self._http, answer, with_body=not self._is_head)
+    def reply(self, answer: Answer) -> None:
+        """Send the answer, and close once the client has it."""
+        if not self._is_heard:
+            self._heard()
+        self._unsent = _rendered(answer, with_body=not self._is_head)
         self._end_after(REQUEST_S)
         self._send()
+        if self._unsent:
+            self._watch()
+
+    def reply_later(self, answer: Awaitable[Answer]) -> None:
+        """Send the answer once it is found, which must not raise."""
+        self._answering = asyncio.ensure_future(self._reply_once_found(answer))
+
+    async def _reply_once_found(self, answer: Awaitable[Answer]) -> None:
+        found = await answer
+        self._answering = None
+        self._share.run(self.reply, found)
 
     def _send(self) -> None:
         try:
             self._unsent = self._unsent[self._socket.send(self._unsent) :]
         except (BlockingIOError, InterruptedError):
-            pass
+            return
         except OSError:
             self.close()
             return
         if self._unsent:
-            self._loop.add_writer(self._socket, self._send)
             return
+        self._is_answered = True
         self._loop.remove_writer(self._socket)
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
@@ -173,7 +218,7 @@ class Exchange:
 
     def _end_after(self, seconds: float) -> None:
         self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self.close)
+        self._timer = self._loop.call_later(seconds, self._share.run, self.close)
 
 
 def _new_http() -> "h11.Connection":
@@ -182,10 +227,8 @@ def _new_http() -> "h11.Connection":
     return h11.Connection(h11.SERVER)
 
 
-def _rendered(http: "h11.Connection", answer: Answer, *, with_body: bool) -> bytes:
+def _rendered(answer: Answer, *, with_body: bool) -> bytes:
     from http import HTTPStatus
-
-    import h11
 
     headers = [
         ("content-type", answer.content_type),
@@ -194,7 +237,6 @@ def _rendered(http: "h11.Connection", answer: Answer, *, with_body: bool) -> byt
         ("connection", "close"),
         *answer.headers,
     ]
-    reason = HTTPStatus(answer.status).phrase
-    response = h11.Response(status_code=answer.status, reason=reason, headers=headers)
-    body = answer.body if with_body else b""
-    return b"".join(filter(None, (http.send(response), http.send(h11.Data(body)), http.send(h11.EndOfMessage()))))
+    lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    return "\r\n".join([*lines, "", ""]).encode() + (answer.body if with_body else b"")

@@ -277,13 +277,17 @@ def _origin(order: Order) -> dict[str, str | int]:
 
 
 def _status(server: Server, stats: Stats) -> str:
-    counts = f"{server.open_connections} connections open, {stats.accepted} accepted"
+    counts = f"{_connections(server.open_connections)} open, {stats.accepted} accepted"
     return f"{counts}; last reload refused: {stats.reload_error}" if stats.reload_error else counts
 
 
+def _connections(count: int) -> str:
+    return "1 connection" if count == 1 else f"{count} connections"
+
+
 def _lame_duck_status(connections: int, seconds_left: float) -> str:
-    return f"lame duck: {connections} connections, accepting for {seconds_left:.0f} s more"
+    return f"lame duck: {_connections(connections)}, accepting for {seconds_left:.0f} s more"
 
 
 def _drain_status(connections: int, seconds_left: float) -> str:
-    return f"draining: {connections} connections left, {seconds_left:.0f} s left"
+    return f"draining: {_connections(connections)} left, {seconds_left:.0f} s left"

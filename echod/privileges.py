@@ -24,6 +24,11 @@ class Identity(Struct, frozen=True):
     uid: int
     gid: int
     groups: tuple[int, ...]
+    only_group: str = ""
+    """The group as it was asked for, if the user is to stay the same."""
+
+    def __str__(self) -> str:
+        return f"group {self.only_group}" if self.only_group else f"user {self.name}"
 
 
 def find(user: str | None, group: str | None) -> Identity | None:
@@ -40,7 +45,8 @@ def find(user: str | None, group: str | None) -> Identity | None:
     if os.getresuid() == (uid,) * 3 and os.getresgid() == (gid,) * 3:
         return None
     groups = os.getgrouplist(entry.pw_name, gid) if entry else [gid]
-    return Identity(entry.pw_name if entry else str(uid), uid, gid, tuple(groups))
+    only_group = group if user is None and group else ""
+    return Identity(entry.pw_name if entry else str(uid), uid, gid, tuple(groups), only_group)
 
 
 def _user(text: str) -> tuple[int, pwd.struct_passwd | None]:
@@ -99,7 +105,10 @@ def _is_allowed(attempt: Callable[[], object]) -> bool:
 
 def _refused(identity: Identity, error: OSError) -> PrivilegeError:
     words = (error.strerror or str(error)).lower()
-    return PrivilegeError(f"--user, --group: cannot become {identity.name}: {words}; only root can")
+    asked = (
+        f"--group: cannot take {identity}" if identity.only_group else f"--user, --group: cannot become {identity.name}"
+    )
+    return PrivilegeError(f"{asked}: {words}; only root can")
 
 
 # -- what root opens for the user --------------------------------------------------------------------------------------
@@ -115,7 +124,7 @@ def open_for(identity: Identity, open_file: Callable[[int], int]) -> int:
         with _acting_as(identity):
             return open_file(0)
     except PermissionError as error:
-        refused = PermissionError(error.errno, f"{error.strerror} for user {identity.name}")
+        refused = PermissionError(error.errno, f"{error.strerror} for {identity}")
     try:
         descriptor = open_file(os.O_NOFOLLOW)
     except OSError:

@@ -5,15 +5,15 @@ Defaults, file, environment and command line, a later one winning. No bad value 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
 
-from echod import files, toml
+from echod import files, foreign, toml
 from echod.address import HandedOver, TcpAddress, identity, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
-from echod.sources import Setting
+from echod.sources import Setting, as_number, base
 
 DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
 """The variable that tells where to listen if no other source does: for those who pack echod, as the Docker image."""
@@ -64,6 +64,7 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
     )
     _hold_apart(config, last.get("admin.listen"))
     fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
+    warnings = (*foreign.warnings(environment), *warnings)
     return Loaded(fitting, warnings, is_listen_set="listen" in last and last["listen"].source != DEFAULT_LISTEN)
 
 
@@ -100,8 +101,6 @@ def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
             yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
 
 
-# What Kubernetes puts into every container for a Service that happens to be called echod, echod-log, ...
-_KUBERNETES = r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 
 
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
@@ -109,13 +108,12 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iter
     for name, value in environment.items():
         if name in known:
             yield Setting(name, known[name], value)
-        elif (
-            name.startswith("ECHOD_")
-            and name not in ("ECHOD_CONFIG", DEFAULT_LISTEN)
-            and not re.fullmatch(_KUBERNETES, name)
-        ):
+        elif name.startswith("ECHOD_") and name not in ("ECHOD_CONFIG", DEFAULT_LISTEN, *foreign.EXPECTED):
+            if foreign.is_of_kubernetes(name):
+                continue
             # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
-            nearest = _nearest(name, [*known, "ECHOD_CONFIG"], cutoff=0.8)
+            meant = re.sub("^ECHOD_CONFIG_(FILE|PATH)$", "ECHOD_CONFIG", name)
+            nearest = _nearest(meant, [*known, "ECHOD_CONFIG"], cutoff=0.8)
             if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in {*SECTIONS, "listen"}:
                 faults.append(f"{name}: unknown key{nearest}{_got(value)}")
 
@@ -135,7 +133,8 @@ def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> Non
         faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
         return
     try:
-        values[setting.key] = msgspec.convert(setting.value, KEYS[setting.key], strict=not setting.is_text)
+        value = as_number(setting.value, KEYS[setting.key])
+        values[setting.key] = msgspec.convert(value, KEYS[setting.key], strict=not setting.is_text)
     except msgspec.ValidationError as error:
         wrong = _explain(KEYS[setting.key], setting.value, error)
         faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
@@ -206,9 +205,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
-    base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    if get_origin(base) is Literal:
-        choices = get_args(base)
+    if get_origin(base(kind)) is Literal:
+        choices = get_args(base(kind))
         return f"expected one of {', '.join(choices)}{_nearest(value, choices) if isinstance(value, str) else ''}"
     words = str(error).partition(", got")[0].replace("`", "").replace("Expected float", "Expected number")
     return re.sub(r"(?<=[0-9])\.0$", "", words[:1].lower() + words[1:])
@@ -225,6 +223,8 @@ def _nearest_key(key: str) -> str:
 def _nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6, prefix: str = "") -> str:
     from difflib import get_close_matches  # 3 ms that only a fault needs
 
+    if re.match(r"ECHOD_LISTEN_|listen[.\[]", name):
+        return ", the keys of a [[listen]] are set in the file alone"
     matches = get_close_matches(name, names, n=1, cutoff=cutoff)
     return f", did you mean {prefix}{matches[0]}?" if matches else ""
 

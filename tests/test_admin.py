@@ -376,6 +376,19 @@ def test_a_reload_that_hangs_leaves_room_for_every_other_question(slow: Slow) ->
         assert {read_reply(client).status for client in clients} == {200}
 
 
+def test_a_body_without_an_end_is_not_read_for_ever(slow: Slow) -> None:
+    """Who waits for a verdict and goes on sending is closed after some of it, before the verdict is there."""
+    with slow.reading() as release:
+        with reach(slow.address) as client:
+            client.sendall(b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+            wait_for_events(slow.echod, "reload started", 2)
+            end = time.monotonic() + DEADLINE_S
+            with pytest.raises(ConnectionError):
+                while time.monotonic() < end:
+                    client.sendall(bytes(65536))
+        release()
+
+
 def _may_wait(address: str) -> bool:
     """Whether one more may wait for a verdict: it isn't turned away at once."""
     with reach(address) as client:
@@ -465,7 +478,7 @@ def test_a_taken_address_refuses_the_reload_as_a_whole(tmp_path: Path, local: st
         assert refused.content["errors"][0].startswith(f"admin.listen: {address}: address already in use")
         assert not (tmp_path / "new").exists()
         assert get(local, "/stats").content["config_generation"] == 1
-        assert echod.stats()["open_files"] == before
+        assert _once_there_are(before, echod)["open_files"] == before
 
 
 # -- the drain ---------------------------------------------------------------------------------------------------------

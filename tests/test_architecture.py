@@ -1,6 +1,7 @@
 """The rooms of echod and the arrows between them, as data, held against the code."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -48,7 +49,8 @@ ROOMS = {
     "config": room(unknown=EVERYTHING),
     "sources": room(unknown=EVERYTHING),
     "files": room(unknown=EVERYTHING - {"os", "threading"}),
-    "settings": room("address", "config", "files", "sources", "toml", unknown=EVERYTHING),
+    "foreign": room(unknown=EVERYTHING),
+    "settings": room("address", "config", "files", "foreign", "sources", "toml", unknown=EVERYTHING),
     "toml": room("config", unknown=EVERYTHING - {"tomllib"}),
     "process": room(unknown=EVERYTHING - SYSTEM - {"sys"}),
     "aside": room(unknown=EVERYTHING - {"asyncio", "threading"}),
@@ -121,14 +123,16 @@ ROOMS = {
         unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM,
     ),
     "selfcheck": room("sockets", unknown=LOGGING | SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM),
-    "exchange": room("sockets", unknown=EVERYTHING - {"asyncio", "socket"}),
+    "cpu_share": room(unknown=EVERYTHING - {"asyncio", "time"}),
+    "exchange": room("cpu_share", "sockets", unknown=EVERYTHING - {"asyncio", "socket"}),
     "admin": room(
         "aside",
+        "cpu_share",
         "exchange",
         "listeners",
         "metrics",
         "sockets",
-        unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM - {"time"},
+        unknown=SIGNALS | ARGUMENTS | FILES | PROCESSES | SYSTEM,
     ),
     "round_trips": room("address", unknown=EVERYTHING | {"msgspec"}),
     "dial": room("address", unknown=(EVERYTHING | {"msgspec"}) - {"socket", "threading", "time"}),
@@ -336,6 +340,12 @@ def foreign(module: str) -> set[str]:
 def test_every_module_has_its_room() -> None:
     """Each module is in the table, and each room of the table exists."""
     assert modules() == sorted(ROOMS)
+
+
+def test_the_tour_of_the_source_leaves_no_module_out() -> None:
+    """The README's tour links to each module once."""
+    tour = (ROOT.parent / "README.md").read_text().partition("## A tour of the source")[2]
+    assert sorted(re.findall(r"\]\(echod/(\w+)\.py\)", tour)) == sorted(ROOMS.keys() - {"__init__"})
 
 
 @pytest.mark.parametrize("module", ROOMS)

@@ -275,6 +275,32 @@ def test_somebody_else_answers(answer: bytes) -> None:
     assert len(done.stderr) < 250
 
 
+@pytest.mark.parametrize("question", ["stats", "reload"])
+def test_a_port_for_clients(question: str) -> None:
+    """An echod that is asked where it serves clients echoes the request: the message says so."""
+    with serving() as echod:
+        address = f"127.0.0.1:{echod.port}"
+        done = command(question, "--admin", address)
+    assert (done.returncode, done.stdout) == (1, "")
+    words = f"{address}: echod serves clients there; its admin endpoint is where admin.listen says"
+    assert done.stderr == f"echod: {words}\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 2000 + b"\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{nonsense", "the answer is not JSON"),
+    ],
+)
+def test_what_is_wrong_with_an_answer(answer: bytes, words: str) -> None:
+    """The message is plain words, not the name of an exception."""
+    with stranger(answer) as address:
+        done = command("stats", "--admin", str(address))
+    assert done.stderr == f"echod: {address}: no admin endpoint of echod: {words}\n"
+
+
 def test_no_answer_in_time() -> None:
     """A daemon whose loop is stuck holds nobody up for ever."""
     with stranger(b"") as address, pytest.raises(ask.UnansweredError, match="no answer within 0 s"):

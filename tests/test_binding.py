@@ -77,6 +77,14 @@ def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
     ]
 
 
+def test_a_taken_port_comes_with_what_to_do() -> None:
+    """Who starts a second echod is told how several share a port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = TcpAddress("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(binding.BindErrors, match="several echods share one with reuse_port = true in each"):
+            binding.bind_all(wanted(address))
+
+
 def test_a_host_name_stands_for_each_of_its_addresses() -> None:
     """`localhost` may be IPv4 and IPv6; an unknown host is a fault that says so."""
     endpoints = binding.resolve(TcpAddress("localhost", 7))

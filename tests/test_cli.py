@@ -148,6 +148,27 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     assert "error: " in shown.err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_told_with_the_usage_of_its_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the usage of all commands: what the command takes is what the user needs to see."""
+    with pytest.raises(SystemExit) as ended:
+        cli.parse([command, *(["a:1"] if command == "ping" else []), "--bogus", "-x"])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"usage: echod {command} [-h]")
+    assert f"echod {command}: error: unrecognized arguments: --bogus -x" in shown
+
+
+@pytest.mark.parametrize("text", ["1000", "1_000", "1e3"])
+def test_ways_to_write_a_number(text: str) -> None:
+    """`ping` takes numbers as the configuration does."""
+    asked = cli.parse(["ping", "-c", text, "-i", text, "-W", text, "-s", text, "a:1"])
+    assert isinstance(asked, cli.Ping)
+    assert (asked.plan.rounds, asked.plan.interval_s, asked.plan.wait_s, asked.plan.text_bytes) == (1000,) * 4
+
+
 def test_set_says_what_it_expects(capsys: pytest.CaptureFixture[str]) -> None:
     """A --set without its = is told how it should look."""
     with pytest.raises(SystemExit):

@@ -316,6 +316,8 @@ def test_fault_in_listen_as_text(value: str, fault: str) -> None:
         ("listens", "unknown key, did you mean listen?"),
         ("limits", "unknown key"),
         ("", "unknown key"),
+        ("listen[0].proxy_protocol", "unknown key, the keys of a [[listen]] are set in the file alone"),
+        ("listen.reuse_port", "unknown key, the keys of a [[listen]] are set in the file alone"),
     ],
 )
 def test_unknown_key_of_a_flag(key: str, words: str) -> None:
@@ -458,12 +460,59 @@ def test_variables_of_others(name: str) -> None:
         ("ECHOD_LIMIT_CONNECTIONS", "ECHOD_LIMITS_CONNECTIONS"),
         ("ECHOD_TIMEOUTS_DRAINQUIET", "ECHOD_TIMEOUTS_DRAIN_QUIET"),
         ("ECHOD_LOG_XYZZY", ""),
+        ("ECHOD_CONFIG_FILE", "ECHOD_CONFIG"),
+        ("ECHOD_CONFIG_PATH", "ECHOD_CONFIG"),
     ],
 )
 def test_misspelt_variables(name: str, nearest: str) -> None:
     """A misspelt variable is refused, with the nearest known name."""
     words = f", did you mean {nearest}?" if nearest else ""
     assert faults_of(environment={name: "3"}) == [f"{name}: unknown key{words} (got '3')"]
+
+
+@pytest.mark.parametrize(
+    "name", ["ECHOD_LISTEN_PROXY_PROTOCOL", "ECHOD_LISTEN_REUSE_PORT", "ECHOD_LISTEN_0_REUSE_PORT"]
+)
+def test_keys_of_a_listener_in_the_environment(name: str) -> None:
+    """A variable for a key of a [[listen]] is refused, and the message says where such a key is set."""
+    words = "unknown key, the keys of a [[listen]] are set in the file alone"
+    assert faults_of(environment={name: "true"}) == [f"{name}: {words} (got 'true')"]
+
+
+@pytest.mark.parametrize("name", ["ECHOD_HOST", "ECHOD_PORT"])
+@pytest.mark.parametrize("value", ["8888", ""])
+def test_variables_that_are_expected_to_work(name: str, value: str) -> None:
+    """A variable that many programs take, and echod does not, is answered with a warning."""
+    loaded = load(None, {name: value}, (), PLENTY)
+    warning = f"{name} is ignored (got {value!r}): ECHOD_LISTEN=HOST:PORT says where to listen"
+    assert loaded == Loaded(Config(), (warning,))
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["1000", "1_000", "1e3", "1.0e3"])
+def test_ways_to_write_a_number(text: str, file: Path) -> None:
+    """A number can be written in each way of TOML, in the file, in the environment and in a flag."""
+    keys = ("limits.connections", "limits.line_bytes", "timeouts.idle")
+    found = [
+        from_file(f"limits.connections = {text}\nlimits.line_bytes = {text}\ntimeouts.idle = {text}\n", file),
+        load(None, {f"ECHOD_{key.replace('.', '_').upper()}": text for key in keys}, (), PLENTY),
+        load(None, {}, [flag(key, text) for key in keys], PLENTY),
+    ]
+    for config in (each.config for each in found):
+        assert (config.limits.connections, config.limits.line_bytes, config.timeouts.idle) == (1000, 1000, 1000)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1_", "_1", "1__0", "1 0", "1e-3"])
+def test_what_is_no_whole_number(text: str) -> None:
+    """Text that is no whole number is refused, and shown as it was written."""
+    assert faults_of(flags=[flag("limits.connections", text)])[0].endswith(f"(got {text!r})")
+
+
+def test_digits_in_a_name_are_left_alone() -> None:
+    """An underscore between digits means nothing in what is no number."""
+    assert load(None, {}, [flag("log.file", "/a/1_000")], PLENTY).config.log.file == "/a/1_000"
 
 
 # -- connections and open files ----------------------------------------------------------------------------------------

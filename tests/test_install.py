@@ -1,13 +1,16 @@
 """`make install` and `make uninstall`: what an operator gets, and that nothing is left."""
 
 import fcntl
+import importlib.util
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -193,6 +196,88 @@ def test_a_python_in_a_home_directory_is_refused(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "make install PYTHON=/usr/bin/python3" in done.stderr
     assert not (tmp_path / "root").exists()
+
+
+# -- a service that runs already ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    """tools/install.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("install", PROJECT / "tools/install.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for themselves there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has a `systemctl` answer that these units run."""
+
+    def runs(*units: str) -> None:
+        lines = "".join(f"{unit} loaded active running echod, answers\\n" for unit in units)
+        (tmp_path / "systemctl").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        (tmp_path / "systemctl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("units", "says", "says_not"),
+    [
+        ((), ("systemctl enable --now echod",), ("USR2",)),
+        (("echod.socket",), ("systemctl daemon-reload",), ("enable", "USR2")),
+        (
+            ("echod.service", "echod@1.service", "echod.socket"),
+            (
+                "systemctl kill -s USR2 --kill-whom=main echod.service echod@1.service ",
+                "systemctl restart echod.service echod@1.service ",
+            ),
+            ("enable",),
+        ),
+    ],
+)
+def test_what_comes_after_an_installation(
+    tool: ModuleType,
+    systemd: Callable[..., None],
+    units: tuple[str, ...],
+    says: tuple[str, ...],
+    says_not: tuple[str, ...],
+) -> None:
+    """A first installation is enabled; a service that runs already is upgraded in place, or restarted."""
+    systemd(*units)
+    told = tool.next_steps(tool.running_units())
+    assert all(each in told for each in says)
+    assert not any(each in told for each in says_not)
+
+
+@pytest.mark.parametrize(("destdir", "is_told"), [("", True), ("/pack", False)])
+def test_an_uninstall_tells_of_a_service_that_runs_still(
+    tool: ModuleType,
+    systemd: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    destdir: str,
+    is_told: bool,
+) -> None:
+    """Its files are gone and it goes on: the output names it. A packager's DESTDIR has nothing that runs."""
+    systemd("echod.service", "echod.socket")
+    places = [f"--{name}=/nowhere" for name in ("prefix", "sysconfdir", "unitdir", "mandir")]
+    monkeypatch.setattr(sys, "argv", ["install.py", "uninstall", f"--destdir={destdir}", *places])
+    monkeypatch.setattr(tool, "uninstall", lambda _: None)
+    assert tool.main() == 0
+    assert ("systemctl stop echod.service echod.socket" in capsys.readouterr().out) == is_told
+
+
+def test_without_systemd_nothing_runs(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without systemctl is no error."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert tool.running_units() == []
 
 
 # -- the files that are shipped ----------------------------------------------------------------------------------------

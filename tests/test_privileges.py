@@ -145,6 +145,21 @@ def _not_root() -> None:
         privileges.open_for(other, lambda _: 0)
 
 
+def _not_root_with_a_group() -> None:
+    privileges.drop(nobody(), _give_nothing)
+    other = privileges.find(None, "54321")
+    assert other
+    for attempt in (lambda: privileges.drop(other, _give_nothing), lambda: privileges.open_for(other, lambda _: 0)):
+        with pytest.raises(privileges.PrivilegeError, match=r"^--group: cannot take group 54321: operation not perm"):
+            attempt()
+
+
+@needs_root
+def test_a_group_that_cannot_be_taken_is_blamed_and_not_the_user() -> None:
+    """With --group alone, what fails names the option and the group."""
+    in_a_child(_not_root_with_a_group)
+
+
 @needs_root
 def test_who_is_not_root_is_told_so() -> None:
     """Only root can become another user."""

@@ -58,7 +58,7 @@ def test_ready_comes_once_clients_are_served(manager: Manager, tmp_path: Path) -
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(tmp_path / "sock"))
             assert ask(client, b"hello\n") == b"HELLO\n"
-            assert manager.wait_for("STATUS=1") == "STATUS=1 connections open, 1 accepted"
+            assert manager.wait_for("STATUS=1") == "STATUS=1 connection open, 1 accepted"
         assert echod.stop() == 0
 
 
@@ -105,10 +105,10 @@ def test_a_drain_is_told_and_goes_on_asking_for_time(manager: Manager) -> None:
         while echod.stats()["bytes_in"] == 0:
             pass
         echod.send(signal.SIGTERM)
-        assert manager.wait_for("STOPPING=1") == "STOPPING=1\nSTATUS=draining: 1 connections left, 4 s left"
+        assert manager.wait_for("STOPPING=1") == "STOPPING=1\nSTATUS=draining: 1 connection left, 4 s left"
         for _ in range(2):
             extended = manager.wait_for("EXTEND")
-            assert extended.startswith("EXTEND_TIMEOUT_USEC=3000000\nSTATUS=draining: 1 connections left, ")
+            assert extended.startswith("EXTEND_TIMEOUT_USEC=3000000\nSTATUS=draining: 1 connection left, ")
         assert echod.exit_status() == 0
         assert not [message for message in manager.heard if message.startswith("WATCHDOG")]
 

@@ -242,6 +242,30 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def running_units() -> list[str]:
+    """The units of echod that systemd runs now; none where there is no systemd."""
+    names = ("echod.service", "echod@*.service", "echod.socket")
+    command = ("systemctl", "list-units", "--state=active,activating,reloading", "--plain", "--no-legend", *names)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return []
+    return [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+
+
+def next_steps(running: Sequence[str]) -> str:
+    """What to type after an installation: a service that runs already goes on with the program it has."""
+    services = " ".join(unit for unit in running if unit.endswith(".service"))
+    if services:
+        return (
+            f"{services}: running, with the program of before\n"
+            "next: systemctl daemon-reload && "
+            f"systemctl kill -s USR2 --kill-whom=main {services}   # upgrades in place, no connection is closed\n"
+            f"  or: systemctl daemon-reload && systemctl restart {services}   # after a change of the unit too"
+        )
+    return f"next: systemctl daemon-reload{'' if running else ' && systemctl enable --now echod'}"
+
+
 # -- uninstall ---------------------------------------------------------------------------------------------------------
 
 
@@ -278,10 +302,16 @@ def main() -> int:
     places = Places(*(getattr(options, name).rstrip("/") for name in Places.__dataclass_fields__))
     os.umask(0o022)  # root's may be stricter, and the service is another user
     try:
+        running = [] if places.destdir else running_units()
         if options.verb == "install":
             install(places, shlex.split(options.pip_options))
+            if not places.destdir:
+                print(next_steps(running))
         else:
             uninstall(places)
+            if running:
+                units = " ".join(running)
+                print(f"{units}: running still, without files; next: systemctl stop {units} && systemctl daemon-reload")
     except (RefusedError, OSError) as error:
         print(f"make {options.verb}: {error}", file=sys.stderr)
         return 1

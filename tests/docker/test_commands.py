@@ -22,6 +22,9 @@ from tests.report import Report
         (("--env", "ECHOD_LISTEN=203.0.113.1:8888"), (), 1, "203.0.113.1:8888: not an address of this machine"),
         ((), ("server",), 2, "invalid choice"),
         ((), ("ping", "-c", "1", "127.0.0.1:8888"), 1, "connection refused"),
+        ((), ("--help",), 0, "usage: echod [-h]"),
+        ((), ("-l", "203.0.113.1:8888"), 1, "203.0.113.1:8888: not an address of this machine"),
+        ((), ("--set", "limits.connections=0"), 78, "--set: limits.connections: "),
     ],
 )
 def test_a_command_and_its_exit_status(

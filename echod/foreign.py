@@ -1,0 +1,23 @@
+"""Variables that begin with ECHOD_ and set no key: Kubernetes makes some, and people expect others to work."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+# What Kubernetes puts into every container for a Service that happens to be called echod, echod-log, ...
+_KUBERNETES = re.compile(r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+
+EXPECTED = ("ECHOD_HOST", "ECHOD_PORT")
+"""What many programs take, and echod does not."""
+
+
+def is_of_kubernetes(name: str) -> bool:
+    """Whether Kubernetes makes a variable of this name for a Service."""
+    return _KUBERNETES.fullmatch(name) is not None and not name.endswith("_REUSE_PORT")  # which is a key's
+
+
+def warnings(environment: Mapping[str, str]) -> Iterator[str]:
+    """What to tell whoever has set a variable that echod ignores; ECHOD_PORT=tcp://... is Kubernetes' own."""
+    for name in EXPECTED:
+        value = environment.get(name)
+        if value is not None and "://" not in value:
+            yield f"{name} is ignored (got {value[:80]!r}): ECHOD_LISTEN=HOST:PORT says where to listen"
