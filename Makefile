@@ -33,7 +33,7 @@ BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 SOURCES := echod tests tools
-LOCKS := requirements/run.lock requirements/build.lock requirements/dev.lock requirements/bench.lock
+LOCKS := $(patsubst %,requirements/%.lock,run build dev dist bench)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -159,7 +159,7 @@ config: $(VENV)/.echod ## renew systemd/echod.toml from the keys and their defau
 	@mv systemd/echod.toml.new systemd/echod.toml
 
 # -- the locks --------------------------------------------------------------------------------------------------------
-# Each but the last is constrained by those before it, so that one environment can hold all three. uv itself comes and
+# Each but the last is constrained by those before it, so that one environment can hold all four. uv itself comes and
 # goes.
 
 COMPILE = uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -175,6 +175,7 @@ lock: $(VENV)/.python ## renew requirements/*.lock from pyproject.toml; UPGRADE=
 	$(COMPILE) pyproject.toml -o requirements/run.lock; \
 	$(COMPILE) --group build -c requirements/run.lock -o requirements/build.lock; \
 	$(COMPILE) --group dev -c requirements/run.lock -c requirements/build.lock -o requirements/dev.lock; \
+	$(COMPILE) --group dist -c requirements/run.lock -c requirements/build.lock -c requirements/dev.lock -o requirements/dist.lock; \
 	$(COMPILE) --group bench -o requirements/bench.lock; \
 	if grep -nE '^ *-[^-]|^ *--[^h]|://|file:|$(CURDIR)' $(LOCKS); then echo "make lock: a lock names a place" >&2; exit 1; fi
 
@@ -217,9 +218,15 @@ $(VENV)/.run: $(VENV)/.python requirements/run.lock requirements/build.lock
 	@$(PIP) install --require-hashes -r requirements/run.lock -r requirements/build.lock
 	@touch $@
 
+# Beside its source, so that `import echod` finds it. Each time, for a compiler may have come or gone; what is newer than
+# its source stays.
+.PHONY: fastpath
+fastpath: $(VENV)/.run ## compile the fast path if its source has changed, and say whether there is one
+	@$(BIN)/python tools/build_fastpath.py
+
 # Editable, so the code is never installed twice; but its version and its commands are written down at installation. As
 # bytecode too, for where PYTHONDONTWRITEBYTECODE is set each start would compile all of it, twice as long.
-$(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py
+$(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py | fastpath
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m compileall -q echod
 	@touch $@
@@ -227,6 +234,11 @@ $(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py
 $(VENV)/.dev: $(VENV)/.run requirements/dev.lock
 	@echo "Installing requirements/dev.lock ..."
 	@$(PIP) install --require-hashes -r requirements/dev.lock
+	@touch $@
+
+$(VENV)/.dist: $(VENV)/.run requirements/dist.lock
+	@echo "Installing requirements/dist.lock ..."
+	@$(PIP) install --require-hashes -r requirements/dist.lock
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.python requirements/bench.lock
