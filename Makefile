@@ -98,7 +98,7 @@ test-docker: $(VENV)/.echod $(VENV)/.dev ## build the image and test it in conta
 	@DOCKER_BUILD_FLAGS="$(DOCKER_BUILD_FLAGS)" $(BIN)/python -m pytest tests/docker --timeout 300 $(PYTEST_ARGS)
 
 .PHONY: test-build
-test-build: $(VENV)/.dev ## start and test a clean clone where there is no C compiler
+test-build: $(VENV)/.dev ## start and test a clean clone, with a C compiler and without one
 	@$(BIN)/python -m pytest tests/build --timeout 300 $(PYTEST_ARGS)
 
 # In a copy of the project, so that nothing else runs the slow extension by accident. A finding ends the process, so pytest
@@ -145,7 +145,7 @@ format: $(VENV)/.dev ## let ruff format, and fix what is safe to fix
 .PHONY: clean
 clean: ## remove what make, the tests and the tools have made
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
-	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist echod/_fastpath.*.so
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- installation -----------------------------------------------------------------------------------------------------
