@@ -20,13 +20,16 @@ RUN find /opt/echod -name '*.so' -exec strip --strip-unneeded {} + \
 # -- echod itself ------------------------------------------------------------------------------------------------------
 
 FROM dependencies AS build
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends gcc libc6-dev >/dev/null
 COPY requirements/build.lock /
 RUN python -m pip install -q --require-hashes --only-binary :all: -r /build.lock
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY tools/build_fastpath.py tools/
 COPY echod echod
-# By name: what is installed from a path writes that path down.
-RUN python -m pip wheel -q --no-deps --no-build-isolation --no-index -w /wheels . \
+# By name: what is installed from a path writes that path down. The fast path comes without symbols.
+RUN LDFLAGS=-s python -m hatchling build --target wheel --directory /wheels \
  && python -m pip --python /opt/echod/bin/python install -q --no-compile --no-deps --no-index --find-links /wheels \
       --prefix /echod/opt/echod echod \
  && python -m compileall -q -s /echod /echod
@@ -45,7 +48,7 @@ for file in pathlib.Path(echod.__file__).parent.glob("*.py"):
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
             [importlib.import_module(alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module != "echod._fastpath":  # optional, and has no bytecode
             importlib.import_module(node.module)
 PYTHON
 

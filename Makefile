@@ -8,6 +8,7 @@ WORKERS ?= 3
 UPGRADE ?=
 COVERAGE_MIN ?= 95
 FUZZ_S ?= 300
+SANITIZE_S ?= 10
 
 # Where `make install` puts what; DESTDIR goes before all of them, for packagers.
 DESTDIR ?=
@@ -26,14 +27,14 @@ DOCKER_RUN_FLAGS ?= --publish 8888:8888
 # the guard of the benchmark. The systemd suite needs a machine of its own, the Docker suite an engine; the balancer
 # suite takes a minute.
 FAULTS = tests/faults tests/fuzz
-ELSEWHERE = $(FAULTS) tests/balancer tests/bench tests/systemd tests/docker
+ELSEWHERE = $(FAULTS) tests/build tests/balancer tests/bench tests/systemd tests/docker
 TESTS = -n $(WORKERS) --dist worksteal $(ELSEWHERE:%=--ignore=%)
 
 BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 SOURCES := echod tests tools
-LOCKS := requirements/run.lock requirements/build.lock requirements/dev.lock requirements/bench.lock
+LOCKS := $(patsubst %,requirements/%.lock,run build dev dist bench)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -96,12 +97,33 @@ test-systemd: $(VENV)/.echod $(VENV)/.dev ## install it on a machine booted by s
 test-docker: $(VENV)/.echod $(VENV)/.dev ## build the image and test it in containers, on the engine that `docker` reaches (DOCKER_BUILD_FLAGS="...")
 	@DOCKER_BUILD_FLAGS="$(DOCKER_BUILD_FLAGS)" $(BIN)/python -m pytest tests/docker --timeout 300 $(PYTEST_ARGS)
 
+.PHONY: test-build
+test-build: $(VENV)/.dev ## start and test a clean clone, with a C compiler and without one
+	@$(BIN)/python -m pytest tests/build --timeout 300 $(PYTEST_ARGS)
+
+# In a copy of the project, so that nothing else runs the slow extension by accident. A finding ends the process, so pytest
+# must not capture what is written to its descriptors. Leaks aren't looked for: an interpreter never frees all it has.
+SANITIZED = build/sanitized
+
+.PHONY: sanitize
+sanitize: $(VENV)/.echod $(VENV)/.dev ## fuzz and test the fast path under AddressSanitizer and UBSan; needs gcc
+	@rm -rf $(SANITIZED)
+	@mkdir -p $(SANITIZED)
+	@cp -R echod tests pyproject.toml $(SANITIZED)
+	@rm -f $(SANITIZED)/echod/*.so
+	@env -u ECHOD_FASTPATH CC=gcc ECHOD_BUILD_STRICT=1 $(BIN)/python tools/build_fastpath.py --sanitize $(SANITIZED)/echod
+	@set -eu; cd $(SANITIZED); unset ECHOD_FASTPATH; export PYTHONPATH="$$PWD" PYTHONMALLOC=malloc; \
+	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	$(abspath $(BIN))/python -m tests.fuzz.fastpath $(SANITIZE_S); \
+	$(abspath $(BIN))/python -m pytest --capture=sys tests/test_fastpath.py $(PYTEST_ARGS)
+
 .PHONY: check
-check: lint types ## what CI runs: lint, types, and the tests with their coverage
+check: lint types ## what CI runs: lint, types, the tests with the coverage of the Python code, and the suites that measure
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
+	@ECHOD_FASTPATH=0 $(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=$(COVERAGE_MIN)
+	@$(MAKE) test-build
 	@$(MAKE) test-faults
 	@$(MAKE) test-balancer
 	@$(MAKE) test-bench
@@ -123,7 +145,7 @@ format: $(VENV)/.dev ## let ruff format, and fix what is safe to fix
 .PHONY: clean
 clean: ## remove what make, the tests and the tools have made
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
-	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist echod/_fastpath.*.so
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- installation -----------------------------------------------------------------------------------------------------
@@ -138,6 +160,19 @@ uninstall: ## remove what `make install` made, with the same PREFIX and DESTDIR;
 	@set -eu; $(ASK); "$$(echo "$$said" | head -n 1)" tools/install.py uninstall $(PLACES)
 
 PLACES = --destdir="$(DESTDIR)" --prefix="$(PREFIX)" --sysconfdir="$(SYSCONFDIR)" --unitdir="$(UNITDIR)" --mandir="$(MANDIR)"
+
+# -- wheels -----------------------------------------------------------------------------------------------------------
+# The commit's time is the files', so that who builds the same commit gets the same bytes.
+
+COMMITTED_AT = $(or $(SOURCE_DATE_EPOCH),$(shell git log -1 --format=%ct 2>/dev/null),315532800)
+
+.PHONY: wheel
+wheel: $(VENV)/.dist ## make two wheels in dist/: manylinux with the fast path for this Python, and one without it for any
+	@rm -rf build/wheel
+	@set -eu; export SOURCE_DATE_EPOCH=$(COMMITTED_AT); build="$(BIN)/python -m hatchling build --target wheel --directory"; \
+	ECHOD_BUILD_STRICT=1 $$build build/wheel; \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+	ECHOD_FASTPATH=0 $$build dist
 
 # -- the image --------------------------------------------------------------------------------------------------------
 
@@ -158,7 +193,7 @@ config: $(VENV)/.echod ## renew systemd/echod.toml from the keys and their defau
 	@mv systemd/echod.toml.new systemd/echod.toml
 
 # -- the locks --------------------------------------------------------------------------------------------------------
-# Each but the last is constrained by those before it, so that one environment can hold all three. uv itself comes and
+# Each but the last is constrained by those before it, so that one environment can hold all four. uv itself comes and
 # goes.
 
 COMPILE = uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -174,6 +209,7 @@ lock: $(VENV)/.python ## renew requirements/*.lock from pyproject.toml; UPGRADE=
 	$(COMPILE) pyproject.toml -o requirements/run.lock; \
 	$(COMPILE) --group build -c requirements/run.lock -o requirements/build.lock; \
 	$(COMPILE) --group dev -c requirements/run.lock -c requirements/build.lock -o requirements/dev.lock; \
+	$(COMPILE) --group dist -c requirements/run.lock -c requirements/build.lock -c requirements/dev.lock -o requirements/dist.lock; \
 	$(COMPILE) --group bench -o requirements/bench.lock; \
 	if grep -nE '^ *-[^-]|^ *--[^h]|://|file:|$(CURDIR)' $(LOCKS); then echo "make lock: a lock names a place" >&2; exit 1; fi
 
@@ -216,9 +252,15 @@ $(VENV)/.run: $(VENV)/.python requirements/run.lock requirements/build.lock
 	@$(PIP) install --require-hashes -r requirements/run.lock -r requirements/build.lock
 	@touch $@
 
+# Beside its source, so that `import echod` finds it. Each time, for a compiler may have come or gone; what is newer than
+# its source stays.
+.PHONY: fastpath
+fastpath: $(VENV)/.run ## compile the fast path if its source has changed, and say whether there is one
+	@$(BIN)/python tools/build_fastpath.py
+
 # Editable, so the code is never installed twice; but its version and its commands are written down at installation. As
 # bytecode too, for where PYTHONDONTWRITEBYTECODE is set each start would compile all of it, twice as long.
-$(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py
+$(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py | fastpath
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m compileall -q echod
 	@touch $@
@@ -226,6 +268,11 @@ $(VENV)/.echod: $(VENV)/.run pyproject.toml echod/__init__.py
 $(VENV)/.dev: $(VENV)/.run requirements/dev.lock
 	@echo "Installing requirements/dev.lock ..."
 	@$(PIP) install --require-hashes -r requirements/dev.lock
+	@touch $@
+
+$(VENV)/.dist: $(VENV)/.run requirements/dist.lock
+	@echo "Installing requirements/dist.lock ..."
+	@$(PIP) install --require-hashes -r requirements/dist.lock
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.python requirements/bench.lock

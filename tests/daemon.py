@@ -148,9 +148,11 @@ def _matches(found: Event, name: str, fields: Mapping[str, Any]) -> bool:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without echod's own variables, and with warnings as errors."""
+    """The environment with warnings as errors and, but for the choice of the path, without echod's own variables."""
     strange = ("ECHOD_", "RUNTIME_DIRECTORY")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+    kept = {
+        name: value for name, value in os.environ.items() if name == "ECHOD_FASTPATH" or not name.startswith(strange)
+    }
     return kept | {"PYTHONWARNINGS": "error", "PYTHONDONTWRITEBYTECODE": ""}
 
 

@@ -105,6 +105,19 @@ def test_the_installed_program_serves(installation: Installation) -> None:
         assert echod.stop() == 0
 
 
+def test_the_fast_path_is_compiled_where_it_can_be(installation: Installation) -> None:
+    """By a compiler that is there and with the headers of that Python; otherwise echod runs in Python."""
+    has_headers = "import os, sysconfig; print(os.path.exists(sysconfig.get_path('include') + '/Python.h'))"
+    asked = subprocess.run([system_python(), "-c", has_headers], capture_output=True, text=True, check=True)
+    look = "from echod import fastpath; print(fastpath.IS_COMPILED)"
+    environment = {name: value for name, value in os.environ.items() if name != "ECHOD_FASTPATH"}
+    found = subprocess.run(
+        [installation.program / "bin/python", "-Pc", look], env=environment, cwd="/", capture_output=True, text=True
+    )
+    can_be = shutil.which("cc") and os.environ.get("ECHOD_FASTPATH") != "0" and asked.stdout == "True\n"
+    assert found.stdout == f"{bool(can_be)}\n", found.stderr
+
+
 def test_what_is_installed_believes_to_be_where_it_will_be(installation: Installation) -> None:
     """No file names DESTDIR; script and link lead to the final place; every module is compiled, by its final name."""
     for path in installation.root.rglob("*"):
@@ -155,7 +168,7 @@ def test_a_second_install_keeps_the_configuration_and_so_does_uninstall_if_it_wa
     assert it.config.read_text() == (PROJECT / "systemd/echod.toml").read_text()
     before = tree(it.root)
     it.config.write_text("[limits]\nconnections = 7\n")
-    it.make("install")
+    assert it.make("install").stderr.count("echod: fast path: ") == 1
     assert it.config.read_text() == "[limits]\nconnections = 7\n"
     assert tree(it.root) == before
     assert it.make("uninstall").stdout == "kept /etc/echod/echod.toml\n"

@@ -167,7 +167,8 @@ def _build(staged: Path, final: str, pip_options: Sequence[str]) -> None:
         locks = PROJECT / "requirements"
         _run(*pip, "install", *pip_options, "--require-hashes", "-r", f"{locks}/build.lock")
         wheels = f"{work}/wheels"
-        _run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, str(PROJECT))
+        # By hatchling itself, because pip would hide whether there is a fast path.
+        _run(f"{work}/venv/bin/python", "-m", "hatchling", "build", "-t", "wheel", "-d", wheels)
         _run(sys.executable, "-m", "venv", "--without-pip", str(staged))
         into = (*pip, "--python", f"{staged}/bin/python", "install", "--no-compile", "--no-warn-script-location")
         _run(*into, *pip_options, "--require-hashes", "-r", f"{locks}/run.lock")
@@ -182,8 +183,9 @@ def _build(staged: Path, final: str, pip_options: Sequence[str]) -> None:
 
 def _run(*command: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["HATCH_QUIET"] = "1"  # the path of the wheel is nobody's business
     try:
-        subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=True)
+        subprocess.run(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, check=True)
     except subprocess.CalledProcessError as error:
         raise RefusedError(f"{shlex.join(command)}: exit status {error.returncode}") from error
 

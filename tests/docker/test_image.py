@@ -110,6 +110,14 @@ def test_nothing_is_added_that_is_not_needed_to_run(engine: Engine, image: str, 
     )
 
 
+def test_the_fast_path_is_compiled_and_stripped(engine: Engine, image: str) -> None:
+    """Its file has no table of symbols."""
+    look = """if True:
+        from echod import _fastpath, fastpath
+        print(fastpath.IS_COMPILED, b".symtab" in open(_fastpath.__file__, "rb").read())"""
+    assert engine("run", "--rm", "--entrypoint", "python", image, "-c", look) == "True False"
+
+
 def test_no_start_compiles_anything(start: Start, engine: Engine, image: str) -> None:
     """Every module that echod imports has its bytecode, in all that it does: serve, reload, tell, ask, check."""
     is_told = ("--env", "PYTHONVERBOSE=1", "--env", "ECHOD_ADMIN_LISTEN=127.0.0.1:8889")
