@@ -6,7 +6,7 @@ What each command means in each phase is decided here and nowhere else.
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from itertools import chain
@@ -108,7 +108,7 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     notifier = around.notifier
 
     def status() -> str:
-        return _status(server, around.stats)
+        return _status(server, around.stats, reloads.restart_needed)
 
     reloads = Reloads(first, around.prepare, Parts(server, endpoint, around.logs), around.stats)
     reloads.on_begin, reloads.on_end = notifier.reloading, lambda: notifier.ready(status())
@@ -226,6 +226,10 @@ def _dump_stats(server: Server, around: Surroundings) -> None:
     around.orders.rest(Command.DUMP_STATS, max(DUMP_REST_S, DUMP_BREATH * cost_s))
 
 
-def _status(server: Server, stats: Stats) -> str:
-    counts = f"{server.open_connections} connections open, {stats.accepted} accepted"
-    return f"{counts}; last reload refused: {stats.reload_error}" if stats.reload_error else counts
+def _status(server: Server, stats: Stats, restart_needed: Sequence[str]) -> str:
+    parts = [f"{server.open_connections} connections open, {stats.accepted} accepted"]
+    if restart_needed:
+        parts.append(f"not in force before a restart: {', '.join(restart_needed)}")
+    if stats.reload_error:
+        parts.append(f"last reload refused: {stats.reload_error}")
+    return "; ".join(parts)

@@ -49,6 +49,8 @@ class Reloads:
 
     def __init__(self, first: Generation, prepare: Prepare, parts: Parts, stats: Stats) -> None:
         self.config = first.config
+        self.restart_needed: tuple[str, ...] = ()
+        """The keys whose values in the configuration are not in force before a restart."""
         self.on_begin: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
         self._prepare = prepare
@@ -144,7 +146,7 @@ class Reloads:
             generation.discard()
             raise
         changed = changed_keys(self.config, generation.config)
-        restart_needed = generation.restart_needed(self._parts.server.listening)
+        self.restart_needed = tuple(generation.restart_needed(self._parts.server.listening))
         self.config = generation.config
         self._parts.logs.apply(generation.config.log, generation.log_descriptor)
         self._stats.config_generation += 1
@@ -155,8 +157,8 @@ class Reloads:
         with suppress(asyncio.CancelledError):  # a stop, which waits for those listeners itself
             await asyncio.gather(self._parts.server.retired(), self._parts.endpoint.retired())
         addresses = self._parts.server.addresses
-        log.info("reload applied", changed=changed, restart_needed=restart_needed, listen=addresses)
-        return Verdict(changed=tuple(changed), restart_needed=tuple(restart_needed))
+        log.info("reload applied", changed=changed, restart_needed=self.restart_needed, listen=addresses)
+        return Verdict(changed=tuple(changed), restart_needed=self.restart_needed)
 
 
 def _tell(asked: Iterable["asyncio.Future[Verdict]"], verdict: Verdict) -> None:

@@ -60,6 +60,7 @@ def test_20_bad_reloads_fail_with_the_fault_and_change_nothing(machine: Machine,
             machine.configure(text)
             assert machine.systemctl("reload", "echod").returncode != 0, fault
             status = machine.status("echod")
+            assert "last reload refused: " in status, status
             assert fault in status, status
             assert machine.show("echod", "ActiveState") == {"ActiveState": "active"}
             assert in_force(machine, 99), number
