@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 from msgspec import Struct
 
-from echod.aside import aside
+from echod.aside import NoThreadError, aside
 from echod.cpu_share import CpuShare
 from echod.exchange import Answer, Exchange, Request
 from echod.listeners import Listeners
@@ -60,6 +60,8 @@ class Verdict(Struct, frozen=True):
     """What a reload came to: the keys that it changed, or every fault for which nothing has changed."""
 
     changed: tuple[str, ...] = ()
+    restart_needed: tuple[str, ...] = ()
+    """The keys whose values in the configuration are not in force yet, since this reload or an earlier one."""
     faults: tuple[str, ...] = ()
 
 
@@ -208,13 +210,15 @@ class Endpoint:
     async def _first_metrics(self) -> Answer:
         try:
             self._exposition = await aside(_exposition)
-        except ImportError as error:
+        except (ImportError, NoThreadError) as error:
             return Answer(503, f"no metrics: {error}\n".encode())
         return self._exposition(self._snapshot())
 
     async def _verdict(self) -> Answer:
         verdict = await self._reload()
-        return _json(409, {"errors": verdict.faults}) if verdict.faults else _json(200, {"changed": verdict.changed})
+        if verdict.faults:
+            return _json(409, {"errors": verdict.faults})
+        return _json(200, {"changed": verdict.changed, "restart_needed": verdict.restart_needed})
 
     # -- clients come and go ---------------------------------------------------------------------------------------
 

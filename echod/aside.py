@@ -8,9 +8,14 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
+class NoThreadError(Exception):
+    """Why no thread can be started, and what to do about it."""
+
+
 async def aside(work: Callable[[], Result], discard: Callable[[Result], object] = lambda _: None) -> Result:
     """What `work` returns or raises; `discard` gets a result that nobody waits for any more.
 
+    Raises NoThreadError if the limit of threads is reached.
     The thread is a daemon and no executor's, which the end of the loop would wait for.
     """
     loop = asyncio.get_running_loop()
@@ -25,7 +30,10 @@ async def aside(work: Callable[[], Result], discard: Callable[[Result], object] 
             if not _deliver(loop, _fulfil, done, result, discard):
                 discard(result)
 
-    threading.Thread(target=run, name="aside", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="aside", daemon=True).start()
+    except RuntimeError as error:
+        raise NoThreadError(f"{error}; raise TasksMax= or the limit of processes (ulimit -u)") from error
     try:
         return await done
     except asyncio.CancelledError:

@@ -53,11 +53,11 @@ def stats(addresses: Sequence[Address], answer_s: float = STATS_S) -> dict[str, 
             raise _strange(address, status, answer)
 
 
-def reload(addresses: Sequence[Address]) -> list[str]:
-    """Have it reload, and return the keys that changed. Raises RefusedError, UnansweredError."""
+def reload(addresses: Sequence[Address]) -> tuple[list[str], list[str]]:
+    """Have it reload; the keys that changed, and those that need a restart. Raises RefusedError, UnansweredError."""
     match _ask(addresses, "POST", "/reload", RELOAD_S):
-        case _, 200, {"changed": list(changed)}:
-            return [str(key) for key in changed]
+        case _, 200, {"changed": list(changed), "restart_needed": list(waiting)}:
+            return [*map(str, changed)], [*map(str, waiting)]
         case _, 409, {"errors": list(faults)}:
             raise RefusedError([str(fault) for fault in faults])
         case address, status, answer:

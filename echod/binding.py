@@ -43,6 +43,8 @@ class Wanted(Struct, frozen=True):
     proxy_protocol: bool = False
     is_private: bool = False
     """A Unix socket's file is for its user and root alone."""
+    name: str = ""
+    """What the configuration calls it: `listen[0]`."""
 
 
 class Heir(Struct, frozen=True):
@@ -60,13 +62,13 @@ def bind_all(
     entries: Iterable[Wanted],
     kept: Mapping[Key, Bound | None] = NONE_KEPT,
     heirs: Sequence[Heir] = (),
-    proxied: set[Key] | None = None,
+    wanted: dict[Key, Wanted] | None = None,
 ) -> dict[Key, Bound | None]:
     """A bound socket for every endpoint of the entries, in order, but None for those that are `kept`.
 
     An heir is taken for the endpoint it listens on; heirs that no entry wants come behind, for who waits in them waits
-    for us. Of a kept one that comes with its socket the options are changed too. Those of entries that want a PROXY
-    header are added to `proxied`. All or nothing: raises BindErrors with every fault, and nothing stays bound then.
+    for us. Of a kept one that comes with its socket the options are changed too. The entry of each goes to `wanted`.
+    All or nothing: raises BindErrors with every fault, and nothing stays bound then.
     """
     sockets: dict[Key, Bound | None] = {}
     unclaimed = list(heirs)
@@ -77,8 +79,8 @@ def bind_all(
         key = _key(endpoint, sockets, is_there=heir is not None)
         if heir:
             unclaimed.remove(heir)
-        if proxied is not None and how and how.proxy_protocol:
-            proxied.add(key)
+        if wanted is not None and how:
+            wanted[key] = how
         if key in kept:
             sockets[key] = None
             _adapt(None if heir else kept[key], how)

@@ -78,8 +78,10 @@ def _ask(question: cli.AskStats | cli.AskReload, environment: Environment) -> bo
             case cli.AskStats():
                 _stats(question, environment)
             case cli.AskReload(target):
-                changed = ask.reload(_admin(target, environment, for_reload=True))
+                changed, waiting = ask.reload(_admin(target, environment, for_reload=True))
                 show_line(f"reload applied: {', '.join(changed) or 'nothing'} changed")
+                if waiting:
+                    show_line(f"not in force before a restart or an upgrade: {', '.join(waiting)}")
     except settings.ConfigError as error:
         complain(error.faults)
     except ask.RefusedError as error:

@@ -126,13 +126,3 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 def _value(config: Config, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
-
-
-def restart_needed(old: Config, new: Config) -> list[str]:
-    """The names of the keys that have changed, but hold for a listener only from its next bind on."""
-    before = {entry.address: entry for entry in old.listen}
-    return [
-        f"listen[{index}].reuse_port"
-        for index, entry in enumerate(new.listen)
-        if before.get(entry.address, entry).reuse_port != entry.reuse_port
-    ]

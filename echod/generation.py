@@ -38,6 +38,8 @@ class Generation(Struct, frozen=True):
     proxied: frozenset[sockets.Key]
     """The listeners whose clients come with a PROXY header."""
     log_descriptor: int | None
+    wanted: Mapping[sockets.Key, binding.Wanted] = {}
+    """What the configuration's entry of each listener wants, whether it can be in force or not."""
 
     def give(self, uid: int, gid: int) -> None:
         """Make the files of Unix sockets another user's, who will have to remove them; raises OSError."""
@@ -57,6 +59,18 @@ class Generation(Struct, frozen=True):
     @property
     def _sockets(self) -> list[sockets.Bound]:
         return [bound for bound in (*self.listeners.values(), *self.admin.values()) if bound]
+
+    def restart_needed(self, listening: Mapping[sockets.Key, sockets.Bound]) -> list[str]:
+        """The keys that are not in force on the sockets that listen, for only a bind sets them.
+
+        Not those of a socket that was handed over: whoever bound it has set its options.
+        """
+        names = {
+            f"{how.name}.reuse_port": None  # once, if the address stands for several sockets
+            for key, how in self.wanted.items()
+            if not listening[key].is_inherited and sockets.is_port_shared(listening[key].socket) != how.reuse_port
+        }
+        return [*names]
 
     def discard(self) -> None:
         """Close what was opened for it."""
@@ -109,8 +123,8 @@ def prepare(
         if descriptor is not None:
             undo.callback(os.close, descriptor)
         faults: list[str] = []
-        proxied: set[sockets.Key] = set()
-        bind = partial(binding.bind_all, heirs=given.heirs, proxied=proxied)
+        wanted: dict[sockets.Key, binding.Wanted] = {}
+        bind = partial(binding.bind_all, heirs=given.heirs, wanted=wanted)
         listeners = _bound("listen", partial(_wanted, loaded, given.heirs), kept.listeners, faults, bind)
         undo.callback(binding.discard, listeners)
         admin = _admin(config.admin.listen, given.runtime_admin, kept.admin, faults)
@@ -118,7 +132,8 @@ def prepare(
         if faults:
             raise PrepareError(faults)
         undo.pop_all()
-    return Generation(config, loaded.warnings, listeners, admin, frozenset(proxied), descriptor)
+    proxied = frozenset(key for key, how in wanted.items() if how.proxy_protocol)
+    return Generation(config, loaded.warnings, listeners, admin, proxied, descriptor, wanted)
 
 
 def unchanged(config: Config, kept: Kept, proxied: frozenset[sockets.Key], faults: Sequence[str]) -> Generation:
@@ -143,8 +158,8 @@ def _wanted(loaded: Loaded, heirs: Sequence[binding.Heir]) -> list[binding.Wante
     if heirs and not loaded.is_listen_set:
         return []
     wanted = [
-        binding.Wanted(parse_address(entry.address), entry.reuse_port, entry.proxy_protocol)
-        for entry in loaded.config.listen
+        binding.Wanted(parse_address(entry.address), entry.reuse_port, entry.proxy_protocol, name=f"listen[{index}]")
+        for index, entry in enumerate(loaded.config.listen)
     ]
     return wanted if loaded.is_listen_set else [each for each in wanted if binding.is_possible(each.address)]
 

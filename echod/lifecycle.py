@@ -6,26 +6,27 @@ What each command means in each phase is decided here and nowhere else.
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from itertools import chain
-from typing import Literal, assert_never
+from typing import assert_never
 
 import structlog
 from msgspec import Struct
 
 from echod import __version__, crossing
 from echod.admin import Endpoint, Verdict
-from echod.config import Config, Timeouts
+from echod.config import Config
 from echod.crossing import Legacy
+from echod.drain import Means, connections, drain
 from echod.generation import Generation
 from echod.handover import Process, Service
 from echod.logs import Logs
 from echod.preflight import PreflightError
 from echod.reload import Parts, Prepare, Reloads
-from echod.server import PROGRESS_S, Drained, Server
-from echod.signals import Command, Order
+from echod.server import Server
+from echod.signals import Command, Mailbox, Order
 from echod.sockets import ListenError
 from echod.stats import Stats
 from echod.successor import Successor
@@ -34,8 +35,11 @@ from echod.systemd import Notifier
 from echod.upgrade import SETTLE_S, Steps, Upgrades
 from echod.watch import BEAT_S, Watch
 
-EXTENSION_S = 3.0
-"""What a drain that goes on asks the service manager for, once a second: its end needs up to two."""
+DUMP_REST_S = 0.01
+"""After a statistics dump the next one waits at least so long, and DUMP_BREATH times as long as the dump took."""
+
+DUMP_BREATH = 9
+"""So dumps take a tenth of the loop at most, however many signals ask for them."""
 
 log = structlog.get_logger()
 
@@ -50,7 +54,9 @@ class Outcome(Enum):
 class Surroundings(Struct, frozen=True):
     """What a run is given: orders to follow, a way to reload, logs to write, whom to tell that clients are served."""
 
-    next_order: Callable[[], Awaitable[Order]]
+    orders: Mailbox
+    stop_began_at: Callable[[], float]
+    """Since when the stop under way counts (time.monotonic): what its lame duck and its drain are measured from."""
     prepare: Prepare
     logs: Logs
     stats: Stats
@@ -86,7 +92,7 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     server = Server(first.config, around.stats, around.open_files)
 
     async def reload() -> Verdict:
-        log.info("reload started", by="admin endpoint")
+        log.debug("reload requested", by="admin endpoint")
         return await reloads.verdict()
 
     endpoint = Endpoint(server.snapshot, reload)
@@ -102,7 +108,7 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     notifier = around.notifier
 
     def status() -> str:
-        return _status(server, around.stats)
+        return _status(server, around.stats, reloads.restart_needed)
 
     reloads = Reloads(first, around.prepare, Parts(server, endpoint, around.logs), around.stats)
     reloads.on_begin, reloads.on_end = notifier.reloading, lambda: notifier.ready(status())
@@ -124,9 +130,9 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
         await asyncio.gather(supervising, return_exceptions=True)
     endpoint.start_draining()
     await reloads.close()
-    drained = await _drain(stop, reloads.config.timeouts, server, around)
+    means = Means(server, endpoint, notifier, around.orders, partial(_dump_stats, server, around))
+    drained = await drain(stop, around.stop_began_at(), reloads.config.timeouts, means)
     log.info("drain finished", clean=drained.clean, cut=drained.cut, unacknowledged=drained.unacknowledged)
-    await endpoint.close()
     return Outcome.CUT_OFF if drained.cut else Outcome.STOPPED
 
 
@@ -198,96 +204,32 @@ def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroun
 async def _serve(server: Server, reloads: Reloads, upgrades: Upgrades, around: Surroundings) -> Order:
     """Follow orders until one says to stop; return it."""
     while True:
-        order = await around.next_order()
+        order = await around.orders.get()
         match order.command:
             case Command.STOP:
                 return order
             case Command.RELOAD:
-                log.info("reload started", **_origin(order))
-                reloads.request()
+                reloads.request(**order.origin)
             case Command.DUMP_STATS:
-                around.logs.always("stats", **server.snapshot())
+                _dump_stats(server, around)
             case Command.UPGRADE:
-                log.info("upgrade started", **_origin(order))
+                log.info("upgrade started", **order.origin)
                 upgrades.request()
             case _:
                 assert_never(order.command)
 
 
-async def _drain(stop: Order, timeouts: Timeouts, server: Server, around: Surroundings) -> Drained:
-    """Drain, after the time as a lame duck, following the orders that still make sense."""
-    is_cut = asyncio.Event()
-    following = asyncio.ensure_future(_follow_while_draining(server, around, is_cut))
-    cutting = asyncio.ensure_future(is_cut.wait())
-    try:
-        if timeouts.lame_duck:
-            await _lame_duck(stop, timeouts.lame_duck, server, around.notifier, cutting)
-        log.info("drain started", **_origin(stop), connections=server.open_connections, seconds_left=timeouts.drain)
-        around.notifier.stopping(_drain_status(server.open_connections, timeouts.drain))
-        draining = asyncio.ensure_future(server.drain(partial(_report, around.notifier)))
-        await asyncio.wait({draining, cutting}, return_when=asyncio.FIRST_COMPLETED)
-        if cutting.done():
-            server.cut_off()
-        return await draining
-    finally:
-        for task in (following, cutting):
-            task.cancel()
-        await asyncio.gather(following, cutting, return_exceptions=True)
+def _dump_stats(server: Server, around: Surroundings) -> None:
+    began = time.perf_counter()
+    around.logs.always("stats", **server.snapshot())
+    cost_s = time.perf_counter() - began
+    around.orders.rest(Command.DUMP_STATS, max(DUMP_REST_S, DUMP_BREATH * cost_s))
 
 
-async def _lame_duck(
-    stop: Order, seconds: float, server: Server, notifier: Notifier, cutting: "asyncio.Future[Literal[True]]"
-) -> None:
-    """Go on accepting, while whoever asks is told that we are leaving; until a second signal."""
-    log.info("lame duck started", **_origin(stop), connections=server.open_connections, seconds_left=seconds)
-    server.is_leaving = True
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    notifier.stopping(_lame_duck_status(server.open_connections, seconds))
-    while (left_s := end - loop.time()) > 0 and not cutting.done():
-        await asyncio.wait({cutting}, timeout=min(left_s, PROGRESS_S))
-        notifier.extend(EXTENSION_S, _lame_duck_status(server.open_connections, max(0.0, end - loop.time())))
-
-
-def _report(notifier: Notifier, connections: int, seconds_left: float) -> None:
-    log.info("drain progress", connections=connections, seconds_left=round(seconds_left, 1))
-    notifier.extend(EXTENSION_S, _drain_status(connections, seconds_left))
-
-
-async def _follow_while_draining(server: Server, around: Surroundings, is_cut: asyncio.Event) -> None:
-    while True:
-        order = await around.next_order()
-        match order.command:
-            case Command.STOP:
-                log.warning("drain cut short", **_origin(order))
-                is_cut.set()
-            case Command.RELOAD:
-                log.info("reload ignored", why="draining")
-            case Command.DUMP_STATS:
-                around.logs.always("stats", **server.snapshot())
-            case Command.UPGRADE:
-                log.warning("upgrade refused", errors=["draining"])
-            case _:
-                assert_never(order.command)
-
-
-def _origin(order: Order) -> dict[str, str | int]:
-    """Which signal, and whose: the kernel, as for Ctrl-C, has no pid."""
-    return {"signal": order.signal} | ({"sender_pid": order.sender_pid} if order.sender_pid else {})
-
-
-def _status(server: Server, stats: Stats) -> str:
-    counts = f"{_connections(server.open_connections)} open, {stats.accepted} accepted"
-    return f"{counts}; last reload refused: {stats.reload_error}" if stats.reload_error else counts
-
-
-def _connections(count: int) -> str:
-    return "1 connection" if count == 1 else f"{count} connections"
-
-
-def _lame_duck_status(connections: int, seconds_left: float) -> str:
-    return f"lame duck: {_connections(connections)}, accepting for {seconds_left:.0f} s more"
-
-
-def _drain_status(connections: int, seconds_left: float) -> str:
-    return f"draining: {_connections(connections)} left, {seconds_left:.0f} s left"
+def _status(server: Server, stats: Stats, restart_needed: Sequence[str]) -> str:
+    parts = [f"{connections(server.open_connections)} open, {stats.accepted} accepted"]
+    if restart_needed:
+        parts.append(f"not in force before a restart: {', '.join(restart_needed)}")
+    if stats.reload_error:
+        parts.append(f"last reload refused: {stats.reload_error}")
+    return "; ".join(parts)

@@ -111,7 +111,7 @@ class Listeners:
     def _retire(self, listener: Listener, bound_s: float) -> None:
         async def close() -> None:
             with suppress(TimeoutError):
-                async with asyncio.timeout(bound_s + CLOSE_S):
+                async with asyncio.timeout(max(bound_s, 2 * CLOSE_S)):
                     await listener.close()
 
         def forget(_: object) -> None:  # a callback, for a task that is cancelled before its first step runs no finally

@@ -7,13 +7,14 @@ that began after the request.
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from typing import Any
 
 import structlog
 from msgspec import Struct
 
 from echod.admin import Endpoint, Verdict
-from echod.aside import aside
-from echod.config import changed_keys, restart_needed
+from echod.aside import NoThreadError, aside
+from echod.config import changed_keys
 from echod.generation import Generation, Kept, PrepareError
 from echod.logs import Logs
 from echod.server import Server
@@ -24,6 +25,9 @@ Prepare = Callable[[Kept], Generation]
 
 DRAINING = Verdict(faults=("draining",))
 """What is told to who asks for a reload once a stop has begun, or whose reload it has interrupted."""
+
+REST_S = 0.1
+"""How long a reload waits after the one before: who asks without pause must not take the processor from clients."""
 
 log = structlog.get_logger()
 
@@ -45,6 +49,8 @@ class Reloads:
 
     def __init__(self, first: Generation, prepare: Prepare, parts: Parts, stats: Stats) -> None:
         self.config = first.config
+        self.restart_needed: tuple[str, ...] = ()
+        """The keys whose values in the configuration are not in force before a restart."""
         self.on_begin: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
         self._prepare = prepare
@@ -53,12 +59,15 @@ class Reloads:
         self._wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._origin: dict[str, Any] = {}
         self._asked: list[asyncio.Future[Verdict]] = []
         self._is_closing = False
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="reloads")
 
-    def request(self) -> None:
-        """Reload, soon: after the one under way, if one is."""
+    def request(self, **origin: Any) -> None:
+        """Reload, soon: after the one under way, if one is. The log tells the `origin` of the first of several."""
+        if not self._wanted.is_set():
+            self._origin = origin
         self._idle.clear()
         self._wanted.set()
 
@@ -77,7 +86,7 @@ class Reloads:
             return DRAINING
         asked: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._asked.append(asked)
-        self.request()
+        self.request(by="admin endpoint")
         return await asked
 
     async def close(self) -> None:
@@ -85,6 +94,8 @@ class Reloads:
         self._is_closing = True
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
+        if self._wanted.is_set():
+            log.info("reload ignored", why="draining")
         _tell(self._asked, DRAINING)
 
     async def _work(self) -> None:
@@ -93,6 +104,7 @@ class Reloads:
             self._wanted.clear()
             asked, self._asked = self._asked, []
             verdict = DRAINING
+            log.info("reload started", **self._origin)
             self.on_begin()
             try:
                 verdict = await self._reload()
@@ -101,23 +113,23 @@ class Reloads:
                 _tell(asked, verdict)
                 if not self._wanted.is_set():
                     self._idle.set()
+            await asyncio.sleep(REST_S)
 
     async def _reload(self) -> Verdict:
         try:
-            changed = await self._put_in_force(
-                await aside(lambda: self._prepare(self._parts.kept()), Generation.discard)
-            )
+            return await self._put_in_force(await aside(lambda: self._prepare(self._parts.kept()), Generation.discard))
         except PrepareError as error:
             return self._refuse(error.faults)
         except ListenError as error:
             return self._refuse([f"listen: {error}"])
+        except NoThreadError as error:
+            return self._refuse([str(error)])
         except asyncio.CancelledError:
             self._refuse(DRAINING.faults)
             raise
         except Exception as error:  # whatever it is, the old configuration serves on
             log.exception("reload failed")
             return self._refuse([repr(error)])
-        return Verdict(changed=tuple(changed))
 
     def _refuse(self, faults: Collection[str]) -> Verdict:
         self._stats.reloads_refused += 1
@@ -125,7 +137,7 @@ class Reloads:
         log.error("reload refused", errors=[*faults])
         return Verdict(faults=tuple(faults))
 
-    async def _put_in_force(self, generation: Generation) -> list[str]:
+    async def _put_in_force(self, generation: Generation) -> Verdict:
         try:
             generation.listen()
             self._parts.endpoint.apply(generation.admin)
@@ -134,7 +146,7 @@ class Reloads:
             generation.discard()
             raise
         changed = changed_keys(self.config, generation.config)
-        restart = restart_needed(self.config, generation.config)
+        self.restart_needed = tuple(generation.restart_needed(self._parts.server.listening))
         self.config = generation.config
         self._parts.logs.apply(generation.config.log, generation.log_descriptor)
         self._stats.config_generation += 1
@@ -144,8 +156,9 @@ class Reloads:
             log.warning("configuration", warning=warning)
         with suppress(asyncio.CancelledError):  # a stop, which waits for those listeners itself
             await asyncio.gather(self._parts.server.retired(), self._parts.endpoint.retired())
-        log.info("reload applied", changed=changed, restart_needed=restart, listen=self._parts.server.addresses)
-        return changed
+        addresses = self._parts.server.addresses
+        log.info("reload applied", changed=changed, restart_needed=self.restart_needed, listen=addresses)
+        return Verdict(changed=tuple(changed), restart_needed=self.restart_needed)
 
 
 def _tell(asked: Iterable["asyncio.Future[Verdict]"], verdict: Verdict) -> None:

@@ -129,9 +129,10 @@ class Server:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    async def drain(self, report: Callable[[int, float], None]) -> Drained:
-        """Stop accepting, let each client have what it is owed, and return when all are gone.
+    async def drain(self, report: Callable[[int, float], None], deadline: float) -> Drained:
+        """Stop accepting, let each client have what it is owed until the deadline, and return when all are gone.
 
+        The deadline is one of time.monotonic; what is left then has one second more to end its stream.
         `report` is called at least once a second with the connections and the seconds that are left.
         """
         before = dict(self._stats.closed)
@@ -139,8 +140,8 @@ class Server:
         self.is_leaving = True
         self._sweeper.cancel()
         self.clients.start_draining()
-        self._listeners.apply({}, self._config.timeouts.drain)
-        await self._settle(started_at, report)
+        self._listeners.apply({}, max(0.0, deadline - started_at))
+        await self._settle(started_at, deadline, report)
         await self._listeners.retired()
         await asyncio.gather(self._sweeper, return_exceptions=True)
         return self._drained(before)
@@ -154,10 +155,9 @@ class Server:
             connection.end_now()
         self.clients.emptied.set()
 
-    async def _settle(self, started_at: float, report: Callable[[int, float], None]) -> None:
+    async def _settle(self, started_at: float, deadline: float, report: Callable[[int, float], None]) -> None:
         """Finish each connection once it is quiet, and what is left at the end of the drain, until none is left."""
         timeouts = self._config.timeouts
-        deadline = started_at + timeouts.drain
         tick_s = min(max(timeouts.drain_quiet / 10, 0.01), 0.1)
         reported_at = started_at
         is_over = False
@@ -165,6 +165,7 @@ class Server:
             now = self._loop.time()
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
+                await asyncio.sleep(0)  # a full turn: what came in time, be it in a pause of the process, is answered
                 self.clients.preludes.give_up()
                 for connection in self.clients.connections:
                     deadlines.end_at_line_boundary(connection)

@@ -29,7 +29,7 @@ from echod.config import Config
 from echod.crossing import Legacy
 from echod.generation import Generation, Given, Kept
 from echod.greeting import greeting
-from echod.guard import Guard
+from echod.guard import LAST_WORDS_S, Guard
 from echod.handover import Process, State
 from echod.logs import STANDARD_ERROR, Logs
 from echod.reload import Prepare, Reloads
@@ -170,7 +170,8 @@ def _run(first: Generation, parts: _Parts) -> int:
     logs = Logs(first.config.log, first.log_descriptor)
     notifier = Notifier(start.environment.get("NOTIFY_SOCKET"))
     around = lifecycle.Surroundings(
-        parts.mailbox.get,
+        parts.mailbox,
+        lambda: parts.guard.stop_began_at,
         parts.prepare,
         logs,
         _stats(logs, start.legacy),
@@ -190,8 +191,9 @@ def _run(first: Generation, parts: _Parts) -> int:
         start.tell(status, [f"echod: could not start: listen: {error}"])
     except Exception:
         structlog.get_logger().exception("crashed")
+    parts.guard.ended(status)
     structlog.get_logger().info("stopped", exit_status=status)
-    logs.sink.close(LOG_FLUSH_S)
+    logs.sink.close(min(LOG_FLUSH_S, max(LAST_WORDS_S, parts.guard.remaining_s() - LAST_WORDS_S)))
     notifier.close()
     gc.freeze()  # the interpreter's end would look at every object once more: 40 ms in which nothing happens
     return status
@@ -223,7 +225,7 @@ def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, re
     start = parts.start
     gc.freeze()  # what is there now stays: it needn't be looked at again and again
     gc.enable()
-    parts.guard.serving(lambda: _stop_s(reloads.config), last_words=lambda: logs.sink.close(LOG_FLUSH_S))
+    parts.guard.serving(lambda: _stop_s(reloads.config), last_words=lambda: logs.sink.close(LAST_WORDS_S))
     if start.legacy:
         return
     if logs.is_at_terminal:

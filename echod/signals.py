@@ -8,7 +8,6 @@ while it is stuck. What a command means is not known here.
 import asyncio
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -36,6 +35,12 @@ TABLE = {
 _WAKE = signal.SIGRTMIN
 """Private to the waiting thread: ends it without a poll."""
 
+_ALARM = signal.SIGALRM
+"""Ends a wait when its time is over."""
+
+_SHORTEST_S = 0.001
+"""A timer of 0 s would never end."""
+
 
 class Order(Struct, frozen=True):
     """A command, the signal that brought it and who sent it (pid 0: the kernel, as for Ctrl-C)."""
@@ -43,6 +48,11 @@ class Order(Struct, frozen=True):
     command: Command
     signal: str
     sender_pid: int
+
+    @property
+    def origin(self) -> dict[str, str | int]:
+        """Which signal it was, and whose, as fields of a log event: the kernel, as for Ctrl-C, has no pid."""
+        return {"signal": self.signal} | ({"sender_pid": self.sender_pid} if self.sender_pid else {})
 
 
 def order(name: str, sender_pid: int) -> Order | None:
@@ -52,15 +62,25 @@ def order(name: str, sender_pid: int) -> Order | None:
 
 
 class Mailbox:
-    """Carries orders from the signal thread to the event loop; they wait in it until the loop asks."""
+    """Carries orders from the signal thread to the event loop; they wait in it until the loop asks.
+
+    As in the kernel, a command that waits already is not added again, so that no sender can fill it. Only stops are
+    counted, up to two: the second one means more than the first.
+    """
 
     def __init__(self) -> None:
-        self._orders: deque[Order] = deque()
+        self._orders: list[Order] = []
+        self._resting: dict[Command, float] = {}
+        self._lock = threading.Lock()
         self._wake: Callable[[], object] | None = None
 
     def put(self, order: Order) -> None:
-        """Add an order; from any thread."""
-        self._orders.append(order)
+        """Add an order, unless as many of its kind wait as have a meaning; from any thread."""
+        most = 2 if order.command is Command.STOP else 1
+        with self._lock:
+            if sum(waiting.command is order.command for waiting in self._orders) >= most:
+                return
+            self._orders.append(order)
         wake = self._wake
         if wake:
             with suppress(RuntimeError):  # the loop is closed: nobody reads orders any more
@@ -68,22 +88,44 @@ class Mailbox:
 
     def take(self) -> list[Order]:
         """Every order that waits."""
-        orders = [*self._orders]
-        self._orders.clear()
+        with self._lock:
+            orders, self._orders = self._orders, []
         return orders
 
+    def rest(self, command: Command, seconds: float) -> None:
+        """Return the next order with this command only after so many seconds; others overtake it. From the loop."""
+        self._resting[command] = asyncio.get_running_loop().time() + seconds
+
     async def get(self) -> Order:
-        """The next order, in the order of arrival; for one reader at a time."""
+        """The next order, in the order of arrival; for one reader at a time.
+
+        A full turn of the event loop comes first: whoever sends signals without pause must not starve the clients.
+        """
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
         try:
-            while not self._orders:
-                await arrived.wait()
+            for _ in range(2):  # after the first, what is readable by now is only found, not read
+                await asyncio.sleep(0)
+            while True:
                 arrived.clear()
+                order, rest_s = self._next(loop.time())
+                if order:
+                    return order
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(rest_s):
+                        await arrived.wait()
         finally:
             self._wake = None
-        return self._orders.popleft()
+
+    def _next(self, now: float) -> tuple[Order | None, float | None]:
+        """Take the first order whose command does not rest; if there is none, after how many seconds there may be."""
+        with self._lock:
+            for index, order in enumerate(self._orders):
+                if self._resting.get(order.command, 0.0) <= now:
+                    return self._orders.pop(index), None
+            ends = [self._resting[order.command] for order in self._orders]
+        return None, min(ends) - now if ends else None
 
 
 class Delivery:
@@ -126,7 +168,7 @@ def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], flo
     it is called in that thread even when the rest of the process is stuck, and may end the process. The signals stay
     blocked afterwards: what arrives then is left pending, for whoever runs next in this process.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*TABLE, _WAKE})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*TABLE, _WAKE, _ALARM})
     delivery = Delivery(deliver, seconds_left)
     try:
         yield delivery
@@ -143,16 +185,14 @@ def _wait(
     deliver: Callable[[Order], object], seconds_left: Callable[[], float | None], closing: threading.Event
 ) -> None:
     while True:
-        received = _next_signal(seconds_left())
-        if received is None:
-            continue
-        if received.si_signo != _WAKE:
-            number = signal.Signals(received.si_signo)
+        left_s = seconds_left()
+        # Not sigtimedwait: interrupted, and resumed only after its timeout, as by SIGSTOP and SIGCONT, CPython 3.13 and
+        # earlier return what the stack held before, be it the signal of the last call.
+        signal.setitimer(signal.ITIMER_REAL, 0.0 if left_s is None else max(left_s, _SHORTEST_S))
+        received = signal.sigwaitinfo({*TABLE, _WAKE, _ALARM})
+        number = signal.Signals(received.si_signo)
+        if number in TABLE:
             deliver(Order(TABLE[number], number.name.removeprefix("SIG"), received.si_pid))
-        elif closing.is_set():  # else it is a stranger's signal, which must not make us deaf
+        elif number == _WAKE and closing.is_set():  # else it is a stranger's signal, which must not make us deaf
+            signal.setitimer(signal.ITIMER_REAL, 0.0)  # execve(2) would keep it
             return
-
-
-def _next_signal(timeout_s: float | None) -> signal.struct_siginfo | None:
-    awaited = {*TABLE, _WAKE}
-    return signal.sigwaitinfo(awaited) if timeout_s is None else signal.sigtimedwait(awaited, max(0.0, timeout_s))

@@ -9,7 +9,7 @@ import select
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
@@ -17,156 +17,201 @@ QUEUED_LINES = 8192
 """At a few hundred bytes a line some megabytes; what a reader may be behind before lines are dropped."""
 
 PREDECESSOR_S = 1.0
-"""How long a new place waits for the last lines to the old one."""
+"""How long a new place waits for the last lines to the old one; those that it has not taken then are lost."""
 
 _BATCH_BYTES = 65_536
 _GATHER_S = 0.01
 """How long the writer rests after a write: lines of a busy moment then share one write and one wake-up (9 µs each).
 Not if somebody waits for it: a stop does, and in the moment of an upgrade all clients do."""
 
+_LOOK_S = 0.05
+"""How often the writer looks whether it is to leave a place that takes nothing."""
+
 
 class Sink:
-    """The place that lines go to; it can be changed while lines are being written."""
+    """The place that lines go to; it can be changed while lines are being written.
+
+    One thread writes to all places, one after the other, and at most one new place waits for it. So the sink has one
+    thread and two descriptors, however often the place is changed and however long an old one takes nothing. Only a
+    write that never returns, as to a network file system that hangs, keeps the log from a new place.
+    """
 
     def __init__(self, descriptor: int, *, is_owned: bool = False) -> None:
-        self._writers = [_Writer(descriptor, is_owned)]  # the last one takes the lines, those before are ending
-        self._dropped_by_ended = 0
-        self._turn = threading.RLock()  # one writes, or changes writers; reentrant, for a destructor may log
-
-    @property
-    def dropped(self) -> int:
-        """Lines lost so far: no room in the queue, or the descriptor took none."""
-        return self._dropped_by_ended + sum(writer.dropped for writer in self._writers)
-
-    def write(self, line: bytes) -> None:
-        """Queue a line; never blocks."""
-        with self._turn:  # or the line could come behind the end of one that was the last
-            self._writers[-1].put(line)
-
-    def flush(self, timeout_s: float) -> int:
-        """Wait until what is queued is written, for at most `timeout_s`; return how many lines are not."""
-        written = threading.Event()
-        self._writers[-1].mark(written)
-        written.wait(timeout_s)
-        return sum(writer.unwritten for writer in self._writers)
-
-    def redirect(self, descriptor: int, *, is_owned: bool) -> None:
-        """Send the lines written from now on to `descriptor`; the one before gets its lines, and is closed if owned.
-
-        Lines keep their order, for the new place may be the old one reopened. But a thread that is stuck in its write
-        is left behind with what it has after PREDECESSOR_S: a new place must not wait for an old one.
-        """
-        last = self._writers[-1]
-        new = _Writer(descriptor, is_owned, last)
-        with self._turn:
-            self._writers.append(new)
-            last.finish()
-        ended = [writer for writer in self._writers[:-1] if writer.wait(0)]
-        self._dropped_by_ended += sum(writer.dropped for writer in ended)
-        self._writers = [writer for writer in self._writers if writer not in ended]
-
-    def close(self, timeout_s: float) -> bool:
-        """Write what is queued, for at most `timeout_s`; return whether all of it was."""
-        end = time.monotonic() + timeout_s
-        self._writers[-1].finish()
-        waited = [writer.wait(end - time.monotonic()) for writer in self._writers]
-        return all(waited)
-
-
-class _Writer:
-    """One descriptor, the queue of lines for it and the thread between them."""
-
-    def __init__(self, descriptor: int, is_owned: bool, predecessor: "_Writer | None" = None) -> None:
-        self._refused = 0  # counted by the callers of `put`
-        self._failed = 0  # counted by the thread
-        self._descriptor = descriptor
-        self._is_owned = is_owned
-        self._is_torn = False
-        self._in_hand = 0  # lines that the thread is writing
-        # A pipe takes as much at once or nothing of it (pipe(7)): who ends a write that waits tears no line.
-        self._piece_bytes = select.PIPE_BUF if _is_pipe(descriptor) else 2 * _BATCH_BYTES
-        self._nobody = threading.Event()
+        self._newest = _Place(descriptor, is_owned=is_owned)
+        self._next: _Place | None = None  # the newest, if the writer has not come to it yet
+        self._leave_at = float("inf")  # when the writer leaves the place before that one, whatever it has taken
+        self._waiting = 0  # lines neither written nor lost
+        self._behind = 0  # the same, for the place that is next
+        self._dropped = 0
+        self._turn = threading.RLock()  # around all of these; reentrant, for a destructor may log
         self._is_awaited = threading.Event()
-        self._queue: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()  # an event: tell when you are here
-        self._thread = threading.Thread(target=self._run, args=(predecessor,), name="log", daemon=True)
+        self._queue: SimpleQueue[bytes | _Mark] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(self._newest,), name="log", daemon=True)
         self._thread.start()
 
     @property
     def dropped(self) -> int:
-        return self._refused + self._failed
+        """Lines lost so far: no room in the queue, or the descriptor took none."""
+        return self._dropped
 
-    @property
-    def unwritten(self) -> int:
-        return self._queue.qsize() + self._in_hand
-
-    def mark(self, reached: threading.Event) -> None:
-        self._is_awaited.set()
-        self._queue.put(reached)
-
-    def put(self, line: bytes) -> None:
-        if self._queue.qsize() < QUEUED_LINES:
+    def write(self, line: bytes) -> None:
+        """Queue a line; never blocks."""
+        with self._turn:
+            if (self._behind if self._next else self._waiting) >= QUEUED_LINES:
+                self._dropped += 1
+                return
+            if self._next:
+                self._behind += 1
+            else:
+                self._waiting += 1
             self._queue.put(line)
-        else:
-            self._refused += 1
 
-    def finish(self) -> None:
-        self._is_awaited.set()
-        self._queue.put(None)
+    def flush(self, timeout_s: float) -> int:
+        """Wait until what is queued is written, for at most `timeout_s`; return how many lines are not."""
+        mark = _Mark()
+        self._put(mark)
+        mark.reached.wait(timeout_s)
+        return self._waiting + self._behind
 
-    def wait(self, timeout_s: float) -> bool:
+    def redirect(self, descriptor: int, *, is_owned: bool) -> None:
+        """Send the lines written from now on to `descriptor`; the one before gets its lines, and is closed if owned.
+
+        Lines keep their order, for the new place may be the old one reopened. But a place that takes nothing is left
+        after PREDECESSOR_S. Standard error that is redirected to standard error stays as it is.
+        """
+        place = _Place(descriptor, is_owned=is_owned)
+        with self._turn:
+            if not is_owned and place.descriptor == self._newest.descriptor:
+                return
+            skipped, self._next, self._newest = self._next, place, place
+            if not skipped:
+                self._leave_at = time.monotonic() + PREDECESSOR_S
+                self._put(_Mark(is_change=True))
+        if skipped:
+            skipped.close()
+
+    def close(self, timeout_s: float) -> bool:
+        """Write what is queued, for at most `timeout_s`; return whether the writer came to the end of it."""
+        self._put(_Mark(is_end=True))
         self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
-    def _run(self, predecessor: "_Writer | None") -> None:
-        if predecessor:
-            predecessor.wait(PREDECESSOR_S)
-        self._is_torn = self._is_owned and _ends_torn(self._descriptor)
-        while True:
-            batch, told = self._gather()
-            for piece in _pieces(batch, self._piece_bytes):
-                self._write(b"".join(piece))
-                self._in_hand -= len(piece)
-            if told is None:
-                break
-            if told is not self._nobody:
-                self._is_awaited.clear()
-            told.set()
-            self._is_awaited.wait(_GATHER_S)
-        if self._is_owned:
-            with suppress(OSError):  # a full disk behind NFS may say so only now
-                os.close(self._descriptor)
+    def _put(self, mark: "_Mark") -> None:
+        self._is_awaited.set()
+        self._queue.put(mark)
 
-    def _gather(self) -> tuple[list[bytes], threading.Event | None]:
-        """Wait for a line and take those behind it; then who is to hear when they are written, None at the end."""
+    # -- in the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self, place: "_Place") -> None:
+        place.begin()
+        while True:
+            batch, mark = self._gather()
+            for piece in _pieces(batch, place.piece_bytes):
+                self._write(place, piece)
+            if mark and mark.is_change:
+                place.close()
+                place = self._change()
+                place.begin()
+            if mark and mark.is_end:
+                place.close()
+                return
+            if mark:
+                self._is_awaited.clear()
+                mark.reached.set()
+            self._is_awaited.wait(_GATHER_S)
+
+    def _gather(self) -> "tuple[list[bytes], _Mark | None]":
+        """Wait for a line and take those behind it; then the mark that ended them, if one did."""
         batch: list[bytes] = []
         size = 0
         item = self._queue.get()
         while isinstance(item, bytes):
             batch.append(item)
-            self._in_hand = len(batch)
             size += len(item)
             if size >= _BATCH_BYTES:
-                break
+                return batch, None
             try:
                 item = self._queue.get_nowait()
             except Empty:
-                break
-        return batch, self._nobody if isinstance(item, bytes) else item
+                return batch, None
+        return batch, item
 
-    def _write(self, lines: bytes) -> None:
-        data = b"\n" + lines if self._is_torn else lines
+    def _write(self, place: "_Place", lines: list[bytes]) -> None:
+        lost = place.write(lines, self._is_to_leave)
+        with self._turn:
+            self._waiting -= len(lines)
+            self._dropped += lost
+
+    def _is_to_leave(self) -> bool:
+        return time.monotonic() >= self._leave_at
+
+    def _change(self) -> "_Place":
+        with self._turn:
+            place, self._next, self._leave_at = self._next, None, float("inf")
+            self._waiting, self._behind = self._behind, 0
+        assert place
+        return place
+
+
+class _Mark:
+    """Something between two lines of the queue; tells when the writer has reached it."""
+
+    def __init__(self, *, is_change: bool = False, is_end: bool = False) -> None:
+        self.is_change = is_change
+        self.is_end = is_end
+        self.reached = threading.Event()
+
+
+class _Place:
+    """A descriptor that lines are written to; used by one thread at a time."""
+
+    def __init__(self, descriptor: int, *, is_owned: bool) -> None:
+        self.descriptor = descriptor
+        self._is_owned = is_owned
+        self._is_torn = False
+        # A file takes what it is given, or fails. A pipe that is ready takes so much at once and doesn't wait for its
+        # reader (pipe(7)), and whoever ends a write that waits tears no line.
+        self._is_file = _is_file(descriptor)
+        self.piece_bytes = 2 * _BATCH_BYTES if self._is_file else select.PIPE_BUF
+        self._readiness = select.poll()
+        self._readiness.register(descriptor, select.POLLOUT)
+
+    def begin(self) -> None:
+        """Look at what is there, now that no other descriptor of it is written to."""
+        self._is_torn = self._is_owned and _ends_torn(self.descriptor)
+
+    def write(self, lines: list[bytes], is_to_leave: Callable[[], bool]) -> int:
+        """Write the lines, unless it is time to leave; return how many are lost."""
+        data = b"\n" * self._is_torn + b"".join(lines)
         done = 0
-        while done < len(data):
+        while done < len(data) and self._is_ready(is_to_leave):
             try:
-                done += os.write(self._descriptor, memoryview(data)[done:])
+                done += os.write(self.descriptor, memoryview(data)[done : done + self.piece_bytes])
             except BlockingIOError:
-                # Somebody else made the shared descriptor non-blocking.
-                select.select([], [self._descriptor], [])
+                # Somebody else made the shared descriptor non-blocking, and others write to it too.
+                select.select((), (), (), _GATHER_S)
             except OSError:
-                self._failed += data.count(b"\n", max(done, len(data) - len(lines)))
                 break
+        lost = data.count(b"\n", max(done, self._is_torn))
         if done:
             self._is_torn = data[done - 1 : done] != b"\n"
+        return lost
+
+    def close(self) -> None:
+        """Close the descriptor, if it is owned."""
+        if self._is_owned:
+            with suppress(OSError):  # a full disk behind NFS may say so only now
+                os.close(self.descriptor)
+
+    def _is_ready(self, is_to_leave: Callable[[], bool]) -> bool:
+        """Wait until a write has room, as a file always has; False if it is time to leave before that."""
+        while not self._is_file:
+            is_leaving = is_to_leave()
+            if self._readiness.poll(0 if is_leaving else 1000 * _LOOK_S):
+                break
+            if is_leaving:
+                return False
+        return True
 
 
 def _pieces(lines: Iterable[bytes], longest: int) -> Iterator[list[bytes]]:
@@ -183,9 +228,9 @@ def _pieces(lines: Iterable[bytes], longest: int) -> Iterator[list[bytes]]:
         yield piece
 
 
-def _is_pipe(descriptor: int) -> bool:
+def _is_file(descriptor: int) -> bool:
     try:
-        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
     except OSError:
         return False
 

@@ -129,6 +129,11 @@ def share_port(sock: socket.socket, *, is_shared: bool) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, is_shared)
 
 
+def is_port_shared(sock: socket.socket) -> bool:
+    """Whether other processes may listen on the same port (SO_REUSEPORT); a Unix socket has none."""
+    return sock.family != socket.AF_UNIX and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT))
+
+
 def identity(path: str) -> tuple[int, int]:
     """Device and inode of a file, which tell it from a later one of the same name."""
     status = os.lstat(path)

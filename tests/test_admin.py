@@ -287,9 +287,9 @@ def test_the_verdict_of_a_reload(local: str, tmp_path: Path) -> None:
     admin = f"[admin]\nlisten = '{local}'\n"
     file.write_text(LISTEN + admin)
     with serving("-c", str(file)) as echod:
-        assert (reload(local).status, reload(local).content) == (200, {"changed": []})
+        assert (reload(local).status, reload(local).content) == (200, {"changed": [], "restart_needed": []})
         file.write_text(LISTEN + admin + "[limits]\nline_bytes = 100\n[timeouts]\nidle = 5\n")
-        assert reload(local).content == {"changed": ["limits.line_bytes", "timeouts.idle"]}
+        assert reload(local).content == {"changed": ["limits.line_bytes", "timeouts.idle"], "restart_needed": []}
         with connect(echod.port) as client:
             client.sendall(b"x" * 101)
             assert read_to_end(client) == b"ERROR line longer than 100 bytes\n", "in force when the answer is there"
@@ -342,7 +342,8 @@ def slow(tmp_path: Path, local: str) -> Iterator[Slow]:
     (tmp_path / "better").write_text(LISTEN + f"[admin]\nlisten = '{local}'\n[timeouts]\nidle = 9\n")
     (tmp_path / "echod.toml").symlink_to(tmp_path / "good")
     gate = Gate(tmp_path / "gate")
-    with serving("-c", str(tmp_path / "echod.toml"), environment=gate.environment) as echod:
+    flags = ("--log-level", "debug")
+    with serving("-c", str(tmp_path / "echod.toml"), *flags, environment=gate.environment) as echod:
         yield Slow(echod, local, tmp_path, gate)
 
 
@@ -350,7 +351,7 @@ def test_requests_that_pile_up_get_the_verdict_of_a_reload_that_began_after_them
     """While one is under way all others become one more; each gets the verdict of that, not of the one before it."""
     with slow.reading() as release, ThreadPoolExecutor(20) as asking:
         later = [asking.submit(reload, slow.address) for _ in range(20)]
-        wait_for_events(slow.echod, "reload started", 21)
+        wait_for_events(slow.echod, "reload requested", 21)
         slow.point_to("better")
         release()
         assert [each.result(DEADLINE_S).status for each in later] == [200] * 20
@@ -366,7 +367,7 @@ def test_a_reload_that_hangs_leaves_room_for_every_other_question(slow: Slow) ->
         for _ in range(WAITING - 1):
             clients.append(waiting.enter_context(reach(slow.address)))
             clients[-1].sendall(b"POST /reload HTTP/1.1\r\nHost: x\r\n\r\n")
-        wait_for_events(slow.echod, "reload started", WAITING)
+        wait_for_events(slow.echod, "reload requested", WAITING)
         assert reload(slow.address).status == 503
         assert get(slow.address, "/healthz").status == 200
         clients.pop().close()
@@ -404,7 +405,7 @@ def test_a_stop_answers_who_waits_for_a_verdict(slow: Slow) -> None:
     """A reload that a stop gives up is refused, draining, and so is the one that was to follow it."""
     with slow.reading() as release, ThreadPoolExecutor(1) as asking:
         next_one = asking.submit(reload, slow.address)
-        wait_for_events(slow.echod, "reload started", 2)
+        wait_for_events(slow.echod, "reload requested", 2)
         slow.echod.send(signal.SIGTERM)
         assert next_one.result(DEADLINE_S).content == {"errors": ["draining"]}
         assert slow.echod.wait_for("reload refused")["errors"] == ["draining"]
@@ -451,12 +452,12 @@ def test_the_endpoint_is_moved_by_a_reload(tmp_path: Path) -> None:
     with serving("-c", str(file)) as echod:
         for _ in range(3):
             file.write_text(LISTEN + f"[admin]\nlisten = '{new}'\n")
-            assert reload(old).content == {"changed": ["admin.listen"]}
+            assert reload(old).content == {"changed": ["admin.listen"], "restart_needed": []}
             assert not os.path.exists(old.removeprefix("unix:"))
             assert get(new, "/readyz").status == 200
             old, new = new, old
         file.write_text(LISTEN)
-        assert reload(old).content == {"changed": ["admin.listen"]}
+        assert reload(old).content == {"changed": ["admin.listen"], "restart_needed": []}
         assert not os.path.exists(old.removeprefix("unix:"))
         file.write_text(LISTEN + f"[admin]\nlisten = '{old}'\n")
         # What was answered is logged too, but by another way: not to be taken for what comes next.

@@ -13,7 +13,8 @@ import pytest
 
 from echod import __version__, ask
 from echod.address import TcpAddress, UnixAddress
-from tests.daemon import DEADLINE_S, Daemon, connect, serving
+from tests.daemon import DEADLINE_S, Daemon, connect, free_port, serving
+from tests.test_admin import reload
 from tests.test_cli import echod as command
 
 LISTEN = "[[listen]]\naddress = '127.0.0.1:0'\n"
@@ -84,6 +85,21 @@ def test_reload_waits_for_the_verdict_and_prints_it(daemon: Daemon, file: Path, 
         f"echod: reload refused: {file}: limits.connections: expected int >= 1 (got 0)",
         f"echod: reload refused: {file}: nonsense: unknown key (got {{}})",
     ]
+
+
+def test_reload_says_what_is_not_in_force(tmp_path: Path, local: str) -> None:
+    """A key that needs a restart is named, by each reload until it is in force; in the answer of the endpoint too."""
+    file = tmp_path / "echod.toml"
+    text = f"[admin]\nlisten = '{local}'\n[[listen]]\naddress = '127.0.0.1:{free_port()}'\n"
+    file.write_text(text)
+    with serving("-c", str(file)):
+        file.write_text(text + "reuse_port = true\n")
+        waiting = "not in force before a restart or an upgrade: listen[0].reuse_port\n"
+        for changed in ("listen", "nothing"):
+            done = command("reload", "--admin", local)
+            assert (done.returncode, done.stdout) == (0, f"reload applied: {changed} changed\n{waiting}")
+        answer = {"changed": [], "restart_needed": ["listen[0].reuse_port"]}
+        assert reload(local).content == answer
 
 
 @pytest.mark.parametrize("question", ["reload", "stats"])

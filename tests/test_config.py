@@ -21,7 +21,6 @@ from echod.config import (
     Log,
     Timeouts,
     changed_keys,
-    restart_needed,
 )
 from echod.settings import ConfigError, Loaded, load
 from echod.sources import Setting
@@ -629,11 +628,3 @@ def test_changed_keys() -> None:
     new = Config(listen=(Listen(address="a:1"),), limits=Limits(line_bytes=1), log=Log(level="debug"))
     assert changed_keys(old, new) == ["listen", "limits.line_bytes", "log.level"]
     assert changed_keys(new, new) == []
-
-
-def test_keys_that_need_a_restart() -> None:
-    """A listener that stays can't share its port from now on, or no more; a new one can."""
-    old = Config(listen=(Listen(address="a:1"), Listen(address="a:2")))
-    new = Config(listen=(Listen(address="a:3", reuse_port=True), Listen(address="a:2", reuse_port=True)))
-    assert restart_needed(old, new) == ["listen[1].reuse_port"]
-    assert restart_needed(old, old) == []

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -254,3 +255,80 @@ def test_a_reload_under_way_doesn_t_delay_a_stop(tmp_path: Path) -> None:
             assert ask(client, b"served meanwhile\n") == b"SERVED MEANWHILE\n"
         assert echod.stop() == 0
         release()
+
+
+def test_what_needs_a_restart_is_told_until_it_is_in_force(tmp_path: Path) -> None:
+    """Each reload names the keys that are not in force, as long as the listener is one that was bound without them."""
+    file = tmp_path / "echod.toml"
+    stays, goes = free_port(), free_port()
+
+    def write(address: str, *, is_shared: bool) -> None:
+        unix = f"[[listen]]\naddress = 'unix:{tmp_path}/sock'\n"
+        shared = f"reuse_port = {str(is_shared).lower()}\n"
+        file.write_text(f"{unix}[[listen]]\naddress = '{address}'\n{shared}")
+
+    write(f"127.0.0.1:{stays}", is_shared=False)
+    with serving("-c", str(file)) as echod:
+        assert echod.reload("reload applied")["restart_needed"] == []
+        write(f"127.0.0.1:{stays}", is_shared=True)
+        applied = echod.reload("reload applied")
+        assert (applied["changed"], applied["restart_needed"]) == (["listen"], ["listen[1].reuse_port"])
+        applied = echod.reload("reload applied")
+        assert (applied["changed"], applied["restart_needed"]) == ([], ["listen[1].reuse_port"])
+        write(f"127.0.0.1:{stays}", is_shared=False)
+        assert echod.reload("reload applied")["restart_needed"] == []
+        write(f"127.0.0.1:{goes}", is_shared=True)
+        assert echod.reload("reload applied")["restart_needed"] == []
+        assert echod.stop() == 0
+
+
+WITHOUT_THREADS = """
+import os, sys, threading
+from echod import __main__
+start = threading.Thread.start
+def limited(self):
+    if os.path.exists({flag!r}):
+        raise RuntimeError("can't start new thread")
+    start(self)
+    if self.name == "aside" and os.path.exists({flag!r} + ".soon"):
+        open({flag!r}, "w").close()
+threading.Thread.start = limited
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_without_a_thread_left_a_reload_is_refused_whole(tmp_path: Path) -> None:
+    """At the limit of tasks nothing changes, the log says why, and the next reload is as any."""
+    flag, file, log = tmp_path / "flag", tmp_path / "echod.toml", tmp_path / "log"
+    file.write_text(GOOD.format(port=0))
+    code = WITHOUT_THREADS.format(flag=str(flag))
+    with serving("-c", str(file), command=(sys.executable, "-c", code)) as echod:
+        before = echod.stats()
+        file.write_text(GOOD.format(port=free_port()) + f"file = '{log}'\n")
+        flag.touch()
+        refused = echod.reload("reload refused")["errors"]
+        assert refused == ["can't start new thread; raise TasksMax= or the limit of processes (ulimit -u)"]
+        after = echod.stats()
+        assert (after["config_generation"], after["open_files"]) == (1, before["open_files"])
+        file.write_text(GOOD.format(port=0).replace("50", "49"))
+        flag.unlink()
+        assert echod.reload("reload applied")["changed"] == ["limits.connections"]
+        assert echod.stop() == 0
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_no_thread_is_needed_once_everything_is_prepared(is_file: bool, tmp_path: Path) -> None:
+    """A reload that has its thread to prepare in can't fail for want of another, in the middle of the change."""
+    flag, file, log = tmp_path / "flag", tmp_path / "echod.toml", tmp_path / "log"
+    file.write_text(GOOD.format(port=0))
+    code = WITHOUT_THREADS.format(flag=str(flag))
+    (tmp_path / "flag.soon").touch()
+    with serving("-c", str(file), command=(sys.executable, "-c", code)) as echod:
+        file.write_text(GOOD.format(port=0).replace("50", "49") + (f"file = '{log}'\n" if is_file else ""))
+        echod.send(signal.SIGHUP)
+        if is_file:
+            _wait_for_text(log, '"reload applied"')
+        else:
+            echod.wait_for("reload applied")
+        assert echod.stop() == 0
+        assert not echod.events_named("reload failed")

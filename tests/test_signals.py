@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
+import uvloop
 
 from echod.signals import TABLE, Command, Mailbox, Order, delivered, stop_is_pending
 from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, UNMEASURED, Daemon, ask, clean_environment, connect, serving
@@ -228,6 +230,79 @@ def test_the_thread_ends_with_the_context() -> None:
     with delivered(lambda _: None, _no_limit):
         assert [thread for thread in threading.enumerate() if thread.name == "signals"]
     assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
+
+
+@alone
+def test_a_pause_across_a_time_limit_is_no_signal() -> None:
+    """SIGSTOP and SIGCONT while the thread waits with a time limit, which ends meanwhile: nothing is delivered."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+    asked: SimpleQueue[None] = SimpleQueue()
+
+    def seconds_left() -> float:
+        asked.put(None)
+        return 0.5
+
+    with delivered(orders.put, seconds_left):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert orders.get(timeout=DEADLINE_S).command is Command.STOP
+        pause = "import os, signal, sys, time; pid = int(sys.argv[1]); os.kill(pid, signal.SIGSTOP); time.sleep(1); "
+        with subprocess.Popen([sys.executable, "-c", f"{pause}os.kill(pid, signal.SIGCONT)", str(os.getpid())]):
+            pass
+        while not asked.empty():
+            asked.get()
+        asked.get(timeout=DEADLINE_S)
+        assert orders.empty()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert orders.get(timeout=DEADLINE_S).command is Command.RELOAD
+
+
+def test_a_kind_that_waits_is_one_order_and_stops_are_counted_to_two() -> None:
+    """As in the kernel: nobody fills the mailbox, and the order of arrival is that of the first of a kind."""
+    mailbox = Mailbox()
+    for _ in range(1000):
+        for command in (Command.DUMP_STATS, Command.STOP, Command.RELOAD, Command.UPGRADE):
+            mailbox.put(Order(command, "X", 1))
+    taken = [order.command for order in mailbox.take()]
+    assert taken == [Command.DUMP_STATS, Command.STOP, Command.RELOAD, Command.UPGRADE, Command.STOP]
+    assert mailbox.take() == []
+
+
+def test_the_loop_has_a_full_turn_before_each_order() -> None:
+    """Whoever sends signals without pause starves no client: what is readable is read first."""
+
+    async def follow() -> list[str]:
+        mailbox = Mailbox()
+        happened: list[str] = []
+        ours, theirs = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ours, lambda: happened.append(ours.recv(100).decode()))
+        for _ in range(3):
+            mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
+            theirs.send(b"line")
+            happened.append((await mailbox.get()).signal)
+        loop.remove_reader(ours)
+        ours.close()
+        theirs.close()
+        return happened
+
+    for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory) as runner:
+            assert runner.run(follow()) == 3 * ["line", "USR1"]
+
+
+def test_an_order_that_rests_is_overtaken() -> None:
+    """It comes when its rest is over, and the others don't wait for it."""
+
+    async def follow() -> list[Command]:
+        mailbox = Mailbox()
+        mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
+        followed = [(await mailbox.get()).command]
+        mailbox.rest(Command.DUMP_STATS, 0.1)
+        mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
+        mailbox.put(Order(Command.STOP, "TERM", 1))
+        return [*followed, (await mailbox.get()).command, (await mailbox.get()).command]
+
+    assert asyncio.run(follow()) == [Command.DUMP_STATS, Command.STOP, Command.DUMP_STATS]
 
 
 def test_orders_wait_in_the_mailbox_until_they_are_asked_for() -> None:

@@ -143,19 +143,55 @@ def test_an_error_that_tears_nothing_leaves_no_blank_line(tmp_path: Path) -> Non
 
 
 def test_a_reader_that_is_stuck_doesn_t_keep_the_log_from_a_new_place(pipe: tuple[int, int], tmp_path: Path) -> None:
-    """The operator points the log elsewhere because its reader is stuck: it goes there at once."""
+    """The operator points the log elsewhere because its reader is stuck: it goes there, what is left is lost."""
     reader, writer = pipe
-    sink = Sink(writer)
+    sink = Sink(writer, is_owned=True)
     for _ in range(200):
         sink.write(b"x" * 999 + b"\n")
     sink.redirect(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), is_owned=True)
     sink.write(b"elsewhere\n")
     _wait_until(lambda: (tmp_path / "log").read_bytes() == b"elsewhere\n")
-    assert not sink.close(0.01), "the first lines are still waiting for their reader"
-    left = 200_000
+    assert sink.close(DEADLINE_S)
+    received = _read_to_end(reader)  # which was closed
+    assert set(received.splitlines(keepends=True)) == {b"x" * 999 + b"\n"}, "whole lines"
+    assert received.count(b"\n") + sink.dropped == 200
+
+
+def test_a_reader_that_is_stuck_leaks_no_thread_and_no_descriptor(pipe: tuple[int, int], tmp_path: Path) -> None:
+    """However often the log is reopened meanwhile: one thread, and the descriptors of the old and the newest place."""
+    reader, writer = pipe
+    sink = Sink(writer)
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(200):
+        sink.write(b"x" * 999 + b"\n")
+    for number in range(50):
+        sink.redirect(os.open(tmp_path / str(number), os.O_WRONLY | os.O_CREAT), is_owned=True)
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
+    sink.write(b"last\n")
+    assert sink.close(DEADLINE_S)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert (tmp_path / "49").read_bytes() == b"last\n"
+    os.close(writer)
+    assert _read_to_end(reader).count(b"\n") + sink.dropped == 200
+
+
+def test_standard_error_again_waits_for_no_reader(pipe: tuple[int, int]) -> None:
+    """A reload that leaves the log where it is, on a descriptor of somebody else's, loses no line of a slow reader."""
+    reader, writer = pipe
+    sink = Sink(writer)
+    for number in range(3):
+        sink.write(b"x" * 99_999 + b"\n")
+        sink.redirect(writer, is_owned=False)
+        sink.write(b"%d\n" % number)
+    time.sleep(1.2)  # longer than a new place would wait
+    reading = threading.Thread(target=sink.close, args=(DEADLINE_S,))
+    reading.start()
+    left = 3 * (100_000 + 2)
     while left:
         left -= len(os.read(reader, left))
-    assert sink.close(DEADLINE_S)
+    reading.join()
+    assert sink.dropped == 0
 
 
 def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:

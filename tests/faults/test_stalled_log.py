@@ -18,6 +18,8 @@ from echod.sink import QUEUED_LINES
 from tests.clients import Tally, come_and_go
 from tests.daemon import DEADLINE_S, Daemon, Event, connect, send_until_stuck, serving, settings
 from tests.faults.scene import Figures, scene
+from tests.test_admin import get
+from tests.test_admin import reload as http_reload
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -231,6 +233,56 @@ def test_a_stop_with_a_stuck_reader(owed: bool, config: Path, report: Report) ->
     assert status == (3 if owed else 0)
     assert seconds < STOP_S
     it.assert_bystander_unaffected()
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_reloads_with_a_stuck_reader_leak_nothing(is_file: bool, config: Path, tmp_path: Path, report: Report) -> None:
+    """60 HUPs, each reopening a log that nobody reads: as many threads and descriptors as before, each is applied."""
+    fifo, admin = tmp_path / "fifo", f"unix:{tmp_path}/admin"
+    os.mkfifo(fifo)
+    reading_end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # and never reads
+    endpoint = f"[admin]\nlisten = '{admin}'\n"
+    config.write_text(endpoint)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS, through=reader) as echod:
+            try:
+                config.write_text(endpoint + (f"[log]\nfile = '{fifo}'\n" if is_file else ""))
+                known = _reload(admin)
+                reader.send_signal(signal.SIGSTOP)
+                _fill(f"/proc/{echod.pid}/fd/2")
+                _fill(str(fifo))
+                threads, descriptors = _tasks(echod.pid), len(os.listdir(f"/proc/{echod.pid}/fd"))
+                for number in range(60):
+                    echod.send(signal.SIGHUP)
+                    assert _reload(admin) > known + number
+                assert _tasks(echod.pid) <= threads
+                assert len(os.listdir(f"/proc/{echod.pid}/fd")) <= descriptors + 2
+                status, seconds = _stopped(echod)
+            finally:
+                reader.kill()
+                os.close(reading_end)
+        report({"fault": "60 reloads, log stuck", "threads": threads, "exit status": status, "stop took s": seconds})
+    assert status == 0
+    assert seconds < STOP_S
+
+
+def _reload(admin: str) -> int:
+    """Have it reload; how many it has applied by then."""
+    assert http_reload(admin).status == 200
+    applied: int = get(admin, "/stats").content["reloads"]["applied"]
+    return applied
+
+
+def _tasks(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def _fill(pipe: str) -> None:
+    descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(descriptor, b"x" * 4096)
+    os.close(descriptor)
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------

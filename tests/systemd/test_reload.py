@@ -1,5 +1,6 @@
 """`systemctl reload` tells the truth: it returns with the new configuration in force, or fails with nothing changed."""
 
+import json
 import time
 
 from tests.report import Report
@@ -7,6 +8,7 @@ from tests.systemd.machine import ADDRESS, Machine
 
 ROUNDS = 20
 TAKEN = "127.0.0.1:7777"
+ADMIN = "unix:/run/echod/admin"
 
 
 def limited(line_bytes: int, *, listen: str = "") -> str:
@@ -60,14 +62,32 @@ def test_20_bad_reloads_fail_with_the_fault_and_change_nothing(machine: Machine,
             machine.configure(text)
             assert machine.systemctl("reload", "echod").returncode != 0, fault
             status = machine.status("echod")
+            assert "last reload refused: " in status, status
             assert fault in status, status
             assert machine.show("echod", "ActiveState") == {"ActiveState": "active"}
             assert in_force(machine, 99), number
         assert clients.ask()["ended"] == 0
     assert machine.show("echod", "MainPID", "NRestarts") == before
+    reloads = json.loads(machine("echod", "stats", "--json", "--admin", ADMIN))["reloads"]
+    assert (reloads["applied"], reloads["refused"]) == (0, ROUNDS), "the daemon knows of each"
+    assert fault in reloads["last_error"]
     machine.configure(limited(98))
     machine("systemctl", "reload", "echod")
     assert in_force(machine, 98)
     report(
         "2 reload, bad file or taken port", refused_with_the_fault_in_status=f"{ROUNDS} of {ROUNDS}", connections_lost=0
     )
+
+
+def test_what_needs_a_restart_is_in_the_status_until_then(machine: Machine) -> None:
+    """A reload that can't put a key in force succeeds, and says which."""
+    listen = f"[[listen]]\naddress = '{ADDRESS}'\n"
+    machine.configure(listen)
+    machine("systemctl", "start", "echod")
+    machine.configure(listen + "reuse_port = true\n")
+    for _ in range(2):
+        machine("systemctl", "reload", "echod")
+        assert "not in force before a restart: listen[0].reuse_port" in machine.status("echod")
+    machine("systemctl", "restart", "echod")
+    machine("systemctl", "reload", "echod")
+    assert "not in force" not in machine.show("echod", "StatusText")["StatusText"]
