@@ -147,16 +147,16 @@ class Harness:
             server_share=found["server_cpu_s"] / found["seconds"],
         )
 
-    def idle(self, server: Running) -> Idle:
-        """Open the connections of IDLE and look at what the server needs for them."""
-        with self._loading(server, IDLE) as load:
+    def idle(self, server: Running, workload: Workload = IDLE, seconds: float = _IDLE_S) -> Idle:
+        """Open connections and look at what the server needs for them when nothing happens any more."""
+        with self._loading(server, workload) as load:
             assert load.stdout
             assert load.stdin
             if not load.stdout.readline():
-                raise RuntimeError(f"{server.peer.name}: the load failed with {IDLE.about}")
+                raise RuntimeError(f"{server.peer.name}: the load failed with {workload.about}")
             time.sleep(_SETTLE_S)
             began_at, before_s = time.monotonic(), server.cpu_s
-            time.sleep(_IDLE_S)
+            time.sleep(seconds)
             share = (server.cpu_s - before_s) / (time.monotonic() - began_at)
             found = Idle(server.rss_bytes, share)
             load.stdin.close()
