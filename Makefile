@@ -88,7 +88,7 @@ measure: $(VENV)/.echod $(VENV)/.bench
 	@PYTHONPATH=$(VENV)/bench $(BIN)/python -m tests.bench $(ARGS)
 
 .PHONY: test-bench
-test-bench: $(VENV)/.echod $(VENV)/.dev ## hold what a line costs against the bare protocol (a ratio), and test the load generator
+test-bench: $(VENV)/.echod $(VENV)/.dev ## bound what a line costs on both paths, as ratios in one run, and test the benchmark
 	@$(BIN)/python -m pytest tests/bench --timeout 180 $(PYTEST_ARGS)
 
 .PHONY: test-balancer

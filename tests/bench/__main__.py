@@ -125,7 +125,7 @@ def _options() -> argparse.Namespace:
     names = [*(workload.name.lower() for workload in (*WORKLOADS, *RATES, IDLE)), START]
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.6, help="for how long each time (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for how long each time (%(default)s)")
     parser.add_argument("--no-write", dest="write", action="store_false", help=f"leave {DOCUMENT} alone")
     partial = parser.add_argument_group("part of it", f"with any of these, {DOCUMENT} is left alone")
     partial.add_argument("--peers", type=_listed, default=[], metavar="NAME,...", help=", ".join(KEYS))

@@ -151,8 +151,8 @@ def test_at_a_fixed_rate_replies_come_in_any_pieces(harness: Harness, tmp_path: 
     def answer_in_pieces(client: socket.socket) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while data := client.recv(1 << 16):
-            for start in range(0, len(data), 77):
-                client.sendall(data[start : start + 77].upper())
+            for start in range(0, len(data), 7):
+                client.sendall(data[start : start + 7].upper())
 
     with _answering(answer_in_pieces) as port:
         done = _run(harness, tmp_path, port, 1, replace(STEADY, connections=1))
