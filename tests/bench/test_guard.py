@@ -17,9 +17,9 @@ from tests.report import Report
 AT_MOST = {
     COMPILED: {
         "50": (1.4, "C"),
-        "50x16": (1.6, "C"),
+        "50x16": (1.5, "C"),
         "8x64x1K": (1.8, "C"),
-        "utf-8": (1.35, "bare"),
+        "utf-8": (1.5, "bare"),
         "churn": (2.8, "C"),
         "churn-reset": (2.8, "C"),
     },
@@ -27,7 +27,7 @@ AT_MOST = {
         "50": (1.35, "bare"),
         "50x16": (1.4, "bare"),
         "8x64x1K": (1.1, "bare"),
-        "utf-8": (1.4, "bare"),
+        "utf-8": (1.5, "bare"),
         "churn": (2.3, "bare"),
         "churn-reset": (2.3, "bare"),
     },
