@@ -45,7 +45,7 @@ def main() -> int:
         except MissingError as error:
             print(f"make bench: {error}", file=sys.stderr)
             return 1
-        peers, missing = _without_missing_fastpath(harness, peers, missing)
+        peers, missing = without_missing_fastpath(harness, peers, missing)
         described = machine.description(harness.cores, missing)
         print(described)
         results = measured(harness, peers, options.workloads, options.rounds, options.seconds)
@@ -92,7 +92,7 @@ def turned(those: Sequence[_T], number: int) -> Sequence[_T]:
     return [*those[first:], *those[:first]]
 
 
-def _without_missing_fastpath(
+def without_missing_fastpath(
     harness: Harness, peers: Sequence[Peer], missing: dict[str, str]
 ) -> tuple[list[Peer], dict[str, str]]:
     """Leave out echod's compiled path where echod turns out to run without it."""
