@@ -19,20 +19,20 @@ _MB = 1e6
 
 
 def tables(results: Results, peers: Sequence[Peer], *, is_brief: bool = False) -> str:
-    """Return everything that was measured, or only what a line costs."""
-    costs = (
+    """Return everything that was measured, or only what the goals are about."""
+    first = (
         ("CPU time of the server for one line, in µs", _by_workload(results, peers, WORKLOADS, _cpu)),
         ("The same as a multiple of C's", _multiples(results, peers)),
-    )
-    goals = (("The goals", _goals(results)),)
-    rates = (("At a fixed rate: CPU in % of a core, latency p50 / p99 / p99.9 in µs", _rates(results, peers)),)
-    others = (
+        ("The goals", _goals(results)),
+        ("At a fixed rate: CPU in % of a core, latency p50 / p99 / p99.9 in µs", _rates(results, peers)),
         ("Memory and start", _memory_and_start(results, peers)),
+    )
+    rest = (
         ("Lines a second, in thousands", _by_workload(results, peers, WORKLOADS, _lines)),
         ("Round trips, p50 / p99 in µs", _by_workload(results, peers, WORKLOADS, _latency)),
         ("How busy the server was, in % of its core", _by_workload(results, peers, WORKLOADS, _share)),
     )
-    titled = (*costs, *rates) if is_brief else (*costs, *goals, *rates, *others)
+    titled = first if is_brief else (*first, *rest)
     parts = [f"### {title}\n\n{table}" for title, table in titled if table]
     return "\n\n".join([*parts, *_notes(peers)])
 
@@ -96,16 +96,18 @@ def _multiples(results: Results, peers: Sequence[Peer]) -> str:
 
 
 def _goals(results: Results) -> str:
-    def cell(each: Judged) -> str:
+    def told(each: Judged) -> str:
         if each.found is None:
             return f"{each.goal}: not measured"
         return f"{each.goal}: {each.found:.3g}, {'met' if each.is_met else '**not met**'}"
 
-    rows = (
-        [about, *("; ".join(cell(each) for each in goals if each.goal.subject == name) for name in (COMPILED, PYTHON))]
-        for about, goals in judged(results)
-    )
-    return _table(["", COMPILED, PYTHON], rows)
+    def cell(goals: Sequence[Judged], subject: str) -> str:
+        its = [each for each in goals if each.goal.subject == subject]
+        return "; ".join(map(told, its)) if any(each.found is not None for each in its) else NOT_MEASURED
+
+    subjects = (COMPILED, PYTHON)
+    rows = ([about, *(cell(goals, subject) for subject in subjects)] for about, goals in judged(results))
+    return _table(["", *subjects], rows)
 
 
 def _rates(results: Results, peers: Sequence[Peer]) -> str:
