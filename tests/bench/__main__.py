@@ -48,6 +48,8 @@ def main() -> int:
         peers, missing = without_missing_fastpath(harness, peers, missing)
         described = machine.description(harness.cores, missing)
         print(described)
+        if not peers:
+            return 1
         results = measured(harness, peers, options.workloads, options.rounds, options.seconds)
     today = datetime.now(UTC).date().isoformat()
     rounds = f"{today}, {options.rounds} rounds of {options.seconds:g} s: median (least–most). {described}"

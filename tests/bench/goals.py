@@ -54,10 +54,10 @@ OF_PYTHON: dict[str, tuple[tuple[float, str], ...]] = {
     "8x64x1K": ((1.0, "Go"),),
     "churn": ((1.0, "Go"),),
 }
-"""The same without it."""
+"""CPU time for a line in pure Python, by workload."""
 
 IDLE_MB, IDLE_PERCENT, START = 42.0, 1.0, 1.35
-"""For both: resident memory, CPU time, and the time to the first reply as a multiple of the bare server's."""
+"""For both paths: memory and CPU time with idle connections, and start as a multiple of the bare protocol's."""
 
 
 def judged(results: Results) -> Iterator[tuple[str, list[Judged]]]:
