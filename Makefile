@@ -76,13 +76,20 @@ WITH_ATHERIS = [ -d "$(VENV)/atheris" ] \
   || $(PIP) install --retries 1 --only-binary :all: --target "$(VENV)/atheris" "atheris>=3" >/dev/null 2>&1 \
   || echo "atheris can't be installed here: hypothesis alone looks for findings, without knowing what it reaches"
 
-# What the peers need goes into a folder that echod doesn't see: structlog imports Twisted where it finds it.
+# In a venv of its own, made with an interpreter that was built with profile-guided optimization: PYTHON if it is given,
+# else one that is found here.
 .PHONY: bench
-bench: $(VENV)/.echod $(VENV)/.bench ## measure echod, its peers and the limit side by side, and write docs/performance.md; options in ARGS="..."
+bench: ## measure echod, its peers and the limit side by side, and write docs/performance.md; options in ARGS="..."
+	@set -eu; python=$$($(if $(filter file,$(origin PYTHON)),"$(PYTHON)" tests/bench/interpreter.py,echo "$(PYTHON)")); \
+	$(MAKE) VENV="$(VENV)-bench" PYTHON="$$python" measure
+
+# What the peers need goes into a folder that echod doesn't see: structlog imports Twisted where it finds it.
+.PHONY: measure
+measure: $(VENV)/.echod $(VENV)/.bench
 	@PYTHONPATH=$(VENV)/bench $(BIN)/python -m tests.bench $(ARGS)
 
 .PHONY: test-bench
-test-bench: $(VENV)/.echod $(VENV)/.dev ## hold what a line costs against the bare protocol (a ratio), and test the load generator
+test-bench: $(VENV)/.echod $(VENV)/.dev ## bound what a line costs on both paths, as ratios in one run, and test the benchmark
 	@$(BIN)/python -m pytest tests/bench --timeout 180 $(PYTEST_ARGS)
 
 .PHONY: test-balancer
@@ -144,7 +151,7 @@ format: $(VENV)/.dev ## let ruff format, and fix what is safe to fix
 
 .PHONY: clean
 clean: ## remove what make, the tests and the tools have made
-	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@for venv in "$(VENV)" "$(VENV)-bench"; do if [ -f "$$venv/pyvenv.cfg" ]; then rm -rf "$$venv"; fi; done
 	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist echod/_fastpath.*.so
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -19,24 +19,26 @@ from tests.bench.workloads import IDLE, Workload
 from tests.daemon import DEADLINE_S, free_port
 
 _WARM_S = 0.2
+_SETTLE_S = 1.0
+_IDLE_S = 4.0
 _PAGE_BYTES = resource.getpagesize()
 
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Which core a server runs on, and which one the load."""
+    """The core that a server runs on, and the core of the load."""
 
     server: int
     load: int
 
     @property
     def are_one(self) -> bool:
-        """Whether there is only one: then they take turns, and only CPU time can be compared."""
+        """Whether there is only one: then server and load take turns, and only CPU time can be compared."""
         return self.server == self.load
 
 
 def cores() -> Cores:
-    """The first and the last one that we may use."""
+    """The first and the last core that this process may use."""
     allowed = sorted(os.sched_getaffinity(0))
     return Cores(allowed[0], allowed[-1])
 
@@ -50,21 +52,40 @@ class Figures:
     lines_per_s: float
     p50_us: float
     p99_us: float
+    p999_us: float
+    """Latency: of a round trip, or from the moment at which the line was due where the rate is fixed."""
     server_share: float
-    """How busy the server was, as a part of its core: one that often sleeps shares no wake-up among several lines."""
-    load_share: float
-    """How busy the load was: near 1 it is the load that was measured."""
+    """The part of its core that the server used. Under a fixed load the rest is spare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """What a server needs for connections on which nothing happens."""
+
+    rss_bytes: int
+    share: float
+    """The part of a core."""
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
     """A server that answers."""
 
-    name: str
+    peer: Peer
     process: "subprocess.Popen[bytes]"
     port: int
     first_reply_s: float
     """From its start to its first reply."""
+
+    @property
+    def cpu_s(self) -> float:
+        """The CPU time of all its threads so far."""
+        return time.clock_gettime(~self.process.pid << 3 | 2)  # as clock_getcpuclockid(3) makes it
+
+    @property
+    def has_fastpath(self) -> bool:
+        """Whether echod's compiled fast path is loaded, as the kernel sees it."""
+        return "_fastpath." in Path(f"/proc/{self.process.pid}/maps").read_text()
 
     @property
     def rss_bytes(self) -> int:
@@ -73,10 +94,10 @@ class Running:
 
 
 class Harness:
-    """The load generator, built, with the files that it sends."""
+    """Runs servers and puts loads on them."""
 
     def __init__(self, folder: Path) -> None:
-        """Build it in the folder; raises MissingError."""
+        """Build the load generator in the folder; raises MissingError."""
         self.cores = cores()
         self._folder = folder
         self.program = compiled(Path(__file__).with_name("load.c"), folder)
@@ -85,7 +106,7 @@ class Harness:
 
     @contextlib.contextmanager
     def serving(self, peer: Peer) -> Iterator[Running]:
-        """The server, started on its core; what it logs goes through a pipe that is read on the other one."""
+        """Start the server on its core; its log goes through a pipe that is read on the other one."""
         port = free_port()
         with (
             self._pinned(self.cores.load, ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as log,
@@ -95,64 +116,68 @@ class Harness:
             began_at = time.monotonic()
             environment = {**_environment(), **peer.environment}
             with self._pinned(
-                self.cores.server, command, stdin=subprocess.DEVNULL, stderr=pipe, env=environment
+                self.cores.server,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=pipe,
+                env=environment,
             ) as process:
                 try:
-                    _await_reply(process, port)
-                    yield Running(peer.name, process, port, time.monotonic() - began_at)
+                    _await_reply(peer, process, port)
+                    yield Running(peer, process, port, time.monotonic() - began_at)
                 finally:
                     process.terminate()
                     _end(process)
 
     def measure(self, server: Running, workload: Workload, seconds: float) -> Figures:
         """Put the workload on it."""
-        request, reply = workload.write(self._folder)
-        arguments: list[str | Path] = [
-            workload.mode,
-            str(workload.connections),
-            request,
-            reply,
-            str(_WARM_S),
-            str(seconds),
-        ]
-        with self._loading(server, *arguments) as load:
+        timed = [str(_WARM_S), str(seconds), *([str(workload.per_s)] if workload.per_s else ())]
+        with self._loading(server, workload, *timed) as load:
             found = json.loads(load.communicate(timeout=DEADLINE_S + seconds)[0] or "{}")
         if load.returncode:
-            raise RuntimeError(f"{server.name}: the load failed with {workload.about}")
+            raise RuntimeError(f"{server.peer.name}: the load failed with {workload.about}")
         lines = found["blocks"] * workload.depth
         return Figures(
             cpu_us=found["server_cpu_s"] * 1e6 / lines,
             lines_per_s=lines / found["seconds"],
             p50_us=found["p50_us"],
             p99_us=found["p99_us"],
+            p999_us=found["p999_us"],
             server_share=found["server_cpu_s"] / found["seconds"],
-            load_share=found["load_cpu_s"] / found["seconds"],
         )
 
-    def idle_bytes(self, server: Running) -> int:
-        """Its resident memory with the connections of IDLE open."""
-        request, reply = IDLE.write(self._folder)
-        with self._loading(server, IDLE.mode, str(IDLE.connections), request, reply) as load:
+    def idle(self, server: Running, workload: Workload = IDLE, seconds: float = _IDLE_S) -> Idle:
+        """Open connections and look at what the server needs for them when nothing happens any more."""
+        with self._loading(server, workload) as load:
             assert load.stdout
             assert load.stdin
             if not load.stdout.readline():
-                raise RuntimeError(f"{server.name}: the load failed with {IDLE.about}")
-            held = server.rss_bytes
+                raise RuntimeError(f"{server.peer.name}: the load failed with {workload.about}")
+            time.sleep(_SETTLE_S)
+            began_at, before_s = time.monotonic(), server.cpu_s
+            time.sleep(seconds)
+            share = (server.cpu_s - before_s) / (time.monotonic() - began_at)
+            found = Idle(server.rss_bytes, share)
             load.stdin.close()
             load.wait(DEADLINE_S)
-        return held
+        return found
 
     @contextlib.contextmanager
-    def _loading(self, server: Running, *arguments: "str | Path") -> "Iterator[subprocess.Popen[bytes]]":
-        command = [self.program, str(server.port), str(server.process.pid), *arguments]
+    def _loading(self, server: Running, workload: Workload, *timed: str) -> "Iterator[subprocess.Popen[bytes]]":
+        request, reply = workload.write(self._folder, server.peer.dialect)
+        how = ["-s"] if self.cores.are_one else []
+        whom = [str(server.port), str(server.process.pid)]
+        command = [
+            *(self.program, *how, *whom),
+            *(workload.mode, str(workload.connections), str(request), str(reply), *timed),
+        ]
         with self._pinned(self.cores.load, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as load:
             yield load
 
     @contextlib.contextmanager
-    def _pinned(
-        self, core: int, command: "list[str | Path] | list[str]", **options: object
-    ) -> "Iterator[subprocess.Popen[bytes]]":
-        """A process on that core, from its first moment on, and gone in the end."""
+    def _pinned(self, core: int, command: list[str], **options: object) -> "Iterator[subprocess.Popen[bytes]]":
+        """Run a process on that core from its first instruction on, and leave none behind."""
         allowed = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {core})
         try:
@@ -168,11 +193,11 @@ class Harness:
 
 
 def _environment() -> Mapping[str, str]:
-    """Ours, but nothing that changes a default of echod."""
+    """Return the environment of this process without what changes a default of echod."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("ECHOD_", "PYTHON"))}
 
 
-def _await_reply(process: "subprocess.Popen[bytes]", port: int) -> None:
+def _await_reply(peer: Peer, process: "subprocess.Popen[bytes]", port: int) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while True:
         try:
@@ -182,10 +207,11 @@ def _await_reply(process: "subprocess.Popen[bytes]", port: int) -> None:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise
             time.sleep(0.0005)
+    request, reply = peer.dialect.ask("ready?")
     with client:
-        client.sendall(b"ready?\n")
-        if client.recv(64) != b"READY?\n":
-            raise RuntimeError("a server that doesn't upper-case")
+        client.sendall(request)
+        if client.recv(64) != reply:
+            raise RuntimeError(f"{peer.name}: a wrong reply")
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -1,13 +1,15 @@
-"""The servers that are compared, each as someone at home in its world would write it, and how it is started."""
+"""The servers that are compared: how each is started, what it is asked, and which workloads it takes."""
 
 import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.bench.dialects import MEMCACHED, REDIS, UPPER, Dialect
+from tests.bench.workloads import IDLE, Workload
 from tests.daemon import CONSOLE_SCRIPT
 
 SERVERS = Path(__file__).with_name("servers")
@@ -15,21 +17,50 @@ SERVERS = Path(__file__).with_name("servers")
 PORT = "PORT"
 """Stands in a command for the port to listen on."""
 
+COMPILED, PYTHON = "echod", "echod, Python"
+"""The names of echod's two paths: with its compiled fast path, and without."""
+
 
 class MissingError(Exception):
-    """What isn't installed here, and how it would be."""
+    """What isn't installed here, and how to install it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A server: its command, with PORT in it."""
+    """A server; `command` has PORT in it."""
 
     name: str
     about: str
     command: tuple[str, ...]
-    knows_utf8: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     """What it needs beside ours."""
+    dialect: Dialect = UPPER
+    knows_utf8: bool = True
+    keeps_rates: bool = True
+    """It takes part in the fixed rates: it is fast enough for them on an ordinary core."""
+
+    @property
+    def key(self) -> str:
+        """Its name as an option takes it."""
+        return key_of(self.name)
+
+    @property
+    def does_other_work(self) -> bool:
+        """It does not upper-case: it stands for what a well-known daemon needs for a request."""
+        return self.dialect is not UPPER
+
+    def takes(self, workload: Workload) -> bool:
+        """Whether the workload means something for it."""
+        return (
+            (self.knows_utf8 or not workload.is_mixed)
+            and (self.keeps_rates or not workload.per_s)
+            and (workload.is_for_other_work or not self.does_other_work)
+        )
+
+
+def key_of(name: str) -> str:
+    """The name of a peer as an option takes it: `echod, Python` is `echod-python`."""
+    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def compiled(source: Path, folder: Path) -> str:
@@ -38,71 +69,139 @@ def compiled(source: Path, folder: Path) -> str:
     if not compiler:
         raise MissingError("no C compiler: apt-get install gcc libc6-dev")
     program = folder / source.stem
-    # -O3: without it the limit's loop over the bytes isn't vectorized, and it is no limit.
+    # -O3: without it gcc does not vectorize the limit's loop over the bytes, and the limit would be none.
     subprocess.run([compiler, "-O3", "-Wall", "-Wextra", "-Werror", "-o", program, source], check=True)
     return str(program)
 
 
-def echod() -> Peer:
-    """Ourselves, everything on, at defaults."""
-    return Peer("echod", "echod, every feature on", (CONSOLE_SCRIPT, "serve", "-l", f"127.0.0.1:{PORT}"))
+def limit(folder: Path) -> Peer:
+    """The practical limit; raises MissingError without a C compiler."""
+    return Peer(
+        name="C",
+        about="an epoll loop that upper-cases bytes: the practical limit",
+        command=(compiled(SERVERS / "limit.c", folder), PORT),
+        knows_utf8=False,
+    )
 
 
 def bare() -> Peer:
-    """What CI holds echod against."""
-    return Peer("bare", "the same event loop and what a line asks for, nothing else", _python("bare.py"))
+    """The bare uvloop protocol."""
+    return Peer(
+        name="bare", about="uvloop's protocol and what a line asks for, nothing else", command=_python("bare.py")
+    )
 
 
-def everyone(folder: Path) -> tuple[list[Peer], Mapping[str, str]]:
-    """All that can be had here, built into the folder, and of the others why not; raises MissingError without a C."""
-    peers = [
-        Peer("C", "an epoll loop that upper-cases bytes: the practical limit", _limit(folder), knows_utf8=False),
-        bare(),
-        echod(),
-    ]
+def echod(command: Sequence[str] = (CONSOLE_SCRIPT,)) -> Peer:
+    """Echod with its compiled fast path, every feature on, at defaults."""
+    return Peer(name=COMPILED, about="every feature on", command=_serve(command))
+
+
+def echod_python(command: Sequence[str] = (CONSOLE_SCRIPT,)) -> Peer:
+    """Echod without its compiled fast path, every feature on, at defaults."""
+    about = "the same without the compiled fast path"
+    return Peer(name=PYTHON, about=about, command=_serve(command), environment={"ECHOD_FASTPATH": "0"})
+
+
+def everyone(folder: Path, command: Sequence[str], keys: Sequence[str] = ()) -> tuple[list[Peer], dict[str, str]]:
+    """Return the peers (all if no key is given) that can be had here, built into the folder, and why others can't."""
+    peers: list[Peer] = []
     missing: dict[str, str] = {}
-    for make in (_go, _node, _uvloop_streams, _asyncio_streams, _twisted):
-        try:
-            peers.append(make(folder))
-        except MissingError as error:
-            missing[make.__name__.strip("_").replace("_", " ")] = str(error)
+    for name, make in _MAKERS.items():
+        if not keys or key_of(name) in keys:
+            try:
+                peers.append(make(folder, command))
+            except MissingError as error:
+                missing[name] = str(error)
     return peers, missing
 
 
-def _limit(folder: Path) -> tuple[str, ...]:
-    return (compiled(SERVERS / "limit.c", folder), PORT)
+def _serve(command: Sequence[str]) -> tuple[str, ...]:
+    return (*command, "serve", "-l", f"127.0.0.1:{PORT}")
 
 
 def _python(script: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, str(SERVERS / script), PORT, *arguments)
 
 
+def _needed(program: str, package: str) -> None:
+    if not shutil.which(program):
+        raise MissingError(f"not installed: apt-get install {package}")
+
+
 def _go(folder: Path) -> Peer:
-    if not shutil.which("go"):
-        raise MissingError("not installed: apt-get install golang-go")
+    _needed("go", "golang-go")
     program = folder / "go-server"
     subprocess.run(["go", "build", "-o", program, SERVERS / "server.go"], check=True)
-    return Peer("Go", "a goroutine a connection", (str(program), PORT))
+    return Peer(name="Go", about="a goroutine for each connection", command=(str(program), PORT))
 
 
-def _node(_: Path) -> Peer:
-    if not shutil.which("node"):
-        raise MissingError("not installed: apt-get install nodejs")
-    return Peer("Node", "node:net, a chunk at a time", ("node", str(SERVERS / "server.js"), PORT))
+def _node() -> Peer:
+    _needed("node", "nodejs")
+    command = ("node", str(SERVERS / "server.js"), PORT)
+    return Peer(name="Node", about="node:net, a chunk at a time", command=command, keeps_rates=False)
 
 
-def _asyncio_streams(_: Path) -> Peer:
-    return Peer("asyncio streams", "as the tutorials have it", _python("streams.py"))
+def _asyncio_streams() -> Peer:
+    return Peer(name="asyncio streams", about="as in the tutorials", command=_python("streams.py"), keeps_rates=False)
 
 
-def _uvloop_streams(_: Path) -> Peer:
-    return Peer("uvloop streams", "the same on uvloop", _python("streams.py", "uvloop"))
+def _uvloop_streams() -> Peer:
+    command = _python("streams.py", "uvloop")
+    return Peer(name="uvloop streams", about="the same on uvloop", command=command, keeps_rates=False)
 
 
-def _twisted(_: Path) -> Peer:
+def _twisted() -> Peer:
     found = importlib.util.find_spec("twisted")
     if not found or not found.origin:
-        raise MissingError("not installed: `make bench` does it")
-    # In a folder of its own, which its server alone is told of: structlog imports Twisted where it finds it.
-    environment = {"PYTHONPATH": str(Path(found.origin).parents[1])}
-    return Peer("Twisted", "its line protocol, on epoll", _python("twisted_lines.py"), environment=environment)
+        raise MissingError("not installed: `make bench` installs it")
+    return Peer(
+        name="Twisted",
+        about="its line protocol, on epoll",
+        command=_python("twisted_lines.py"),
+        # It is in a folder of its own, which only this server sees: structlog imports Twisted where it finds it.
+        environment={"PYTHONPATH": str(Path(found.origin).parents[1])},
+        keeps_rates=False,
+    )
+
+
+def _memcached() -> Peer:
+    _needed("memcached", "memcached")
+    options = ("-l", "127.0.0.1", "-U", "0", "-t", "1", "-c", str(IDLE.connections + 100), "-u", "nobody")
+    return Peer(
+        name="memcached",
+        about="one worker thread; a meta get (`mg`) that misses",
+        command=("memcached", "-p", PORT, *options),
+        dialect=MEMCACHED,
+    )
+
+
+def _redis(folder: Path) -> Peer:
+    _needed("redis-server", "redis-server")
+    # Its protected mode takes 127.0.0.2, from where the load comes too, for another machine.
+    safe = ("--bind", "127.0.0.1", "--protected-mode", "no")
+    options = (*safe, "--save", "", "--appendonly", "no", "--dir", str(folder))
+    return Peer(
+        name="Redis",
+        about="one I/O thread, no persistence; `ECHO`",
+        command=("redis-server", "--port", PORT, *options),
+        dialect=REDIS,
+    )
+
+
+_MAKERS: Mapping[str, Callable[[Path, Sequence[str]], Peer]] = {
+    "C": lambda folder, _command: limit(folder),
+    "bare": lambda _folder, _command: bare(),
+    COMPILED: lambda _folder, command: echod(command),
+    PYTHON: lambda _folder, command: echod_python(command),
+    "Go": lambda folder, _command: _go(folder),
+    "Node": lambda _folder, _command: _node(),
+    "uvloop streams": lambda _folder, _command: _uvloop_streams(),
+    "asyncio streams": lambda _folder, _command: _asyncio_streams(),
+    "Twisted": lambda _folder, _command: _twisted(),
+    "memcached": lambda _folder, _command: _memcached(),
+    "Redis": lambda folder, _command: _redis(folder),
+}
+"""By name; each is given a folder to build into and the command of echod."""
+
+KEYS = tuple(map(key_of, _MAKERS))
+"""The peers as an option takes them."""

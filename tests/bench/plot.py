@@ -1,17 +1,19 @@
-"""The results as a picture: bars on a logarithmic scale, the spread of the rounds as a line on each."""
+"""The results as a picture: bars on a logarithmic scale with the spread of the rounds; other work is hatched."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.bench.harness import Figures
-from tests.bench.peers import Peer
+from tests.bench.peers import COMPILED, PYTHON, Peer
 from tests.bench.results import Results
 from tests.bench.workloads import WORKLOADS
 
+_COLORS = {COMPILED: "black", PYTHON: "dimgrey"}
+
 
 def draw(results: Results, peers: Sequence[Peer], file: Path) -> None:
-    """Write an SVG: what a line costs the server, and how many come back."""
+    """Write an SVG of what a line costs the server and how many come back."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -22,7 +24,9 @@ def draw(results: Results, peers: Sequence[Peer], file: Path) -> None:
         _bars(rates, results, peers, lambda each: each.lines_per_s)
         costs.set_title("CPU time of the server for one line, µs: less is better", loc="left")
         rates.set_title("lines a second", loc="left")
-        figure.legend(*costs.get_legend_handles_labels(), loc="outside upper center", ncols=len(peers), frameon=False)
+        figure.legend(
+            *costs.get_legend_handles_labels(), loc="outside upper center", ncols=-(-len(peers) // 2), frameon=False
+        )
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 
@@ -40,7 +44,8 @@ def _bars(axes: Any, results: Results, peers: Sequence[Peer], of: Callable[[Figu
             [spread.median for _, spread in found],
             width,
             label=peer.name,
-            color="black" if peer.name == "echod" else f"C{number}",
+            color=_COLORS.get(peer.name, f"C{number}"),
+            hatch="////" if peer.does_other_work else None,
             yerr=[
                 [spread.median - spread.least for _, spread in found],
                 [spread.most - spread.median for _, spread in found],

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tests.bench.harness import Figures
+from tests.bench.harness import Figures, Idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,24 +24,36 @@ class Spread:
 
 @dataclass(slots=True)
 class Results:
-    """All of one run."""
+    """All of one run. Servers and workloads go by their names."""
 
     figures: dict[tuple[str, str], list[Figures]] = field(default_factory=lambda: defaultdict(list))
     """By workload and server, in the order of the rounds."""
-    idle: dict[str, int] = field(default_factory=dict)
-    """Bytes of resident memory with the idle connections, by server."""
-    empty: dict[str, int] = field(default_factory=dict)
-    """The same before they came."""
+    idle: dict[str, Idle] = field(default_factory=dict)
+    """With the idle connections, by server."""
+    empty_bytes: dict[str, int] = field(default_factory=dict)
+    """Resident memory before any client came, by server."""
     first_reply_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """By server."""
+    """By server, in the order of the rounds."""
 
     def spread(self, workload: str, server: str, of: Callable[[Figures], float]) -> Spread | None:
-        """Of one figure, over the rounds; None where the server didn't take part."""
+        """Return the spread of one figure over the rounds, None where the server didn't take part."""
         found = self.figures.get((workload, server))
         return Spread.of([of(each) for each in found]) if found else None
 
     def ratio(self, workload: str, server: str, other: str) -> float | None:
-        """CPU time of one server a line to that of another: the median of the rounds, for machines drift."""
-        pairs = zip(self.figures.get((workload, server), ()), self.figures.get((workload, other), ()), strict=False)
-        ratios = [one.cpu_us / two.cpu_us for one, two in pairs]
-        return statistics.median(ratios) if ratios else None
+        """Return how many times another server's CPU time for a line this one needs.
+
+        It is the median of the ratios within each round, because a shared machine drifts from round to round.
+        """
+        of_one = [each.cpu_us for each in self.figures.get((workload, server), ())]
+        of_other = [each.cpu_us for each in self.figures.get((workload, other), ())]
+        return _ratio(of_one, of_other)
+
+    def start_ratio(self, server: str, other: str) -> float | None:
+        """Return how many times another server's time to its first reply this one needs, as `ratio` does."""
+        return _ratio(self.first_reply_s.get(server, ()), self.first_reply_s.get(other, ()))
+
+
+def _ratio(of_one: Sequence[float], of_other: Sequence[float]) -> float | None:
+    ratios = [one / other for one, other in zip(of_one, of_other, strict=False)]
+    return statistics.median(ratios) if ratios else None
