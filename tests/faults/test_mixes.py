@@ -1,0 +1,22 @@
+"""Several kinds of attackers at once, drawn by a seed, while everything that must hold is checked."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.mixes import drawn, play
+from tests.faults.scene import Figures
+
+ROUNDS = 2
+SECONDS = 5.0
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("number", range(1, 1 + ROUNDS))
+def test_whatever_attackers_do_at_once_others_are_served_in_time(
+    number: int, seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
+) -> None:
+    """Clients, health checks, signals, the watchdog and a stop amid it are prompt; memory stays in its bound."""
+    it = play(drawn(seed, number, 30.0 if request.config.getoption("--full") else SECONDS))
+    report({"mix": str(it), **it.figures})
+    assert not it.counted, f"{it}\n{it.outcome}"

@@ -1,0 +1,22 @@
+"""A running daemon against a model of it, in any order of steps, see model.py."""
+
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+
+from tests.faults.model import STEPS, explore
+from tests.faults.scene import Figures
+
+SECONDS = 40.0
+FULL_S = 600.0
+
+
+@pytest.mark.timeout(900)
+def test_a_daemon_does_what_the_model_of_it_does_in_any_order(
+    seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
+) -> None:
+    """Clients, reloads, upgrades, signals, stops: every reply is exact, every count is right after every step."""
+    seconds = FULL_S if request.config.getoption("--full") else SECONDS
+    examples = explore(seconds, seed, [hypothesis.Phase.generate])  # `python -m tests.faults.model` shortens the steps
+    report({"model": f"{examples} orders of {STEPS} steps"})
