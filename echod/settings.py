@@ -101,8 +101,6 @@ def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
             yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
 
 
-
-
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
     known = {f"ECHOD_{key.replace('.', '_').upper()}": key for key in [*KEYS, "listen"]}
     for name, value in environment.items():
