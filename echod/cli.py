@@ -2,7 +2,9 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,8 +72,7 @@ Invocation = Serve | Check | ShowDefaults | Ping | AskStats | AskReload
 
 def parse(arguments: Sequence[str]) -> Invocation:
     """What the arguments ask for. Wrong ones, --help and --version end the process as argparse does: 2, 0, 0."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser(arguments[0] if arguments else "").parse_args(arguments)
     match options.command:
         case "serve":
             return Serve(_sources(options), options.daemon, options.pidfile, options.user, options.group)
@@ -98,61 +99,65 @@ class _CommandParser(argparse.ArgumentParser):
         return namespace, unknown
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Formatter(argparse.HelpFormatter):
+    """As wide as the terminal. argparse would import shutil to learn that, at each start."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_terminal_width() - 2)
+
+
+def _terminal_width() -> int:
+    columns = os.getenv("COLUMNS", "")
+    if columns.isdigit() and int(columns):
+        return int(columns)
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size().columns or 80
+    return 80
+
+
+class _Command(NamedTuple):
+    """What the help says of a command, and its options."""
+
+    help: str
+    description: str
+    epilog: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """A parser of every command; only `command`, if it is one, gets its options: each costs a start 0.1 ms."""
     parser = argparse.ArgumentParser(
-        prog="echod", description="A TCP daemon that answers every line in upper case.", allow_abbrev=False
+        prog="echod",
+        description="A TCP daemon that answers every line in upper case.",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"echod {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_CommandParser)
-    serve = commands.add_parser(
-        "serve",
-        help="run until a signal, in the foreground or as a daemon",
-        description="Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics, "
-        "USR2 upgrades in place.",
-        epilog="exit status: 0 every client got what it was owed, 3 some client was cut off, "
-        "1 could not start, 78 bad configuration, 2 usage",
-        allow_abbrev=False,
-    )
-    check = commands.add_parser(
-        "check",
-        help="read the configuration as serve would; print it, or every fault",
-        description="Read the configuration as serve would, bind nothing; print it (TOML), or every fault.",
-        epilog="exit status: 0 valid, 78 not",
-        allow_abbrev=False,
-    )
-    commands.add_parser("config", help="print the default configuration, every key with a comment", allow_abbrev=False)
-    ping = commands.add_parser(
-        "ping",
-        help="ask an echod again and again, and tell how long each reply took, as ping(8)",
-        description="Ask an echod again and again, check every reply, and tell how long it took, as ping(8).",
-        epilog="exit status: 0 all answered right, 1 otherwise, 2 usage",
-        allow_abbrev=False,
-    )
-    stats = commands.add_parser(
-        "stats",
-        help="print the statistics of a running echod",
-        description="Print the statistics of a running echod.",
-        epilog="exit status: 0, 1 nobody answers, 2 usage",
-        allow_abbrev=False,
-    )
+    for name, about in _COMMANDS.items():
+        options = commands.add_parser(
+            name,
+            help=about.help,
+            description=about.description,
+            epilog=about.epilog,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        if name == command:
+            about.add_options(options)
+            options.add_argument("--version", action="version", version=f"echod {__version__}")
+    return parser
+
+
+def _add_serve_options(serve: argparse.ArgumentParser) -> None:
+    _add_sources(serve)
+    _add_process(serve)
+
+
+def _add_stats_options(stats: argparse.ArgumentParser) -> None:
     stats.add_argument("--json", action="store_true", help="one line of JSON")
     stats.add_argument("--watch", action="store_true", help="each second, with how fast it grows, until Ctrl-C")
-    reload = commands.add_parser(
-        "reload",
-        help="have a running echod reload its configuration; print what changed, or every fault",
-        description="Have a running echod reload its configuration, wait for the verdict and print it.",
-        epilog="exit status: 0 in force, 1 refused or nobody answers, 2 usage",
-        allow_abbrev=False,
-    )
-    _add_plan(ping)
-    for command in (serve, check):
-        _add_sources(command)
-    _add_process(serve)
-    for command in (stats, reload):
-        _add_target(command)
-    for command in commands.choices.values():
-        command.add_argument("--version", action="version", version=f"echod {__version__}")
-    return parser
+    _add_target(stats)
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:
@@ -294,3 +299,45 @@ def _sources(options: argparse.Namespace) -> Sources:
     if options.listen:
         flags.append(Setting("--listen", "listen", options.listen))
     return Sources(options.config, tuple(flags))
+
+
+_COMMANDS = {
+    "serve": _Command(
+        "run until a signal, in the foreground or as a daemon",
+        "Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics, "
+        "USR2 upgrades in place.",
+        "exit status: 0 every client got what it was owed, 3 some client was cut off, "
+        "1 could not start, 78 bad configuration, 2 usage",
+        _add_serve_options,
+    ),
+    "check": _Command(
+        "read the configuration as serve would; print it, or every fault",
+        "Read the configuration as serve would, bind nothing; print it (TOML), or every fault.",
+        "exit status: 0 valid, 78 not",
+        _add_sources,
+    ),
+    "config": _Command(
+        "print the default configuration, every key with a comment",
+        "Print the default configuration, every key with a comment.",
+        "exit status: 0",
+        lambda _: None,
+    ),
+    "ping": _Command(
+        "ask an echod again and again, and tell how long each reply took, as ping(8)",
+        "Ask an echod again and again, check every reply, and tell how long it took, as ping(8).",
+        "exit status: 0 all answered right, 1 otherwise, 2 usage",
+        _add_plan,
+    ),
+    "stats": _Command(
+        "print the statistics of a running echod",
+        "Print the statistics of a running echod.",
+        "exit status: 0, 1 nobody answers, 2 usage",
+        _add_stats_options,
+    ),
+    "reload": _Command(
+        "have a running echod reload its configuration; print what changed, or every fault",
+        "Have a running echod reload its configuration, wait for the verdict and print it.",
+        "exit status: 0 in force, 1 refused or nobody answers, 2 usage",
+        _add_target,
+    ),
+}

@@ -10,10 +10,15 @@ from echod.signals import TABLE
 PAGE = (Path(__file__).parent.parent / "docs" / "echod.8").read_text().replace("\\-", "-")
 
 
-def _commands() -> dict[str, argparse.ArgumentParser]:
-    parser = cli._parser()
+def _command(name: str) -> argparse.ArgumentParser:
+    parser = cli._parser(name)
     (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return dict(commands)
+    command: argparse.ArgumentParser = commands[name]
+    return command
+
+
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    return {name: _command(name) for name in cli._COMMANDS}
 
 
 def test_every_command_and_option_is_in_the_manual() -> None:
