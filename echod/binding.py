@@ -137,8 +137,9 @@ def resolve(address: TcpAddress | UnixAddress) -> list[Endpoint]:
         case UnixAddress(path):
             return [unix_endpoint(path)]
         case TcpAddress(host, port):
-            name = normal_host(host).encode("ascii")  # a str would import the idna codec (6 ms) to encode ASCII
             try:
+                # As bytes, for a str would import the idna codec (6 ms) to encode what is ASCII anyway.
+                name = normal_host(host).encode("ascii")
                 found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             except (OSError, UnicodeError) as error:
                 words = getattr(error, "strerror", None) or error
@@ -157,7 +158,7 @@ def unix_endpoint(path: str) -> Endpoint:
 
 def is_possible(address: Address) -> bool:
     """Whether this kernel has the address's family: one that was booted without IPv6 has no address of it."""
-    if not isinstance(address, TcpAddress) or ":" not in address.host:
+    if not isinstance(address, TcpAddress) or ":" not in normal_host(address.host):
         return True
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()

@@ -94,6 +94,8 @@ def test_a_host_name_stands_for_each_of_its_addresses() -> None:
         binding.resolve(TcpAddress("no.such.host.invalid", 7))
     with pytest.raises(binding.BindError, match="unknown host"):
         binding.resolve(TcpAddress("x" * 64 + ".invalid", 7))
+    with pytest.raises(binding.BindError, match="unknown host"):
+        binding.resolve(TcpAddress("fe80::1%ß", 7))
 
 
 def test_both_wildcards_can_be_listed(opened: Sockets) -> None:
