@@ -146,7 +146,7 @@ def test_one_client_holds_at_most_the_line_limit_and_three_chunks(begun: int) ->
     with pair() as (ours, client):
         fill(ours)
         held = run(scenario(ours, client))
-    assert 0 < held <= LINE_BYTES + 4 * CHUNK_BYTES
+    assert 0 < held <= LINE_BYTES + 3 * CHUNK_BYTES
 
 
 def test_what_was_owed_before_an_upgrade_is_forgotten_when_it_was_taken() -> None:
