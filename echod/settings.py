@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Struct
 
-from echod import files, foreign, toml
+from echod import files, foreign
 from echod.address import HandedOver, TcpAddress, identity, parse_address
 from echod.config import KEYS, LISTEN_KEYS, RESERVED_FILES, SECTIONS, Admin, Config, Limits, Listen, Log, Timeouts
 from echod.sources import Setting, as_number, base
@@ -85,6 +85,8 @@ def _packed(environment: Mapping[str, str]) -> list[Setting]:
 def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
     if file is None:
         return
+    from echod import toml
+
     try:
         document = toml.parse(files.read_bounded(file))
     except (files.FileError, toml.TomlError) as error:

@@ -202,7 +202,9 @@ ROOMS = {
         "watch",
         unknown=NETWORK | SIGNALS | ARGUMENTS | FILES | PROCESSES | {"fcntl", "resource", "threading"},
     ),
-    "cli": room("__init__", "address", "round_trips", "sources", unknown=(EVERYTHING | {"msgspec"}) - {"argparse", "os"}),
+    "cli": room(
+        "__init__", "address", "round_trips", "sources", unknown=(EVERYTHING | {"msgspec"}) - {"argparse", "os"}
+    ),
     "console": room(unknown=EVERYTHING - {"os", "sys"}),
     "commands": room(
         "ask",

@@ -47,7 +47,7 @@ def watching(admin: str, *more: str) -> Iterator[subprocess.Popen[str]]:
 def test_live_at_a_terminal(admin: str) -> None:
     """Each second what is, in place, with bars; Ctrl-C gives the terminal back, the last of it there, and exits 0."""
     with serving("--set", f"admin.listen={admin}") as echod, at_terminal(*watch(admin)) as terminal:
-        terminal.see(rf"^echod \S+   pid {echod.pid}   serving   up \d+ s$")
+        terminal.see(rf"^echod \S+   pid {echod.pid}   serving   up \d+ s   (no )?fast path$")
         terminal.see(r"^  open +0 +░{20} peak 0$")
         assert terminal.screen.is_other
         assert not terminal.screen.is_cursor_shown
