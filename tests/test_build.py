@@ -204,6 +204,22 @@ def test_a_strict_build_fails_instead(tmp_path: Path) -> None:
 # -- in place ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", ["wheel", "sdist"])
+def test_what_was_compiled_in_place_is_never_packed(target: str, project: Path, tmp_path: Path) -> None:
+    """Not even without .gitignore, as in a copy: it may be for another Python."""
+    (project / ".gitignore").unlink()
+    (project / "echod" / EXTENSION).write_text("compiled in place")
+    made, _ = build(tmp_path / "dist", project, target, more={"ECHOD_FASTPATH": "0"})
+    listing = subprocess.run(
+        [sys.executable, "-m", "tarfile" if target == "sdist" else "zipfile", "--list", made],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "echod/fastpath.py" in listing.stdout
+    assert EXTENSION not in listing.stdout
+
+
 @needs_headers
 def test_it_is_compiled_beside_its_source_and_again_after_a_change(project: Path, tmp_path: Path) -> None:
     """And an old one is never left where a new one can't be made."""
