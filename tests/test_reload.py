@@ -290,7 +290,7 @@ def limited(self):
     if os.path.exists({flag!r}):
         raise RuntimeError("can't start new thread")
     start(self)
-    if self.name == "aside" and os.path.exists({flag!r} + ".soon"):
+    if self.name == "read file" and os.path.exists({flag!r} + ".soon"):
         open({flag!r}, "w").close()
 threading.Thread.start = limited
 sys.exit(__main__.main(sys.argv[1:]))
@@ -322,8 +322,8 @@ def test_no_thread_is_needed_once_everything_is_prepared(is_file: bool, tmp_path
     flag, file, log = tmp_path / "flag", tmp_path / "echod.toml", tmp_path / "log"
     file.write_text(GOOD.format(port=0))
     code = WITHOUT_THREADS.format(flag=str(flag))
-    (tmp_path / "flag.soon").touch()
     with serving("-c", str(file), command=(sys.executable, "-c", code)) as echod:
+        (tmp_path / "flag.soon").touch()
         file.write_text(GOOD.format(port=0).replace("50", "49") + (f"file = '{log}'\n" if is_file else ""))
         echod.send(signal.SIGHUP)
         if is_file:
