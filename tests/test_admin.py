@@ -382,7 +382,7 @@ def test_a_body_without_an_end_is_not_read_for_ever(slow: Slow) -> None:
     with slow.reading() as release:
         with reach(slow.address) as client:
             client.sendall(b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
-            wait_for_events(slow.echod, "reload started", 2)
+            wait_for_events(slow.echod, "reload requested", 2)
             end = time.monotonic() + DEADLINE_S
             with pytest.raises(ConnectionError):
                 while time.monotonic() < end:

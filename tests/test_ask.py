@@ -56,7 +56,7 @@ def test_stats_for_people(daemon: Daemon, local: str) -> None:
     done = command("stats", "--admin", local)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert re.fullmatch(rf"echod {__version__}   pid {daemon.pid}   serving   up \d+ s", lines[0])
+    assert re.fullmatch(rf"echod {__version__}   pid {daemon.pid}   serving   up \d+ s   (no )?fast path", lines[0])
     assert {"connections", "traffic", "process"} < set(lines)
     assert "  rejected                    0" in lines
     assert "more" not in lines
