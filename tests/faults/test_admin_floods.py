@@ -81,7 +81,9 @@ def test_the_endpoint_s_share_of_the_loop(kind: str, attackers: int, report: Cal
             report(it.row())
         assert it.cpu_share < SHARE
         assert it.peak_descriptors <= it.usage_before.descriptors + EXCHANGES + IN_TURN + 4
-        assert max(probes) < PROBE_S or it.starved_share > STARVED
+        # Those who only connect fill the backlog: the kernel may drop a SYN, which is sent again after 1 s, 2 s, ...
+        most_s = PROBE_S + 3 * (kind == "connects")
+        assert max(probes) < most_s or it.starved_share > STARVED
         it.assert_bystander_unaffected()
 
 
