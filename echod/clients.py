@@ -73,7 +73,7 @@ class Clients:
     def accept(self, descriptor: int, peer: SockAddr) -> None:
         """Serve one that was accepted, or reject it."""
         if not self._is_self_probe(descriptor, peer):
-            self._admit(descriptor, peer, _is_unix(peer))
+            self._admit(descriptor, peer, _is_unix(peer), False)
 
     def accept_proxied(self, descriptor: int, peer: SockAddr) -> None:
         """Do so once its PROXY header says who it is."""
@@ -106,12 +106,13 @@ class Clients:
             connection.open()
         return is_ours
 
-    def _admit(self, descriptor: int, peer: SockAddr, is_unix: bool) -> None:  # noqa: FBT001 (a callback)
+    def _admit(self, descriptor: int, peer: SockAddr, is_unix: bool, is_anonymous: bool) -> None:  # noqa: FBT001
         host = peer[0] if isinstance(peer, tuple) else None
         if refusal := self.admission.refusal(host, len(self), self.limits):
             self._reject(descriptor, peer, is_unix, *refusal)
             return
         connection = self._connection(descriptor, peer, is_unix, is_counted=True)
+        connection.is_anonymous = is_anonymous
         self._serve(connection)
         self._stats.accepted += 1
         if self.is_draining:

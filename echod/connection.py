@@ -78,6 +78,7 @@ class Connection(HotPath):
         "_owner",
         "_pending",
         "echo",
+        "is_anonymous",
         "is_counted",
         "is_unix",
         "opened_at",
@@ -109,6 +110,8 @@ class Connection(HotPath):
         self.line_bytes = line_bytes
         self.is_counted = is_counted
         """False for a client that is being rejected, and for our own probe."""
+        self.is_anonymous = False
+        """Whether its PROXY header names no client: the balancer itself is there, to see whether we are."""
         self.echo = Echo(line_bytes)
         self.pace = Pace(now)
         self.opened_at = now
@@ -423,7 +426,8 @@ class Connection(HotPath):
     def _lose(self, error: int) -> None:  # noqa: ARG002 (which one it was tells nothing more: the client is gone)
         """End because the connection has failed, as by a reset."""
         if self.reason is None or self.reason == "client":
-            self.reason = "reset"
+            # A health check of a balancer ends with a reset as a rule, and is no client that was lost.
+            self.reason = "client" if self.is_anonymous and not self.bytes_in else "reset"
         self._close()
 
     def _close(self) -> None:

@@ -17,7 +17,10 @@ HEADER_S = 5.0
 
 
 class Prelude:
-    """One client whose header isn't there yet; `end` is called once, with where it comes from or what is wrong."""
+    """One client whose header isn't there yet.
+
+    `end` is called once: with the client's address, None if the header tells none, or what is wrong.
+    """
 
     __slots__ = ("_end", "_timer", "began_at", "header", "peer", "sock")
 
@@ -27,7 +30,7 @@ class Prelude:
         peer: SockAddr,
         began_at: float,
         header: bytes,
-        end: Callable[["Prelude", SockAddr | ProxyError], None],
+        end: Callable[["Prelude", SockAddr | ProxyError | None], None],
     ) -> None:
         self.sock = sock
         self.peer = peer
@@ -63,7 +66,7 @@ class Prelude:
         except ProxyError as error:
             self._finish(error)
         else:
-            self._finish(self.peer if source is None else source)
+            self._finish(source)
         return True
 
     def _source(self) -> SockAddr | None:
@@ -78,7 +81,7 @@ class Prelude:
         self.sock.recv(found.length - len(self.header))
         return found.source
 
-    def _finish(self, result: SockAddr | ProxyError) -> None:
+    def _finish(self, result: SockAddr | ProxyError | None) -> None:
         if self._timer:
             self._timer.cancel()
             asyncio.get_running_loop().remove_reader(self.sock)
@@ -88,13 +91,13 @@ class Prelude:
 class Preludes:
     """All of them: hands each descriptor on when its header has come or has failed.
 
-    `on_ready` gets it with the client's address, `on_failed` with the peer's and why not; both are told whether it is a
-    Unix socket's.
+    `on_ready` gets it with the client's address and whether the header names none, `on_failed` with the peer's and why
+    not; both are told whether it is a Unix socket's.
     """
 
     def __init__(
         self,
-        on_ready: Callable[[int, SockAddr, bool], None],
+        on_ready: Callable[[int, SockAddr, bool, bool], None],
         on_failed: Callable[[int, SockAddr, bool, str], None],
     ) -> None:
         self._on_ready = on_ready
@@ -122,11 +125,11 @@ class Preludes:
         for prelude in [*self._under_way]:
             prelude.fail("the end of the drain")
 
-    def _end(self, prelude: Prelude, result: SockAddr | ProxyError) -> None:
+    def _end(self, prelude: Prelude, result: SockAddr | ProxyError | None) -> None:
         self._under_way.discard(prelude)
         is_unix = prelude.sock.family == socket.AF_UNIX
         descriptor = prelude.sock.detach()
         if isinstance(result, ProxyError):
             self._on_failed(descriptor, prelude.peer, is_unix, str(result))
         else:
-            self._on_ready(descriptor, result, is_unix)
+            self._on_ready(descriptor, prelude.peer if result is None else result, is_unix, result is None)

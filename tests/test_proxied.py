@@ -7,7 +7,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def _counted(echod: Daemon) -> Event:
     counted: Event = echod.stats()["connections"]
     assert counted["accepted"] == counted["open"] + sum(counted["closed"].values())
     return counted
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def _taken(client: socket.socket) -> None:
@@ -116,6 +123,21 @@ def test_the_log_names_the_real_client(tmp_path: Path, family: str) -> None:
             own = "unix" if family == "Unix" else f"[::1]:{name[1]}" if family == "IPv6" else f"127.0.0.1:{name[1]}"
             assert (closed["peer"], closed["bytes_in"]) == (peer or own, 35), header
         assert _counted(echod)["accepted"] == len(PEERS) + len(NONE_TOLD)
+
+
+@pytest.mark.parametrize("header", NONE_TOLD)
+def test_a_health_check_of_a_balancer_that_ends_with_a_reset_is_no_lost_client(tmp_path: Path, header: bytes) -> None:
+    """A header without a client, no byte after it, and a reset: it counts as `client`. With a byte it is a reset."""
+    with proxied(tmp_path) as echod:
+        for sent, reason in ((b"", "client"), (b"hello\n", "reset")):
+            with connect(echod.port) as client:
+                client.sendall(header + sent)
+                _until(lambda: _counted(echod)["open"] == 1)
+                if sent:
+                    assert client.recv(100) == b"HELLO\n"
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            _until(lambda: _counted(echod)["open"] == 0)
+            assert _counted(echod)["closed"][reason] == 1, header
 
 
 @pytest.mark.parametrize("header", [V1, v2(0x21, 0x21, IPV6 + b"\x04\x00\x05extra")])
