@@ -8,6 +8,7 @@ WORKERS ?= 3
 UPGRADE ?=
 COVERAGE_MIN ?= 95
 FUZZ_S ?= 300
+CAMPAIGN ?= mixes model endurance
 SANITIZE_S ?= 10
 
 # Where `make install` puts what; DESTDIR goes before all of them, for packagers.
@@ -63,6 +64,15 @@ test-faults: $(VENV)/.echod $(VENV)/.dev ## do to a real echod what can go wrong
 # Coverage with a configuration of its own: the tests' would measure atheris too, which instruments echod itself.
 FUZZED = echod/protocol.py,echod/settings.py,echod/address.py
 COVERED = --rcfile=/dev/null --data-file=$(VENV)/fuzz.coverage
+
+.PHONY: campaign
+campaign: $(VENV)/.echod $(VENV)/.dev ## the long runs of the fault suite: CAMPAIGN="mixes model endurance", three hours and a half
+	@set -e; for part in $(CAMPAIGN); do echo "$$part:"; case $$part in \
+	  mixes) $(BIN)/python -m tests.faults.mixes --seeds 1-10 --seconds 600 ;; \
+	  model) $(BIN)/python -m tests.faults.model --minutes 60 ;; \
+	  endurance) $(BIN)/python -m tests.faults.endurance --minutes 30 ;; \
+	  *) echo "CAMPAIGN: mixes, model, endurance" >&2; exit 2 ;; \
+	esac; done
 
 .PHONY: fuzz
 fuzz: $(VENV)/.echod $(VENV)/.dev ## look for bytes that echod is wrong about, for FUZZ_S=300 seconds

@@ -39,7 +39,10 @@ from tests.reference import BROKEN, CASED, OTHERS, SPACES, reference
 
 STEPS = 40
 EXAMPLES_AT_ONCE = 5
-DRAIN_S, QUIET_S = 1.0, 0.05
+DRAIN_S, QUIET_S = 0.5, 0.05
+AGREE_S = 5.0
+"""How long the statistics may take to agree with the model: they are asked all the time, so the loop turns."""
+
 CLIENTS = 12
 """More are not connected at once by a step."""
 
@@ -199,7 +202,7 @@ class Model(RuleBasedStateMachine):
     def the_statistics_agree(self) -> None:
         if self.is_stopped:
             return
-        expected, end = self.counts.expected(self.clients), time.monotonic() + DEADLINE_S
+        expected, end = self.counts.expected(self.clients), time.monotonic() + AGREE_S
         while (found := Counts.found(self._get("/stats"))) != expected:
             assert time.monotonic() < end, f"{found}, but {expected} was expected"
 
