@@ -336,7 +336,7 @@ class Connection(HotPath):
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def _count_held(self) -> None:
-        held = self.held_bytes
+        held = self.held_bytes if self.state is not State.CLOSED else 0
         if held != self._counted_bytes:
             more, self._counted_bytes = held - self._counted_bytes, held
             self._owner.memory.change(more)
@@ -444,8 +444,7 @@ class Connection(HotPath):
             self._linger.cancel()
         self._is_reading = self._is_writing = False
         self._pending = b""
-        if self._counted_bytes:
-            self._owner.memory.change(-self._counted_bytes)
+        self._count_held()
         self._owner.memory.forget(self)
         os.close(self.descriptor)
         self._owner.on_closed(self)

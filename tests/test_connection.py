@@ -519,6 +519,23 @@ def test_what_clients_hold_is_counted_and_given_back() -> None:
             run(scenario(ours, client))
 
 
+def test_a_client_that_is_lost_while_it_takes_its_turn_holds_nothing() -> None:
+    """What it held is given back once, whatever was still to be answered."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        connection = keeper.open(ours)
+        connection._receive(b" ab\xc3\x9f\n" * 5_000)
+        assert keeper.memory.held_bytes
+        client.close()
+        await until(lambda: keeper.closed)
+        assert connection.reason == "reset"
+        assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
 def test_over_the_limit_only_a_client_that_holds_little_is_read_from() -> None:
     """Who holds much waits until there is memory again, and everyone else is answered."""
 
