@@ -49,7 +49,7 @@ CLIENTS = 12
 GONE_WITH_A_RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: close(2) sends RST."""
 
-LIMITS = {"connections": (100, 3), "connections_per_address": (0, 2), "line_bytes": (64, 40)}
+LIMITS = {"connections": (100, 6), "connections_per_address": (3, 0), "line_bytes": (64, 40)}
 """What a reload changes, and the values."""
 
 BAD = {
@@ -63,6 +63,7 @@ BAD = {
 }
 """What can be wrong with a configuration, and what is said of it."""
 
+HOSTS = ("127.0.0.1", "127.0.0.2")
 WAYS = ("TCP", "unix", "PROXY, version 1", "PROXY, version 2")
 
 PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
@@ -188,6 +189,8 @@ class Model(RuleBasedStateMachine):
         environment = {"RUNTIME_DIRECTORY": str(self.directory)} | UNMEASURED
         self.echod = self.at_end.enter_context(Daemon("-c", str(self._file), environment=environment))
         self.port, self.proxy_port = self.echod.ports
+        for way, host in zip(WAYS, HOSTS * 2, strict=True):
+            self._connect(host, way)
 
     def teardown(self) -> None:
         try:
@@ -209,9 +212,14 @@ class Model(RuleBasedStateMachine):
     # -- clients ---------------------------------------------------------------------------------------------------
 
     @while_running
-    @rule(host=st.sampled_from(["127.0.0.1", "127.0.0.2"]), way=st.sampled_from(WAYS))
-    def connect(self, host: str, way: str) -> None:
+    @rule(arrivals=st.lists(st.tuples(st.sampled_from(HOSTS), st.sampled_from(WAYS)), min_size=1, max_size=4))
+    def connect(self, arrivals: list[tuple[str, str]]) -> None:
         """Connect, by TCP or a Unix socket, or as a balancer does for a client."""
+        for host, way in arrivals:
+            self._connect(host, way)
+            self.the_statistics_agree()  # whom a limit lets in depends on who is there
+
+    def _connect(self, host: str, way: str) -> None:
         if len(self.clients) >= CLIENTS or (way == "unix" and not self.has_unix):
             return
         sock = socket.socket(socket.AF_UNIX if way == "unix" else socket.AF_INET)
