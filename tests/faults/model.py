@@ -312,10 +312,14 @@ class Model(RuleBasedStateMachine):
     @with_clients
     @rule(index=indexes)
     def reset(self, index: int) -> None:
-        """Reset the connection."""
+        """Reset the connection; on a Unix socket, which knows no reset, end it without waiting for a last reply."""
         client = self._pick(index)
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, GONE_WITH_A_RESET)
-        self._leave(client, "reset" if client.host else "client")
+        if client.host:
+            self._leave(client, "reset")
+        else:
+            reply, reason = self._due(client, b"", is_ended=True)
+            self._leave(client, reason or ("reset" if reply else "client"))
 
     # -- the operator ----------------------------------------------------------------------------------------------
 
