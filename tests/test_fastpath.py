@@ -188,6 +188,23 @@ def test_an_ordinary_chunk_is_answered_without_python() -> None:
         assert it.read_calls == 1, "while it is not hot, Python reads"
 
 
+@needs_compiled
+def test_after_many_short_lines_a_read_brings_less() -> None:
+    """So that a turn of the event loop stays short however many clients send bare line feeds."""
+    with connected(KINDS[-1], 2_000) as (it, client):
+        reads = []
+        for line in (b"\n", b"\n", b"x" * 1023 + b"\n", b"x" * 1023 + b"\n"):
+            data = line * (32_768 // len(line))
+            client.sendall(data)
+            left = it.bytes_in + len(data)
+            call(it)
+            reads.append(len(data) - (left - it.bytes_in))
+            while it.bytes_in < left:
+                call(it)
+            assert available(client) == data.upper()
+        assert reads == [32_768, 8_192, 8_192, 32_768]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_replies_that_the_kernel_does_not_take_are_kept(kind: type[Recorder]) -> None:
     """Every byte is either sent or pending, in order."""
