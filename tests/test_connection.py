@@ -582,3 +582,28 @@ def test_over_the_limit_no_read_brings_more_than_a_little() -> None:
 
     with pair() as (ours, client):
         run(scenario(ours, client))
+
+
+def test_a_client_that_waits_for_memory_has_a_line_timeout_all_the_same() -> None:
+    """Or clients that hold all of it by partial lines, and have sent more, would keep it for ever."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        timeouts = Timeouts(idle=0, line=1, write=0)
+        keeper.memory.set_limit(10_000)
+        connection = keeper.open(ours)
+        client.send(b"x" * 20_000)
+        await until(lambda: keeper.full)
+        connection.is_hot = False  # as the owner does when it is told
+        client.send(b"x")
+        await until(lambda: keeper.memory.waiting)
+        start = keeper.loop.time()
+        deadlines.tend(connection, start, timeouts)
+        keeper.memory.retry()
+        deadlines.tend(connection, start + 2, timeouts)
+        assert connection.reason == "line timeout"
+        connection.close()
+        assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
