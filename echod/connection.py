@@ -469,7 +469,7 @@ class Connection(HotPath):
     def look(self, now: float) -> None:
         """See how the client gets on; to be called again and again."""
         pace = self.pace
-        if pace.owed or self.state is not State.OPEN or pace.is_news(self.bytes_in):
+        if pace.owed or self.state is not State.OPEN or pace.is_untaken(self.bytes_out):
             self._measure(now)
         # With replies pending or lines unanswered the rest of a line isn't even read.
         is_in_line = self.echo.held_bytes > 0

@@ -495,6 +495,30 @@ def test_a_connection_that_is_not_at_rest_is_never_silent(sent: bytes) -> None:
         run(scenario(ours, client))
 
 
+def test_replies_that_wait_their_turn_past_a_look_are_owed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes none of them is aborted, although nothing of it was owed when its input was first seen."""
+    monkeypatch.setattr(turns, "SLICE_S", 0.0)  # one step a turn
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        timeouts = Timeouts(idle=0, line=0, write=1)
+        connection = keeper.open(ours)
+        connection.is_hot = False
+        connection._receive(b" \n" * SLICE_LINES * 4)
+        assert connection.echo.has_more
+        start = keeper.loop.time()
+        deadlines.tend(connection, start, timeouts)
+        await until(lambda: connection.pending)
+        deadlines.tend(connection, start + 1, timeouts)
+        assert not connection.is_silent(start + 2)
+        deadlines.tend(connection, start + 3, timeouts)
+        assert connection.reason == "write timeout"
+
+    with pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
