@@ -164,14 +164,8 @@ class Connection(HotPath):
 
     @property
     def lacks_memory(self) -> bool:
-        """Whether clients hold too much in all, and this one so much that it is not read from."""
-        return (
-            self._owner.memory.is_full
-            and self.state is State.OPEN
-            and (
-                self.echo.unfinished_bytes > SPARE_BYTES or sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES
-            )
-        )
+        """Whether clients hold too much in all, and nothing may be read from this one."""
+        return self._owner.memory.is_full and self.state is State.OPEN and not self._spare_bytes(_chunk)
 
     def set_line_bytes(self, line_bytes: int) -> None:
         """Change the longest message allowed, for the partial line too."""
@@ -209,13 +203,13 @@ class Connection(HotPath):
         """
         begun = self.echo.unfinished_bytes
         room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
-        if self.lacks_memory:
-            self._waits_for_memory = True
-            self._owner.memory.wait(self)
-            self._watch()
-            return
-        if self._owner.memory.is_full:
-            room = _chunk[:SPARE_BYTES]
+        if self._owner.memory.is_full and self.state is State.OPEN:
+            room = room[: self._spare_bytes(room)]
+            if not room:
+                self._waits_for_memory = True
+                self._owner.memory.wait(self)
+                self._watch()
+                return
         try:
             received = os.readv(self.descriptor, (room,))
         except (BlockingIOError, InterruptedError):
@@ -355,6 +349,18 @@ class Connection(HotPath):
         if held != self._counted_bytes:
             more, self._counted_bytes = held - self._counted_bytes, held
             self._owner.memory.change(more)
+
+    def _spare_bytes(self, room: memoryview) -> int:
+        """How much may be read into `room` while clients hold too much: a little, or what ends the partial line."""
+        if sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES:
+            return 0
+        if self.echo.unfinished_bytes <= SPARE_BYTES:
+            return SPARE_BYTES
+        if self._owner.memory.is_overdrawn:
+            return 0
+        if sockets.is_ended(self.descriptor):
+            return len(room)
+        return sockets.peek(self.descriptor, room).rfind(b"\n") + 1
 
     def on_memory(self) -> None:
         """Read again, if there is something to read and memory for it (Waiting)."""

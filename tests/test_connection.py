@@ -570,7 +570,7 @@ def test_over_the_limit_only_a_client_that_holds_little_is_read_from() -> None:
         client.send(b"x" * 20_000)
         await until(lambda: keeper.full)
         greedy.is_hot = modest.is_hot = False  # as the owner does when it is told
-        client.send(b"y\n")
+        client.send(b"y")
         other.send(b"partial")
         await until(lambda: keeper.memory.waiting)
         assert greedy.held_bytes == 20_000
@@ -580,6 +580,7 @@ def test_over_the_limit_only_a_client_that_holds_little_is_read_from() -> None:
             keeper.memory.retry()
         assert greedy.held_bytes == 20_000
         keeper.memory.set_limit(1 << 20)
+        client.send(b"\n")
         assert await received(client, 20_002) == b"X" * 20_000 + b"Y\n"
         assert not keeper.memory.waiting
         for each in (greedy, modest):
@@ -628,6 +629,53 @@ def test_a_client_that_waits_for_memory_has_a_line_timeout_all_the_same() -> Non
         assert connection.reason == "line timeout"
         connection.close()
         assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_over_the_limit_a_partial_line_may_still_end(is_ended: bool) -> None:
+    """Only that gives the memory back before a timeout: its line feed, or the client's end of stream."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        keeper.memory.set_limit(19_000)
+        connection = keeper.open(ours)
+        client.send(b"x" * 20_000)
+        await until(lambda: keeper.full)
+        connection.is_hot = False  # as the owner does when it is told
+        client.send(b"x" * 500)
+        await until(lambda: keeper.memory.waiting)
+        client.send(b"" if is_ended else b"\ny\npartial")
+        client.shutdown(socket.SHUT_WR)
+        keeper.memory.retry()
+        assert connection.held_bytes == 20_000
+        assert await received(client, 30_000) == b"X" * 20_500 + (b"\n" if is_ended else b"\nY\nPARTIAL\n")
+        await until(lambda: keeper.closed)
+        assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_far_over_the_limit_no_partial_line_is_read_to_its_end() -> None:
+    """Its reply may take three times the memory, and thousands of clients may end their lines at once."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        keeper.memory.set_limit(10_000)
+        connection = keeper.open(ours)
+        client.send(b"x" * 20_000)
+        await until(lambda: keeper.full)
+        connection.is_hot = False  # as the owner does when it is told
+        client.send(b"\n")
+        await until(lambda: keeper.memory.waiting)
+        assert connection.held_bytes == 20_000
+        keeper.memory.set_limit(19_000)
+        keeper.memory.retry()
+        assert await received(client, 20_001) == b"X" * 20_000 + b"\n"
+        connection.abort("cut")
 
     with pair() as (ours, client):
         run(scenario(ours, client))
