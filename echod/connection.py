@@ -73,10 +73,10 @@ class Connection(HotPath):
         "_is_draining",
         "_is_reading",
         "_is_writing",
-        "_lacks_memory",
         "_linger",
         "_owner",
         "_pending",
+        "_waits_for_memory",
         "echo",
         "is_anonymous",
         "is_counted",
@@ -123,7 +123,7 @@ class Connection(HotPath):
         self.unacknowledged_bytes = 0
         self._pending = b""
         self._counted_bytes = 0
-        self._lacks_memory = False
+        self._waits_for_memory = False
         self._has_ended = False
         self._is_draining = False
         self._is_reading = False
@@ -162,6 +162,11 @@ class Connection(HotPath):
         """Whether replies are pending, or whole lines that were read are not answered yet."""
         return bool(self._pending) or self.echo.has_more
 
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether clients hold too much in all, and nothing may be read from this one."""
+        return self._owner.memory.is_full and self.state is State.OPEN and not self._spare_bytes(_chunk)
+
     def set_line_bytes(self, line_bytes: int) -> None:
         """Change the longest message allowed, for the partial line too."""
         self.line_bytes = self.echo.line_bytes = line_bytes
@@ -199,12 +204,12 @@ class Connection(HotPath):
         begun = self.echo.unfinished_bytes
         room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
         if self._owner.memory.is_full and self.state is State.OPEN:
-            if begun > SPARE_BYTES or sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES:
-                self._lacks_memory = True
+            room = room[: self._spare_bytes(room)]
+            if not room:
+                self._waits_for_memory = True
                 self._owner.memory.wait(self)
                 self._watch()
                 return
-            room = _chunk[:SPARE_BYTES]
         try:
             received = os.readv(self.descriptor, (room,))
         except (BlockingIOError, InterruptedError):
@@ -310,7 +315,11 @@ class Connection(HotPath):
             return
         wants_room = bool(self._pending)
         wants_input = not (
-            wants_room or self._has_ended or self._lacks_memory or self.echo.has_more or self.state is State.FLUSHING
+            wants_room
+            or self._has_ended
+            or self._waits_for_memory
+            or self.echo.has_more
+            or self.state is State.FLUSHING
         )
         loop = self._owner.loop
         # First what is new: a descriptor that nothing is waited for leaves epoll, and would have to come back.
@@ -341,9 +350,21 @@ class Connection(HotPath):
             more, self._counted_bytes = held - self._counted_bytes, held
             self._owner.memory.change(more)
 
+    def _spare_bytes(self, room: memoryview) -> int:
+        """How much may be read into `room` while clients hold too much: a little, or what ends the partial line."""
+        if sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES:
+            return 0
+        if self.echo.unfinished_bytes <= SPARE_BYTES:
+            return SPARE_BYTES
+        if self._owner.memory.is_overdrawn:
+            return 0
+        if sockets.is_ended(self.descriptor):
+            return len(room)
+        return sockets.peek(self.descriptor, room).rfind(b"\n") + 1
+
     def on_memory(self) -> None:
         """Read again, if there is something to read and memory for it (Waiting)."""
-        self._lacks_memory = False
+        self._waits_for_memory = False
         self._watch()
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -368,7 +389,7 @@ class Connection(HotPath):
         if self.state is not State.OPEN:
             return
         self.reason = reason
-        self.is_hot = self._lacks_memory = False
+        self.is_hot = self._waits_for_memory = False
         self.state = State.FLUSHING
         farewell = error_line(error) if error else b""
         if self._pending:
@@ -454,7 +475,7 @@ class Connection(HotPath):
     def look(self, now: float) -> None:
         """See how the client gets on; to be called again and again."""
         pace = self.pace
-        if pace.owed or self.state is not State.OPEN or pace.is_news(self.bytes_in):
+        if pace.owed or self.state is not State.OPEN or pace.is_untaken(self.bytes_out):
             self._measure(now)
         # With replies pending or lines unanswered the rest of a line isn't even read.
         is_in_line = self.echo.held_bytes > 0

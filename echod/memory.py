@@ -1,8 +1,8 @@
 """The memory that all clients together make us hold: partial lines, lines that wait their turn, and pending replies.
 
 Owns the sum and the set of clients that are not read from because of it. While the sum is over its limit, a client is
-read from only if it holds next to nothing itself, so that those who hold much wait, and nobody else. They are let go on
-when the sum has fallen, or end by their own timeouts.
+read from only if it holds next to nothing itself, or if its partial line has ended and the sum is not far over. So
+those who hold much wait, and nobody else. They are let go on when the sum has fallen, or end by their own timeouts.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,12 @@ from typing import Protocol
 RESUME_SHARE = 0.9
 """Clients that wait are read from again when the sum has fallen below this share of the limit."""
 
+OVERDRAFT_SHARE = 1.1
+"""Up to this share of the limit partial lines may still be read to their ends, because only that gives memory back."""
+
 SPARE_BYTES = 1024
-"""While the limit is exceeded, a client that holds more than this is not read from, and no read brings more."""
+"""While the limit is exceeded, nothing but the end of its line is read from a client that holds more than this, and no
+more than this at once from any other."""
 
 UNREAD_BYTES = 4096
 """Nor is one from whose kernel more than this is unacknowledged: it may not be reading its replies."""
@@ -39,6 +43,11 @@ class Memory:
     def waiting(self) -> int:
         """How many clients are not read from at present."""
         return len(self._waiting)
+
+    @property
+    def is_overdrawn(self) -> bool:
+        """Whether the limit is exceeded by so much that partial lines are not even read to their ends."""
+        return self.held_bytes > self.limit_bytes * OVERDRAFT_SHARE
 
     def set_limit(self, limit_bytes: int) -> None:
         """Change the limit; it holds from now on."""

@@ -27,9 +27,9 @@ class Pace:
         for name in self.__slots__:
             setattr(self, name, past.get(name.removeprefix("_"), getattr(self, name)))
 
-    def is_news(self, bytes_in: int) -> bool:
-        """Whether anything came since the last look."""
-        return bytes_in != self._bytes_in
+    def is_untaken(self, bytes_out: int) -> bool:
+        """Whether replies were written of which the last look didn't see that they were taken."""
+        return bytes_out != self._taken
 
     def measure(self, now: float, taken: int, owed: int) -> None:
         """See how many bytes of replies the client has taken in all, and how many it is owed still."""
@@ -44,7 +44,7 @@ class Pace:
             self.line_since = None
         elif self.line_since is None or lines != self._lines or is_unread:
             self.line_since = now
-        if is_in_line or self.owed or self.is_news(bytes_in):
+        if is_in_line or self.owed or bytes_in != self._bytes_in:
             self.quiet_since = now
         self._bytes_in = bytes_in
         self._lines = lines

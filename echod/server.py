@@ -185,6 +185,7 @@ class Server:
                 deadlines.tend(connection, now, timeouts)
                 deadlines.settle(connection, now, timeouts.drain_quiet)
             await asyncio.sleep(0)
+        self.clients.memory.retry()
 
     def _drained(self, before: Mapping[str, int]) -> Drained:
         ended = {reason: count - before[reason] for reason, count in self._stats.closed.items()}

@@ -5,6 +5,7 @@ Linux facts live here, each with its source; no event loop and no configuration 
 
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
@@ -274,6 +275,20 @@ def reset_on_close(descriptor: int) -> None:
     """
     with borrowed(descriptor) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def peek(descriptor: int, room: memoryview) -> bytes:
+    """What has arrived, as much as there is room for, and leave it there (MSG_PEEK); b"" if nothing has."""
+    with borrowed(descriptor) as sock, suppress(OSError):
+        return room[: sock.recv_into(room, 0, socket.MSG_PEEK)].tobytes()
+    return b""
+
+
+def is_ended(descriptor: int) -> bool:
+    """Whether the peer has ended its stream or the connection has failed, whatever is unread before it (poll(2))."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def unacknowledged_bytes(descriptor: int) -> int:

@@ -495,6 +495,30 @@ def test_a_connection_that_is_not_at_rest_is_never_silent(sent: bytes) -> None:
         run(scenario(ours, client))
 
 
+def test_replies_that_wait_their_turn_past_a_look_are_owed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes none of them is aborted, although nothing of it was owed when its input was first seen."""
+    monkeypatch.setattr(turns, "SLICE_S", 0.0)  # one step a turn
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        timeouts = Timeouts(idle=0, line=0, write=1)
+        connection = keeper.open(ours)
+        connection.is_hot = False
+        connection._receive(b" \n" * SLICE_LINES * 4)
+        assert connection.echo.has_more
+        start = keeper.loop.time()
+        deadlines.tend(connection, start, timeouts)
+        await until(lambda: connection.pending)
+        deadlines.tend(connection, start + 1, timeouts)
+        assert not connection.is_silent(start + 2)
+        deadlines.tend(connection, start + 3, timeouts)
+        assert connection.reason == "write timeout"
+
+    with pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -546,7 +570,7 @@ def test_over_the_limit_only_a_client_that_holds_little_is_read_from() -> None:
         client.send(b"x" * 20_000)
         await until(lambda: keeper.full)
         greedy.is_hot = modest.is_hot = False  # as the owner does when it is told
-        client.send(b"y\n")
+        client.send(b"y")
         other.send(b"partial")
         await until(lambda: keeper.memory.waiting)
         assert greedy.held_bytes == 20_000
@@ -556,6 +580,7 @@ def test_over_the_limit_only_a_client_that_holds_little_is_read_from() -> None:
             keeper.memory.retry()
         assert greedy.held_bytes == 20_000
         keeper.memory.set_limit(1 << 20)
+        client.send(b"\n")
         assert await received(client, 20_002) == b"X" * 20_000 + b"Y\n"
         assert not keeper.memory.waiting
         for each in (greedy, modest):
@@ -578,6 +603,78 @@ def test_over_the_limit_no_read_brings_more_than_a_little() -> None:
         client.send(b"x" * 50_000)
         await until(lambda: keeper.memory.waiting)
         assert SPARE_BYTES < connection.held_bytes <= 2 * SPARE_BYTES
+        connection.abort("cut")
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_a_client_that_waits_for_memory_has_a_line_timeout_all_the_same() -> None:
+    """Or clients that hold all of it by partial lines, and have sent more, would keep it for ever."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        timeouts = Timeouts(idle=0, line=1, write=0)
+        keeper.memory.set_limit(10_000)
+        connection = keeper.open(ours)
+        client.send(b"x" * 20_000)
+        await until(lambda: keeper.full)
+        connection.is_hot = False  # as the owner does when it is told
+        client.send(b"x")
+        await until(lambda: keeper.memory.waiting)
+        start = keeper.loop.time()
+        deadlines.tend(connection, start, timeouts)
+        keeper.memory.retry()
+        deadlines.tend(connection, start + 2, timeouts)
+        assert connection.reason == "line timeout"
+        connection.close()
+        assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_over_the_limit_a_partial_line_may_still_end(is_ended: bool) -> None:
+    """Only that gives the memory back before a timeout: its line feed, or the client's end of stream."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        keeper.memory.set_limit(19_000)
+        connection = keeper.open(ours)
+        client.send(b"x" * 20_000)
+        await until(lambda: keeper.full)
+        connection.is_hot = False  # as the owner does when it is told
+        client.send(b"x" * 500)
+        await until(lambda: keeper.memory.waiting)
+        client.send(b"" if is_ended else b"\ny\npartial")
+        client.shutdown(socket.SHUT_WR)
+        keeper.memory.retry()
+        assert connection.held_bytes == 20_000
+        assert await received(client, 30_000) == b"X" * 20_500 + (b"\n" if is_ended else b"\nY\nPARTIAL\n")
+        await until(lambda: keeper.closed)
+        assert keeper.memory.held_bytes == 0
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_far_over_the_limit_no_partial_line_is_read_to_its_end() -> None:
+    """Its reply may take three times the memory, and thousands of clients may end their lines at once."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        keeper.memory.set_limit(10_000)
+        connection = keeper.open(ours)
+        client.send(b"x" * 20_000)
+        await until(lambda: keeper.full)
+        connection.is_hot = False  # as the owner does when it is told
+        client.send(b"\n")
+        await until(lambda: keeper.memory.waiting)
+        assert connection.held_bytes == 20_000
+        keeper.memory.set_limit(19_000)
+        keeper.memory.retry()
+        assert await received(client, 20_001) == b"X" * 20_000 + b"\n"
         connection.abort("cut")
 
     with pair() as (ours, client):

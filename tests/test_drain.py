@@ -284,3 +284,33 @@ def test_term_ends_a_process_whose_loop_is_stuck() -> None:
             echod.send(signal.SIGTERM)
             assert echod.exit_status() == 3
             assert echod.events[-1]["event"] == "stop overdue"
+
+
+def read_some(client: socket.socket, size: int) -> bytes:
+    """So many bytes, or what came before the end of the stream."""
+    data = b""
+    while len(data) < size and (more := client.recv(size - len(data))):
+        data += more
+    return data
+
+
+def test_a_client_that_waits_for_memory_is_served_in_a_drain_too() -> None:
+    """It took its replies only after the drain began, while others keep the memory."""
+    limits = settings(limits_held_bytes=100_000, timeouts_drain=8)
+    with serving(*limits) as echod, connect(echod.port, receive_buffer=4096) as client:
+        client.sendall(b"x" * 50_000 + b"\n")
+        assert read_some(client, 1) == b"X"  # what follows is in the kernel
+        with connect(echod.port) as one, connect(echod.port) as another:
+            for holder in (one, another):
+                holder.sendall(b"y" * 52_000)
+            echod.wait_for("memory limit exceeded")
+            echod.send(signal.SIGTERM)
+            echod.wait_for("drain started")
+            client.sendall(b"again\n")
+            echod.wait_for("drain progress")
+            assert read_some(client, 50_006) == b"X" * 49_999 + b"\nAGAIN\n"
+            for holder in (one, another):
+                holder.sendall(b"\n")
+                assert read_to_end(holder) == b"Y" * 52_000 + b"\n"
+        assert read_to_end(client) == b""
+        assert echod.exit_status() == 0
