@@ -10,6 +10,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.string cimport memchr, memmove
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int descriptor, void *buffer, size_t size, int flags)
@@ -132,11 +133,53 @@ cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept n
     return target - replies
 
 
+cdef enum:
+    GAP_NS = 5000000
+    CHECK_NS = 5000000
+    BUDGET_NS = 15000000
+
+# See `fastpath.serve_directly`.
+cdef bint is_overloaded = False
+cdef bint is_checking = False
+cdef long long window_start = 0
+cdef long long last_read = 0
+
+
+def serve_directly():
+    """Read from clients as soon as they have input, from a new turn of the event loop on."""
+    global is_overloaded, is_checking, window_start, last_read
+    is_overloaded = is_checking = False
+    window_start = last_read = 0
+
+
+cdef bint is_late(HotPath path) except -1:
+    """Whether reads have taken all their time in this turn of the event loop."""
+    global is_overloaded, is_checking, window_start, last_read
+    cdef timespec time
+    cdef long long now
+    if is_overloaded:
+        return True
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    now = time.tv_sec * <long long>1000000000 + time.tv_nsec
+    if now - last_read > GAP_NS and not is_checking:
+        window_start = now
+    last_read = now
+    if now - window_start < CHECK_NS:
+        return False
+    if not is_checking:
+        is_checking = True
+        path._check_turn()
+        return False
+    is_overloaded = now - window_start >= BUDGET_NS
+    return is_overloaded
+
+
 cdef class HotPath:
     """One connection's counters; called by the event loop when there is something to read.
 
     `is_hot` says whether an ordinary chunk may be answered here. A subclass supplies `_read`, which is called instead
-    while it is false, and `_receive`, `_keep_pending` and `_lose` for what is not ordinary.
+    while it is false, and `_receive`, `_keep_pending` and `_lose` for what is not ordinary; `_check_turn` and `_postpone`
+    for many clients that have input at once.
     """
 
     cdef public int descriptor
@@ -151,33 +194,43 @@ cdef class HotPath:
         self.room_bytes = CHUNK_BYTES
 
     def __call__(self):
+        if is_late(self):
+            self._postpone()
+        else:
+            self._read_once()
+
+    def read_now(self):
+        self._read_once()
+
+    cdef int _read_once(self) except -1:
         cdef ssize_t received, size, sent
         cdef long long lines = 0
         cdef int error
         if not self.is_hot:
             self._read()
-            return
+            return 0
         received = recv(self.descriptor, chunk, self.room_bytes, 0)
         if received < 0:
             error = errno
             if error != EAGAIN and error != EINTR:
                 self._lose(error)
-            return
+            return 0
         size = answer(received, self.line_bytes, &lines) if received and chunk[received - 1] == 0x0A else -1
         if size < 0:
             self._receive(PyBytes_FromStringAndSize(<char *>chunk, received))
-            return
+            return 0
         self.bytes_in += received
         self.bytes_out += size
         self.hot_lines += lines
         self.room_bytes = SHORT_CHUNK_BYTES if lines * SHORT_LINE_BYTES > received else CHUNK_BYTES
         sent = send(self.descriptor, replies, size, MSG_NOSIGNAL)
         if sent == size:
-            return
+            return 0
         if sent < 0:
             error = errno
             if error != EAGAIN and error != EINTR:
                 self._lose(error)
-                return
+                return 0
             sent = 0
         self._keep_pending(PyBytes_FromStringAndSize(<char *>replies + sent, size - sent))
+        return 0

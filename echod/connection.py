@@ -71,6 +71,7 @@ class Connection(HotPath):
         "_counted_bytes",
         "_has_ended",
         "_is_draining",
+        "_is_postponed",
         "_is_reading",
         "_is_writing",
         "_linger",
@@ -126,6 +127,7 @@ class Connection(HotPath):
         self._waits_for_memory = False
         self._has_ended = False
         self._is_draining = False
+        self._is_postponed = False
         self._is_reading = False
         self._is_writing = False
         self._linger: asyncio.TimerHandle | None = None
@@ -309,18 +311,39 @@ class Connection(HotPath):
         self._watch()
         self._check_hot()
 
+    def _check_turn(self) -> None:
+        self._owner.turns.check()
+
+    def _postpone(self) -> None:
+        """Read when it is this client's turn: very many have input."""
+        self._is_postponed = True
+        self._watch()
+        self._owner.turns.postpone(self)
+
+    def read_postponed(self) -> None:
+        """Read once, unless that is not wanted any more."""
+        self._is_postponed = False
+        if self._wants_input and self.state is not State.CLOSED:
+            self.read_now()
+        self._watch()
+
+    @property
+    def _wants_input(self) -> bool:
+        return not (
+            self._pending
+            or self._has_ended
+            or self._waits_for_memory
+            or self._is_postponed
+            or self.echo.has_more
+            or self.state is State.FLUSHING
+        )
+
     def _watch(self) -> None:
         """Have the event loop tell what this connection waits for now: room to send, or input."""
         if self.state is State.CLOSED:
             return
         wants_room = bool(self._pending)
-        wants_input = not (
-            wants_room
-            or self._has_ended
-            or self._waits_for_memory
-            or self.echo.has_more
-            or self.state is State.FLUSHING
-        )
+        wants_input = self._wants_input
         loop = self._owner.loop
         # First what is new: a descriptor that nothing is waited for leaves epoll, and would have to come back.
         if wants_room and not self._is_writing:

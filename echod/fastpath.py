@@ -6,6 +6,7 @@ compiled one answers ordinary chunks itself; the one in Python reads and hands e
 
 import os
 import socket
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,59 @@ CHUNK_BYTES = 65_536
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
+GAP_S = 0.005
+"""Reads that are further apart than this don't belong together."""
+
+CHECK_S = 0.005
+"""After so long a row of reads it is time to see whether the event loop still turns."""
+
+BUDGET_S = 0.015
+"""So much of a turn of the event loop goes to reads. The clients whose input is still to be read then wait in a queue.
+
+libuv polls up to 48 times in a row, without a timer or a new descriptor in between, as long as each time 1024
+descriptors are ready. So as many clients that always have input would keep everyone else waiting for seconds."""
+
+
+class _Window:
+    """The reads of this turn of the event loop, as far as it is known when that began."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew with the next read."""
+        self.is_overloaded = self.is_checking = False
+        self.start = self.last = 0.0
+
+    def is_late(self, path: "PythonHotPath") -> bool:
+        """Whether reads have taken all their time in this turn of the event loop."""
+        if self.is_overloaded:
+            return True
+        now = time.monotonic()
+        if now - self.last > GAP_S and not self.is_checking:
+            self.start = now
+        self.last = now
+        if now - self.start < CHECK_S:
+            return False
+        if not self.is_checking:
+            self.is_checking = True
+            path._check_turn()  # noqa: SLF001 (the other half of the same loop)
+            return False
+        self.is_overloaded = now - self.start >= BUDGET_S
+        return self.is_overloaded
+
+
+_window = _Window()
+
+
 class PythonHotPath:
     """One connection's counters; called by the event loop when there is something to read.
 
     The object itself is the callback, because a bound method for each connection would take 80 bytes.
     A subclass supplies `_read`, which is called instead of a read here while `is_hot` is false, `_receive` for what was
     read (b"" at the end of the stream), `_keep_pending` for replies that the kernel has not taken, and `_lose` for an
-    errno.
+    errno; `_check_turn`, which has `serve_directly` called in the next turn of the event loop, and `_postpone`, which
+    has `read_now` called later.
     """
 
     __slots__ = ("bytes_in", "bytes_out", "descriptor", "hot_lines", "is_hot", "line_bytes")
@@ -47,6 +94,13 @@ class PythonHotPath:
         self.hot_lines = self.bytes_in = self.bytes_out = 0
 
     def __call__(self) -> None:
+        """Read and answer once, or have it done later."""
+        if _window.is_late(self):
+            self._postpone()
+        else:
+            self.read_now()
+
+    def read_now(self) -> None:
         """Read and answer once."""
         if not self.is_hot:
             self._read()
@@ -70,6 +124,12 @@ class PythonHotPath:
         raise NotImplementedError
 
     def _lose(self, error: int) -> None:
+        raise NotImplementedError
+
+    def _check_turn(self) -> None:
+        raise NotImplementedError
+
+    def _postpone(self) -> None:
         raise NotImplementedError
 
 
@@ -109,3 +169,11 @@ def acceptor(listener: socket.socket) -> "Callable[[], Accepted | None]":
     if _compiled and listener.family != socket.AF_UNIX:
         return partial(_compiled.accept, listener.fileno())
     return partial(_python_accept, listener)
+
+
+def serve_directly() -> None:
+    """Read from clients as soon as they have input, from a new turn of the event loop on."""
+    if _compiled:
+        _compiled.serve_directly()
+    else:
+        _window.reset()

@@ -85,9 +85,9 @@ ROOMS = {
     "watch": room(unknown=EVERYTHING - {"structlog", "sys", "threading", "time"}),
     "sink": room(unknown=EVERYTHING - {"os", "select", "threading", "time"}),
     "logs": room("config", "sink", unknown=LOOP | NETWORK | SIGNALS | FILES | PROCESSES | {"argparse"}),
-    "fastpath": room("__init__", "sockets", unknown=EVERYTHING - {"os", "socket"}),
+    "fastpath": room("__init__", "sockets", unknown=EVERYTHING - {"os", "socket", "time"}),
     "memory": room(unknown=EVERYTHING),
-    "turns": room(unknown=EVERYTHING - {"asyncio", "time"}),
+    "turns": room("fastpath", unknown=EVERYTHING - {"asyncio", "time"}),
     "parking": room(unknown=EVERYTHING),
     "connection": room(
         "fastpath",

@@ -6,6 +6,7 @@ import errno
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -222,6 +223,37 @@ def test_costly_input_waits_its_turn_and_everyone_else_is_answered_meanwhile(mon
     with pair() as (ours, client), pair() as (others, other):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * CHUNK_BYTES)
         run(scenario(ours, client, others, other))
+
+
+def test_where_very_many_have_input_the_event_loop_turns_between_them() -> None:
+    """Else the loop polls again and again, without a timer or a new descriptor, while enough of them are ready."""
+
+    class Slow(Connection):
+        def _postpone(self) -> None:
+            postponed.append(self)
+            super()._postpone()
+
+        def _receive(self, chunk: bytes) -> None:
+            time.sleep(0.004)  # as hundreds of clients take
+            super()._receive(chunk)
+
+    postponed: list[Connection] = []
+
+    async def scenario(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
+        keeper = Keeper()
+        connections = [keeper.open(ours, kind=Slow) for ours, _ in pairs]
+        for _ in range(3):
+            postponed.clear()
+            for _, client in pairs:
+                client.send("ß\n".encode())  # not ordinary, so that the fast path hands it on
+            for _, client in pairs:
+                assert await received(client, 3) == b"SS\n"
+            assert 0 < len(postponed) < len(pairs)
+        for each in connections:
+            each.end_now()
+
+    with contextlib.ExitStack() as stack:
+        run(scenario([stack.enter_context(pair()) for _ in range(16)]))
 
 
 def test_lines_that_wait_their_turn_cross_an_upgrade() -> None:

@@ -70,7 +70,7 @@ def check(client: Client, peer: socket.socket, chunk: bytes, line_bytes: int) ->
     """Send a chunk, have it read, and look at what came of it; return whether it was answered."""
     client.begin(line_bytes)
     peer.sendall(chunk)
-    client()
+    client.read_now()
     replies = everything(peer) + client.pending
     counted = (client.bytes_in, client.bytes_out, client.hot_lines)
     if not is_ordinary(chunk, line_bytes):
