@@ -10,7 +10,6 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.string cimport memchr, memmove
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int descriptor, void *buffer, size_t size, int flags)
@@ -133,45 +132,23 @@ cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept n
     return target - replies
 
 
-cdef enum:
-    GAP_NS = 5000000
-    CHECK_NS = 5000000
-    BUDGET_NS = 15000000
-
-# See `fastpath.serve_directly`.
-cdef bint is_overloaded = False
+# What reads have cost since the last turn of the event loop, see `fastpath.limit_turn`.
+cdef size_t units = 0
+cdef size_t check_units, budget_units, unit_bytes
 cdef bint is_checking = False
-cdef long long window_start = 0
-cdef long long last_read = 0
+
+
+def limit_turn(size_t check, size_t budget, size_t size):
+    """See `fastpath.limit_turn`."""
+    global check_units, budget_units, unit_bytes
+    check_units, budget_units, unit_bytes = check, budget, size
 
 
 def serve_directly():
-    """Read from clients as soon as they have input, from a new turn of the event loop on."""
-    global is_overloaded, is_checking, window_start, last_read
-    is_overloaded = is_checking = False
-    window_start = last_read = 0
-
-
-cdef bint is_late(HotPath path) except -1:
-    """Whether reads have taken all their time in this turn of the event loop."""
-    global is_overloaded, is_checking, window_start, last_read
-    cdef timespec time
-    cdef long long now
-    if is_overloaded:
-        return True
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    now = time.tv_sec * <long long>1000000000 + time.tv_nsec
-    if now - last_read > GAP_NS and not is_checking:
-        window_start = now
-    last_read = now
-    if now - window_start < CHECK_NS:
-        return False
-    if not is_checking:
-        is_checking = True
-        path._check_turn()
-        return False
-    is_overloaded = now - window_start >= BUDGET_NS
-    return is_overloaded
+    """See `fastpath.serve_directly`."""
+    global units, is_checking
+    units = 0
+    is_checking = False
 
 
 cdef class HotPath:
@@ -194,18 +171,25 @@ cdef class HotPath:
         self.room_bytes = CHUNK_BYTES
 
     def __call__(self):
-        if is_late(self):
-            self._postpone()
-        else:
-            self._read_once()
+        global is_checking
+        if units >= check_units:
+            if not is_checking:
+                is_checking = True
+                self._check_turn()
+            if units >= budget_units:
+                self._postpone()
+                return
+        self._read_once()
 
     def read_now(self):
         self._read_once()
 
     cdef int _read_once(self) except -1:
+        global units
         cdef ssize_t received, size, sent
         cdef long long lines = 0
         cdef int error
+        units += 1
         if not self.is_hot:
             self._read()
             return 0
@@ -215,6 +199,7 @@ cdef class HotPath:
             if error != EAGAIN and error != EINTR:
                 self._lose(error)
             return 0
+        units += received // unit_bytes
         size = answer(received, self.line_bytes, &lines) if received and chunk[received - 1] == 0x0A else -1
         if size < 0:
             self._receive(PyBytes_FromStringAndSize(<char *>chunk, received))

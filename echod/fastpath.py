@@ -6,7 +6,6 @@ compiled one answers ordinary chunks itself; the one in Python reads and hands e
 
 import os
 import socket
-import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,49 +25,32 @@ CHUNK_BYTES = 65_536
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
-GAP_S = 0.005
-"""Reads that are further apart than this don't belong together."""
+UNIT_BYTES = 4096
+"""A read counts as one unit of work, and as one more for each UNIT_BYTES that it brings."""
 
-CHECK_S = 0.005
-"""After so long a row of reads it is time to see whether the event loop still turns."""
+CHECK_UNITS = 1024
+"""After so much work the next turn of the event loop is asked for, to see when it comes."""
 
-BUDGET_S = 0.015
-"""So much of a turn of the event loop goes to reads. The clients whose input is still to be read then wait in a queue.
+BUDGET_UNITS = 16_384
+"""The most work of one turn of the event loop: some 0.1 s. Clients whose input is left then read in a queue.
 
-libuv polls up to 48 times in a row, without a timer or a new descriptor in between, as long as each time 1024
-descriptors are ready. So as many clients that always have input would keep everyone else waiting for seconds."""
+libuv polls up to 48 times in a row, without timers or new descriptors, as long as 1024 descriptors are ready each time.
+So as many clients that always have input could keep everyone else waiting for seconds.
+"""
 
 
-class _Window:
-    """The reads of this turn of the event loop, as far as it is known when that began."""
+class _Turn:
+    """What reads have cost in this turn of the event loop."""
+
+    __slots__ = ("budget_units", "check_units", "is_checking", "unit_bytes", "units")
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin anew with the next read."""
-        self.is_overloaded = self.is_checking = False
-        self.start = self.last = 0.0
-
-    def is_late(self, path: "PythonHotPath") -> bool:
-        """Whether reads have taken all their time in this turn of the event loop."""
-        if self.is_overloaded:
-            return True
-        now = time.monotonic()
-        if now - self.last > GAP_S and not self.is_checking:
-            self.start = now
-        self.last = now
-        if now - self.start < CHECK_S:
-            return False
-        if not self.is_checking:
-            self.is_checking = True
-            path._check_turn()  # noqa: SLF001 (the other half of the same loop)
-            return False
-        self.is_overloaded = now - self.start >= BUDGET_S
-        return self.is_overloaded
+        self.units = 0
+        self.is_checking = False
+        self.check_units, self.budget_units, self.unit_bytes = CHECK_UNITS, BUDGET_UNITS, UNIT_BYTES
 
 
-_window = _Window()
+_turn = _Turn()
 
 
 class PythonHotPath:
@@ -95,13 +77,20 @@ class PythonHotPath:
 
     def __call__(self) -> None:
         """Read and answer once, or have it done later."""
-        if _window.is_late(self):
-            self._postpone()
-        else:
-            self.read_now()
+        turn = _turn
+        if turn.units >= turn.check_units:
+            if not turn.is_checking:
+                turn.is_checking = True
+                self._check_turn()
+            if turn.units >= turn.budget_units:
+                self._postpone()
+                return
+        self.read_now()
 
     def read_now(self) -> None:
         """Read and answer once."""
+        turn = _turn
+        turn.units += 1
         if not self.is_hot:
             self._read()
             return
@@ -112,6 +101,7 @@ class PythonHotPath:
         except OSError as error:
             self._lose(error.errno or 0)
             return
+        turn.units += received // turn.unit_bytes
         self._receive(_chunk[:received].tobytes())
 
     def _read(self) -> None:
@@ -172,8 +162,20 @@ def acceptor(listener: socket.socket) -> "Callable[[], Accepted | None]":
 
 
 def serve_directly() -> None:
-    """Read from clients as soon as they have input, from a new turn of the event loop on."""
+    """Begin to count the work of a new turn of the event loop: clients are read from as soon as they have input."""
     if _compiled:
         _compiled.serve_directly()
     else:
-        _window.reset()
+        _turn.units = 0
+        _turn.is_checking = False
+
+
+def limit_turn(check_units: int = CHECK_UNITS, budget_units: int = BUDGET_UNITS, unit_bytes: int = UNIT_BYTES) -> None:
+    """Set how much work of reads there may be in one turn of the event loop, see CHECK_UNITS and BUDGET_UNITS."""
+    if _compiled:
+        _compiled.limit_turn(check_units, budget_units, unit_bytes)
+    else:
+        _turn.check_units, _turn.budget_units, _turn.unit_bytes = check_units, budget_units, unit_bytes
+
+
+limit_turn()

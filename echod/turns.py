@@ -5,10 +5,14 @@ import time
 from collections import deque
 from typing import Protocol
 
-from echod.fastpath import BUDGET_S, serve_directly
+from echod.fastpath import serve_directly
 
 SLICE_S = 0.003
 """So much of each turn of the event loop goes to costly input, however many clients send it."""
+
+
+READ_S = 0.015
+"""So much of each turn goes to clients that wait to be read from."""
 
 
 class Worker(Protocol):
@@ -55,7 +59,7 @@ class Turns:
         self._is_scheduled = False
         try:
             self._work(time.monotonic() + SLICE_S)
-            self._read(time.monotonic() + BUDGET_S)
+            self._read(time.monotonic() + READ_S)
         finally:
             if not self._reads:
                 serve_directly()

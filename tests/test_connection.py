@@ -6,14 +6,13 @@ import errno
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
 import uvloop
 
-from echod import deadlines, sockets, turns
+from echod import deadlines, fastpath, sockets, turns
 from echod.config import Timeouts
 from echod.connection import Connection, State
 from echod.fastpath import CHUNK_BYTES
@@ -225,32 +224,62 @@ def test_costly_input_waits_its_turn_and_everyone_else_is_answered_meanwhile(mon
         run(scenario(ours, client, others, other))
 
 
+@pytest.fixture
+def short_turns() -> Iterator[None]:
+    """Turns of the event loop have room for five reads."""
+    fastpath.limit_turn(check_units=2, budget_units=5)
+    yield
+    fastpath.limit_turn()
+
+
+@pytest.mark.usefixtures("short_turns")
 def test_where_very_many_have_input_the_event_loop_turns_between_them() -> None:
     """Else the loop polls again and again, without a timer or a new descriptor, while enough of them are ready."""
 
-    class Slow(Connection):
+    class Noted(Connection):
         def _postpone(self) -> None:
             postponed.append(self)
             super()._postpone()
-
-        def _receive(self, chunk: bytes) -> None:
-            time.sleep(0.004)  # as hundreds of clients take
-            super()._receive(chunk)
 
     postponed: list[Connection] = []
 
     async def scenario(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
         keeper = Keeper()
-        connections = [keeper.open(ours, kind=Slow) for ours, _ in pairs]
-        for _ in range(3):
+        connections = [keeper.open(ours, kind=Noted) for ours, _ in pairs]
+        for text in ("plain\n", "ß\n", "plain\n"):
             postponed.clear()
             for _, client in pairs:
-                client.send("ß\n".encode())  # not ordinary, so that the fast path hands it on
+                client.send(text.encode())
             for _, client in pairs:
-                assert await received(client, 3) == b"SS\n"
-            assert 0 < len(postponed) < len(pairs)
+                reply = text.upper().encode()
+                assert await received(client, len(reply)) == reply
+            assert len(pairs) - 8 <= len(postponed) < len(pairs)
         for each in connections:
             each.end_now()
+
+    with contextlib.ExitStack() as stack:
+        run(scenario([stack.enter_context(pair()) for _ in range(16)]))
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_a_client_that_is_gone_before_its_turn_to_be_read_from_is_no_trouble() -> None:
+    """Neither its end, nor a reset, nor replies that became pending meanwhile."""
+
+    async def scenario(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
+        keeper = Keeper()
+        connections = [keeper.open(ours) for ours, _ in pairs]
+        for _, client in pairs:
+            client.send(b"plain\n")
+        for connection in connections:
+            connection()  # as the event loop does
+        waiting = [each for each in connections if each.bytes_in == 0]
+        assert len(waiting) > 8
+        waiting[0].abort("cut")
+        waiting[1].finish("drained")
+        await until(lambda: all(each.bytes_in or each.state is not State.OPEN for each in connections))
+        for each in connections:
+            each.end_now()
+        assert len(keeper.closed) == len(pairs)
 
     with contextlib.ExitStack() as stack:
         run(scenario([stack.enter_context(pair()) for _ in range(16)]))
