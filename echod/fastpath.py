@@ -31,8 +31,8 @@ UNIT_BYTES = 4096
 CHECK_UNITS = 1024
 """After so much work the next turn of the event loop is asked for, to see when it comes."""
 
-BUDGET_UNITS = 16_384
-"""The most work of one turn of the event loop: some 0.1 s. Clients whose input is left then read in a queue.
+BUDGET_UNITS = 32_768
+"""The most work of one turn of the event loop: some 0.2 s. Clients whose input is left then read in a queue.
 
 libuv polls up to 48 times in a row, without timers or new descriptors, as long as 1024 descriptors are ready each time.
 So as many clients that always have input could keep everyone else waiting for seconds.

@@ -103,6 +103,7 @@ def main(seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, source.choice((1, 4 * fastpath.CHUNK_BYTES)))
+            client = Client(ours.fileno())  # what one was sent bounds its next read
             answered += check(client, theirs, random_chunk(source), source.choice(LIMITS))
             cut_short += bool(client.pending)
             tried += 1
