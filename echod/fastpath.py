@@ -1,7 +1,7 @@
-"""Chooses between the compiled fast path and the Python code that does the same.
+"""Selects the compiled fast path if it is available, and the equivalent Python code otherwise.
 
-`HotPath` is the base of a connection: its counters, and what the event loop calls when there is something to read. The
-compiled one answers ordinary chunks itself; the one in Python reads and hands everything on.
+`HotPath` is the base of a connection: its counters, and the callback that the event loop calls when it is readable. The
+compiled version answers ordinary chunks itself; the Python version reads, and passes every chunk to the connection.
 """
 
 import os
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 Accepted = tuple[int, SockAddr]
-"""The descriptor of an accepted client, which doesn't block and is its taker's to close, and the client's address."""
+"""The non-blocking descriptor of an accepted client, which the caller has to close, and the client's address."""
 
 CHUNK_BYTES = 65_536
-"""The most that one read brings."""
+"""The largest read."""
 
-# One thread runs the event loop, and what was read is copied before the next read: all connections share it.
+# All connections share this buffer: only the event loop's thread uses it, and copies its content before the next read.
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
@@ -54,13 +54,13 @@ _turn = _Turn()
 
 
 class PythonHotPath:
-    """One connection's counters; called by the event loop when there is something to read.
+    """The base of a connection: its counters, and the callback that the event loop calls when it is readable.
 
-    The object itself is the callback, because a bound method for each connection would take 80 bytes.
-    A subclass supplies `_read`, which is called instead of a read here while `is_hot` is false, `_receive` for what was
-    read (b"" at the end of the stream), `_keep_pending` for replies that the kernel has not taken, and `_lose` for an
-    errno; `_check_turn`, which has `serve_directly` called in the next turn of the event loop, and `_postpone`, which
-    has `read_now` called later.
+    The object itself is the callback, because a bound method for each connection would take 80 bytes. A subclass
+    implements `_read`, which replaces the read here while `is_hot` is false, `_receive` for input (b"" at the end of
+    the stream), `_keep_pending` for replies that the kernel did not accept, and `_lose` for an errno. It also
+    implements `_check_turn`, which schedules `serve_directly` for the next iteration of the event loop, and
+    `_postpone`, which schedules `read_now` for later.
     """
 
     __slots__ = ("bytes_in", "bytes_out", "descriptor", "hot_lines", "is_hot", "line_bytes")
@@ -143,7 +143,7 @@ def _load() -> "tuple[ModuleType | None, str]":
 
 
 _compiled, WHY_NOT = _load()
-"""The compiled module, or why it is not in use."""
+"""`_compiled` is the compiled module or None; `WHY_NOT` is why it is not in use, or empty."""
 
 IS_COMPILED = _compiled is not None
 """Whether the compiled fast path is in use."""
@@ -155,7 +155,7 @@ else:
 
 
 def acceptor(listener: socket.socket) -> "Callable[[], Accepted | None]":
-    """What accepts a client of the listener: it returns None if nobody waits, and raises OSError as accept(2) fails."""
+    """Return a function that accepts one client: None if the backlog is empty, OSError if accept(2) fails."""
     if _compiled and listener.family != socket.AF_UNIX:
         return partial(_compiled.accept, listener.fileno())
     return partial(_python_accept, listener)
