@@ -91,7 +91,7 @@ cdef inline bint is_space(unsigned char c) noexcept nogil:
 
 
 cdef inline unsigned char upper_case(const unsigned char *source, unsigned char *target, size_t size) noexcept nogil:
-    """Upper-case ASCII letters; return the OR of all bytes. Branch-free, so that the compiler can vectorize the loop."""
+    """Upper-case ASCII letters; return the OR of all bytes. Branch-free, so that the compiler can vectorize it."""
     cdef unsigned char seen = 0, c
     cdef size_t i
     for i in range(size):
