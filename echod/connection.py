@@ -1,9 +1,10 @@
 """One client's connection: its socket, its protocol state, and how it ends.
 
-An ordinary line passes through `HotPath.__call__` and `_receive` only: it creates no task or timer, writes no log line
-and does not read the clock. Readiness is level-triggered, so each readable client gets one bounded read per iteration
-of the event loop. The owner samples progress periodically with `look` and enforces the timeouts. This module knows
-nothing of other connections, signals or the server; it reports the end of a connection through `Owner.on_closed`.
+An ordinary line passes through `HotPath.__call__` and `_receive` only: it creates no task or timer and writes no log
+line. Readiness is level-triggered, so each readable client gets one bounded read per iteration of the event loop. If
+very many clients have input, their reads are queued (`Turns`). The owner samples progress periodically with `look` and
+enforces the timeouts. This module knows nothing of other connections, signals or the server; it reports the end of a
+connection through `Owner.on_closed`.
 """
 
 import asyncio
@@ -316,13 +317,13 @@ class Connection(HotPath):
         self._owner.turns.check()
 
     def _postpone(self) -> None:
-        """Read when it is this client's turn: very many have input."""
+        """Queue this client's read, because very many clients have input at once."""
         self._is_postponed = True
         self._watch()
         self._owner.turns.postpone(self)
 
     def read_postponed(self) -> None:
-        """Read once, unless that is not wanted any more."""
+        """Read once, if the connection still waits for input."""
         self._is_postponed = False
         if self._wants_input and self.state is not State.CLOSED:
             self.read_now()
