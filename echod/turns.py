@@ -26,7 +26,7 @@ class Reader(Protocol):
     """A connection whose read has been postponed."""
 
     def read_postponed(self) -> None:
-        """Read once."""
+        """Do the postponed read."""
 
 
 class Turns:
