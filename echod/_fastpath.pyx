@@ -132,7 +132,7 @@ cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept n
     return target - replies
 
 
-# What reads have cost since the last turn of the event loop, see `fastpath.limit_turn`.
+# The work of reads in the current iteration of the event loop, and its limits: see `fastpath.limit_turn`.
 cdef size_t units = 0
 cdef size_t check_units, budget_units, unit_bytes
 cdef bint is_checking = False
