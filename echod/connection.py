@@ -1,10 +1,10 @@
 """One client's connection: its socket, its protocol state, and how it ends.
 
-An ordinary line passes through `HotPath.__call__` and `_receive` only: it creates no task or timer and writes no log
-line. Readiness is level-triggered, so each readable client gets one bounded read per iteration of the event loop. If
-very many clients have input, their reads are queued (`Turns`). The owner samples progress periodically with `look` and
-enforces the timeouts. This module knows nothing of other connections, signals or the server; it reports the end of a
-connection through `Owner.on_closed`.
+An ordinary line passes through `HotPath.__call__` and `_receive` only: it creates no task or timer, writes no log line
+and does not read the clock. Readiness is level-triggered, so each readable client gets one bounded read per iteration
+of the event loop. If very many clients have input, their reads are queued (`Turns`). The owner samples progress
+periodically with `look` and enforces the timeouts. This module knows nothing of other connections, signals or the
+server; it reports the end of a connection through `Owner.on_closed`.
 """
 
 import asyncio
