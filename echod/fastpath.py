@@ -26,21 +26,21 @@ _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
 UNIT_BYTES = 4096
-"""A read counts as one unit of work, and as one more for each UNIT_BYTES that it brings."""
+"""A read counts as one unit of work, plus one for every UNIT_BYTES that it returns."""
 
 CHECK_UNITS = 1024
-"""After so much work the next turn of the event loop is asked for, to see when it comes."""
+"""After this much work a callback is scheduled for the next iteration of the event loop, to detect when it begins."""
 
 BUDGET_UNITS = 16_384
-"""The most work of one turn of the event loop: some 0.1 s. Clients whose input is left then read in a queue.
+"""The work that direct reads may do in one iteration of the event loop, about 0.1 s; later reads are then queued.
 
-libuv polls up to 48 times in a row, without timers or new descriptors, as long as 1024 descriptors are ready each time.
-So as many clients that always have input could keep everyone else waiting for seconds.
+libuv polls up to 48 times in a row, without running timers or adding new descriptors, as long as 1024 descriptors are
+ready each time. Without a budget, that many clients with constant input could delay all others for seconds.
 """
 
 
 class _Turn:
-    """What reads have cost in this turn of the event loop."""
+    """The work of reads in the current iteration of the event loop, and its limits."""
 
     __slots__ = ("budget_units", "check_units", "is_checking", "unit_bytes", "units")
 
@@ -76,7 +76,7 @@ class PythonHotPath:
         self.hot_lines = self.bytes_in = self.bytes_out = 0
 
     def __call__(self) -> None:
-        """Read and answer once, or have it done later."""
+        """Read once and answer, or queue the read if this iteration of the event loop has no budget left."""
         turn = _turn
         if turn.units >= turn.check_units:
             if not turn.is_checking:
@@ -88,7 +88,7 @@ class PythonHotPath:
         self.read_now()
 
     def read_now(self) -> None:
-        """Read and answer once."""
+        """Read once and answer."""
         turn = _turn
         turn.units += 1
         if not self.is_hot:
@@ -162,7 +162,7 @@ def acceptor(listener: socket.socket) -> "Callable[[], Accepted | None]":
 
 
 def serve_directly() -> None:
-    """Begin to count the work of a new turn of the event loop: clients are read from as soon as they have input."""
+    """Allow direct reads again, and count their work from zero; call it when an iteration of the event loop begins."""
     if _compiled:
         _compiled.serve_directly()
     else:
@@ -171,7 +171,7 @@ def serve_directly() -> None:
 
 
 def limit_turn(check_units: int = CHECK_UNITS, budget_units: int = BUDGET_UNITS, unit_bytes: int = UNIT_BYTES) -> None:
-    """Set how much work of reads there may be in one turn of the event loop, see CHECK_UNITS and BUDGET_UNITS."""
+    """Set how much work reads may do in one iteration of the event loop: see CHECK_UNITS and BUDGET_UNITS."""
     if _compiled:
         _compiled.limit_turn(check_units, budget_units, unit_bytes)
     else:
