@@ -12,7 +12,7 @@ SLICE_S = 0.003
 
 
 READ_S = 0.015
-"""So much of each turn goes to clients that wait to be read from."""
+"""The time that postponed reads may use in each iteration of the event loop."""
 
 
 class Worker(Protocol):
