@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, binding=False
-"""The ordinary case of a line, compiled: receive, check, upper-case, send, count; without a Python object.
+"""The compiled fast path for ordinary lines: receive, check, upper-case, send, count, without creating Python objects.
 
-A chunk is ordinary if it is ASCII, ends with LF and holds no line longer than the limit, and if the kernel takes the
-whole reply at once. Everything else goes to the Python code of the connection with the bytes as they were read, so what
-an unusual line means is written down there and only there.
+A chunk is ordinary if it is ASCII, ends with LF, holds no line longer than the limit, and the kernel accepts the whole
+reply at once. Every other chunk is passed unchanged to the connection's Python code, which is the only place that
+handles unusual lines.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -44,12 +44,12 @@ cdef extern from "<arpa/inet.h>" nogil:
 
 cdef enum:
     CHUNK_BYTES = 65536
-    # A chunk of lines that are shorter than this on average is costly for its size: the next read brings less, so that a
-    # turn of the event loop stays short however many clients send bare line feeds.
+    # A chunk whose lines average less than this is costly for its size. The next read is smaller, so an iteration of
+    # the event loop stays short however many clients send empty lines.
     SHORT_LINE_BYTES = 16
     SHORT_CHUNK_BYTES = 8192
 
-# One thread runs the event loop, and nothing of a chunk is left here when a call returns: all connections share these.
+# All connections share these buffers: only the event loop's thread uses them, and no data survives a call.
 cdef unsigned char chunk[CHUNK_BYTES]
 cdef unsigned char replies[CHUNK_BYTES]
 
@@ -61,9 +61,9 @@ cdef union Address:
 
 
 def accept(int listener):
-    """Accept a TCP client: its descriptor, which doesn't block, and its address as the socket module has it.
+    """Accept a TCP client; return its non-blocking descriptor and its address in the format of the socket module.
 
-    Return None if nobody waits; raise OSError as socket.accept does.
+    Return None if the backlog is empty. Raise OSError as socket.accept does.
     """
     cdef Address address
     cdef socklen_t length = sizeof(address)
@@ -86,12 +86,12 @@ def accept(int listener):
 
 
 cdef inline bint is_space(unsigned char c) noexcept nogil:
-    """What str.strip removes from ASCII text."""
+    """Whether str.strip removes this ASCII character."""
     return c == 0x20 or 0x09 <= c <= 0x0D or 0x1C <= c <= 0x1F
 
 
 cdef inline unsigned char upper_case(const unsigned char *source, unsigned char *target, size_t size) noexcept nogil:
-    """Upper-case ASCII letters; return the OR of all bytes. Without a branch, so that the compiler can vectorize it."""
+    """Upper-case ASCII letters; return the OR of all bytes. Branch-free, so that the compiler can vectorize it."""
     cdef unsigned char seen = 0, c
     cdef size_t i
     for i in range(size):
@@ -102,7 +102,7 @@ cdef inline unsigned char upper_case(const unsigned char *source, unsigned char 
 
 
 cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept nogil:
-    """Put the replies to the chunk into `replies` and count them; return their size, or -1 if it isn't ordinary."""
+    """Write the replies to `replies` and count the lines; return the size, or -1 if the chunk is not ordinary."""
     cdef unsigned char *start = replies
     cdef unsigned char *end = replies + size
     cdef unsigned char *target = replies
@@ -132,7 +132,7 @@ cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept n
     return target - replies
 
 
-# What reads have cost since the last turn of the event loop, see `fastpath.limit_turn`.
+# The work of reads in the current iteration of the event loop, and its limits: see `fastpath.limit_turn`.
 cdef size_t units = 0
 cdef size_t check_units, budget_units, unit_bytes
 cdef bint is_checking = False
@@ -152,11 +152,11 @@ def serve_directly():
 
 
 cdef class HotPath:
-    """One connection's counters; called by the event loop when there is something to read.
+    """The base of a connection: its counters, and the callback that the event loop calls when it is readable.
 
-    `is_hot` says whether an ordinary chunk may be answered here. A subclass supplies `_read`, which is called instead
-    while it is false, and `_receive`, `_keep_pending` and `_lose` for what is not ordinary; `_check_turn` and `_postpone`
-    for many clients that have input at once.
+    While `is_hot` is true, ordinary chunks are answered here; while it is false, the callback only calls `_read`. A
+    subclass implements `_read`, and `_receive`, `_keep_pending` and `_lose` for everything that is not ordinary;
+    `_check_turn` and `_postpone` handle many clients that have input at once.
     """
 
     cdef public int descriptor

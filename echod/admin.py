@@ -2,10 +2,10 @@
 
 One code for TCP and Unix sockets. It is handed what it can say and do as callables, and knows nothing of the server.
 
-However many ask and however they behave, the endpoint takes a fifth of the event loop at most. All CPU time that its
-clients cause is charged to one of three shares, and what has used its share up pauses. The shares are apart so that
-nobody who matters waits for somebody else: a health check not for scrapes, which cost twenty times as much, and echod's
-own user, on a Unix socket, not for strangers on TCP.
+The endpoint uses at most a fifth of the event loop's time, however many clients it has and however they behave. All CPU
+time that its clients cause is charged to one of three shares, and work whose share is used up pauses. The shares are
+separate so that health checks do not wait for scrapes, which cost twenty times as much, and echod's own user, on a Unix
+socket, does not wait for TCP clients.
 """
 
 import asyncio
@@ -27,31 +27,31 @@ from echod.listeners import Listeners
 from echod.sockets import Bound, Key, SockAddr
 
 TCP_SHARE = 0.12
-"""Of the loop, for TCP clients: to accept them, read what they send, answer what costs little, and see them go."""
+"""The share of the loop for TCP clients: to accept them, read requests, give cheap answers, and close."""
 
 UNIX_SHARE = 0.03
-"""Of the loop, for the same with clients of Unix sockets."""
+"""The share of the loop for clients of Unix sockets: to accept them, read requests, give cheap answers, and close."""
 
 COSTLY_SHARE = 0.05
-"""Of the loop, for the answers of COSTLY, to all clients."""
+"""The share of the loop for the answers to COSTLY requests of all clients."""
 
 COSTLY = {"/stats", "/metrics", "/reload"}
-"""What is answered in turn: clients of Unix sockets first, then who came first."""
+"""The paths whose requests are queued: clients of Unix sockets are answered first, then in the order of arrival."""
 
 EXCHANGES = 8
-"""Clients at once that ask, or have their answer and haven't gone. One more takes the place of another: the oldest of
-the TCP address that has most of them. Few, for they take descriptors from the 32 that echod keeps for itself, and
-enough, for a request is answered as soon as it is there."""
+"""How many clients may send a request, or have their answer and stay connected, at once. Another one replaces the
+oldest of the TCP address that has most of them. The number is small because they use descriptors from the 32 that echod
+keeps for itself. It suffices because a request is answered as soon as it is complete."""
 
 IN_TURN = 12
-"""TCP clients that wait for their turn at COSTLY, beside those. One more is too many: the last one of the address that
-has most of them is refused, for it is better to come again than to wait for long."""
+"""How many TCP clients may be queued for COSTLY in addition. Beyond that, the last one of the address that has most of
+them gets a 503: to retry is better than to wait for long."""
 
 WAITING = 32
-"""Clients of Unix sockets that may wait for their turn, and again for the verdict of a reload, beside the others."""
+"""How many clients of Unix sockets may be queued in addition, and as many again may wait for the result of a reload."""
 
 END_S = 0.25
-"""How long the end waits for clients that are there still: they have their answer and don't go, or never asked."""
+"""How long `close` waits for clients that are still connected: they have their answer, or sent no request."""
 
 log = structlog.get_logger()
 
@@ -61,7 +61,7 @@ class Verdict(Struct, frozen=True):
 
     changed: tuple[str, ...] = ()
     restart_needed: tuple[str, ...] = ()
-    """The keys whose values in the configuration are not in force yet, since this reload or an earlier one."""
+    """The keys whose configured values need a restart to take effect, changed by this reload or an earlier one."""
     faults: tuple[str, ...] = ()
 
 
@@ -102,7 +102,7 @@ class Endpoint:
     def apply(self, sockets: Mapping[Key, Bound | None]) -> None:
         """Answer on these from now on: a socket is a new one, None stays as it is, the others retire."""
         before = self.listening.keys()
-        # TCP first: only there can another process be quicker to listen, and nothing has changed then.
+        # TCP first: only there can another process take the address first, and then nothing has been changed yet.
         for side in self._sides:
             side.apply(
                 {key: each for key, each in sockets.items() if (key[0].family == socket.AF_UNIX) == side.is_local}
@@ -131,11 +131,11 @@ class Endpoint:
             side.listeners.resume("resting")
 
     def start_draining(self) -> None:
-        """Tell whoever asks that echod isn't ready for new clients any more."""
+        """Report from now on that echod is draining: `/readyz` returns 503."""
         self._is_draining = True
 
     async def close(self) -> None:
-        """Answer who is there already, and close."""
+        """Stop listening, answer the clients that are connected, and close."""
         for side in self._sides:
             side.apply({})
         with suppress(TimeoutError):
@@ -173,7 +173,7 @@ class Endpoint:
             refused.reply(Answer(503, b"too many ask, try again\n", headers=(("retry-after", "1"),)))
 
     def _take_turns(self) -> None:
-        """Answer who waits, until the share is used up; its end calls this again."""
+        """Answer queued requests until the share is used up; called again when it has caught up."""
         while self._turns and not self._costly.is_suspended:
             exchange = next((each for each in self._turns if each.is_local), next(iter(self._turns)))
             self._costly.run(self._give, exchange, self._turns.pop(exchange))
@@ -245,7 +245,7 @@ class Endpoint:
 
 
 class _Side:
-    """The listeners of TCP or of Unix sockets, and the share of the loop that their clients have."""
+    """The listeners of one kind, TCP or Unix, and the share of the loop that their clients may use."""
 
     def __init__(
         self,
@@ -263,10 +263,10 @@ class _Side:
         self._share = CpuShare(share, self._pause, self._resume)
 
     def apply(self, sockets: Mapping[Key, Bound | None]) -> None:
-        """Listen on these from now on; the others retire."""
+        """Listen on these sockets from now on; all other listeners retire."""
         self.listeners.apply(sockets, END_S)
         if self._share.is_suspended:
-            self.listeners.pause("share")  # the new ones too
+            self.listeners.pause("share")  # new listeners have to pause too
 
     def _on_accept(self, descriptor: int, peer: SockAddr) -> None:
         self._share.run(self._admit, descriptor, peer, self._share)
@@ -283,7 +283,7 @@ class _Side:
 
 
 def _of_largest_group(exchanges: Iterable[Exchange]) -> Exchange:
-    """The first one of the address that has most of these: who floods makes room before others have to."""
+    """Return the first exchange of the address that has the most, so that a flooding address loses its places first."""
     found = [*exchanges]
     [(host, _)] = Counter(each.host for each in found).most_common(1)
     return next(each for each in found if each.host == host)

@@ -1,7 +1,7 @@
-"""Who is admitted: the limits of open connections, and what becomes of the clients beyond them.
+"""Admission control: enforces the connection limits, and ends the clients beyond them with an error line.
 
-Owns the clients that are being rejected, our own probes, and the count of each address. Clients that are served belong
-to the server.
+Owns the connections that are being rejected, the self-checks, and the number of clients per address. `Clients` owns the
+connections that are served.
 """
 
 import time
@@ -15,11 +15,11 @@ from echod.stats import Stats
 
 LEAST_LINGERING = RESERVED_FILES // 2
 MOST_LINGERING = 1024
-"""Rejected clients that may linger at once to read their error line: as many as descriptors are left beside the open
-connections, within these bounds. The oldest one makes room for the next, so a rejected client delays nobody."""
+"""Bounds for how many rejected clients may linger at once to read their error line. Between them, it is the number of
+descriptors that the admitted connections leave. The oldest is closed for the next, so rejected clients delay nobody."""
 
 TELL_S = 10.0
-"""At most this often a line says how many clients were rejected: a flood is no flood of the log."""
+"""The shortest time between two log lines about rejected clients, so that a flood of clients does not flood the log."""
 
 _MAPPED = "::ffff:"
 
@@ -27,10 +27,10 @@ log = structlog.get_logger()
 
 
 class Admission:
-    """Decides about each client that comes, and sees the ones that are rejected to their end."""
+    """Decides whether a client is admitted, and keeps rejected clients until they are closed."""
 
     def __init__(self, stats: Stats, open_files: int) -> None:
-        """`open_files` is how many descriptors the process may have."""
+        """`open_files` is the process's limit of descriptors."""
         self._rejected: dict[Connection, None] = {}  # a set that keeps its order: the oldest first
         self._probes: set[Connection] = set()
         self._stats = stats
@@ -41,16 +41,16 @@ class Admission:
 
     @property
     def uncounted(self) -> list[Connection]:
-        """Those that are being rejected, and our own probes."""
+        """The connections outside limits and statistics: rejected clients that linger, and self-checks."""
         return [*self._rejected, *self._probes]
 
     @property
     def are_uncounted(self) -> bool:
-        """Whether there are any."""
+        """Whether any rejected client or self-check is connected."""
         return bool(self._rejected or self._probes)
 
     def refusal(self, host: str | None, connections: int, limits: Limits) -> tuple[str, str] | None:
-        """Why one client more from there is too many: under which name it is counted, and what it is told."""
+        """Return the statistics' name and the error text if another client from `host` is one too many, else None."""
         if connections >= limits.connections:
             return "limit", "too many connections"
         if host and 0 < limits.connections_per_address <= self._per_host[_address(host)]:
@@ -58,18 +58,18 @@ class Admission:
         return None
 
     def admit(self, host: str | None) -> None:
-        """Count a client that is served."""
+        """Count a served client of this address."""
         self._per_host[_address(host)] += 1
 
     def release(self, host: str | None) -> None:
-        """Count it no more."""
+        """Undo `admit` for a served client that has closed."""
         address = _address(host)
         self._per_host[address] -= 1
         if not self._per_host[address]:
             del self._per_host[address]
 
     def reject(self, connection: Connection, reason: str, words: str, limits: Limits) -> None:
-        """Tell a client that it is too many, and let it linger; its owner has to `forget` it when it is closed."""
+        """Send a client its error line and let it linger; call `forget` when it is closed."""
         self._stats.rejected[reason] += 1
         if len(self._rejected) >= self._room(limits):
             next(iter(self._rejected)).close()
@@ -78,11 +78,11 @@ class Admission:
         log.debug("connection rejected", peer=connection.peer, reason=reason)
 
     def keep(self, connection: Connection) -> None:
-        """Keep one that is in no count: our own probe, or one that the predecessor has rejected."""
+        """Keep a connection that is not counted: a self-check, or a client that the predecessor rejected."""
         self._probes.add(connection)
 
     def forget(self, connection: Connection) -> None:
-        """Forget one that is in no count: it is closed."""
+        """Remove a closed connection that was rejected or kept."""
         self._rejected.pop(connection, None)
         self._probes.discard(connection)
 
@@ -91,7 +91,7 @@ class Admission:
         return min(max(left, LEAST_LINGERING), MOST_LINGERING)
 
     def tell(self, connections: int) -> None:
-        """Log one line for all clients rejected since the last one, if it is time."""
+        """Log how many clients were rejected since the last such line, at most once per `TELL_S`."""
         now = time.monotonic()
         if self._stats.rejected != self._told and now - self._told_at >= TELL_S:
             counts = {reason: count - self._told[reason] for reason, count in self._stats.rejected.items()}
@@ -99,11 +99,11 @@ class Admission:
             log.warning("connections rejected", connections=connections, **counts)
 
     def starved(self, error: OSError) -> None:
-        """Log that clients wait in the backlog for want of descriptors or memory."""
+        """Log that accepting is paused for lack of descriptors or memory; clients wait in the backlog."""
         advice = "raise the limit of open files, or lower limits.connections"
         log.warning("accepting paused", error=error.strerror, advice=advice)
 
 
 def _address(host: str | None) -> str | None:
-    """The address that a client is counted under: an IPv4 client of a dual-stack listener by its IPv4 address."""
+    """Normalize an address for counting: an IPv4 client of a dual-stack listener counts under its IPv4 address."""
     return host.removeprefix(_MAPPED) if host and host.startswith(_MAPPED) and "." in host else host

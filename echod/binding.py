@@ -228,16 +228,16 @@ def _advice(endpoint: Endpoint, error: OSError) -> str:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Keep others from binding at the path meanwhile: of two that start at once, both could find a stale file there.
+    """Lock the path while binding: two daemons that start at once could both find and replace the same stale file.
 
-    The lock is a file beside the socket's, which only our user can open. The directory itself won't do, for everybody
-    who can read it can lock it.
+    The lock is a file beside the socket's that only our user can open. The directory itself is no alternative, because
+    every user who can read it could lock it.
     """
     name = f"{path}.lock"
     try:
         descriptor = _wait_for_lock(path, name)
     except lockfile.LockError:
-        descriptor = None  # there two starts may still be in each other's way
+        descriptor = None  # on a file system without locks, two starts can still interfere
     try:
         yield
     finally:
@@ -274,15 +274,15 @@ def _remove_stale(path: str) -> None:
 
 
 def _is_bound(path: str) -> bool:
-    """Whether a process has the socket of that file, listening or about to.
+    """Whether a process has the socket of this file open, listening or about to listen.
 
-    The kernel finds the socket by the file's inode, however the path is written, and refuses a datagram socket with
-    EPROTOTYPE (connect(2)); nothing arrives in a backlog. Only a dead socket refuses the connection itself.
+    The kernel finds the socket by the file's inode, however the path is written. A live stream socket refuses our
+    datagram socket with EPROTOTYPE (connect(2)), so nothing enters its backlog; a stale file gives ECONNREFUSED.
     """
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)) as probe:
         try:
             probe.connect(path)
         except OSError as error:
-            # One we may not write to is somebody else's.
+            # A socket that we may not write to (EACCES) belongs to another user.
             return error.errno not in (errno.ECONNREFUSED, errno.ENOENT)
     return True

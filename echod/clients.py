@@ -1,7 +1,7 @@
-"""Everyone who is connected: admits clients or rejects them, and counts them as they come and go.
+"""All clients: admits or rejects each accepted client, keeps its connection until it closes, and counts it.
 
-Owns their sets, from the accept to the close; every change of them happens here. Listeners, and what a configuration or
-a drain does to clients, are not known.
+Owns the sets of connections; nothing else changes them. This module knows nothing of listeners, or of what a reload or
+a drain does to clients.
 """
 
 import asyncio
@@ -27,56 +27,56 @@ log = structlog.get_logger()
 
 
 class Clients:
-    """Takes accepted sockets, and keeps each connection until it is closed (the `Owner` of connections)."""
+    """Takes ownership of accepted sockets and keeps each connection until it closes (the `Owner` of connections)."""
 
     def __init__(self, limits: Limits, stats: Stats, open_files: int) -> None:
-        """`open_files` is how many descriptors the process may have."""
+        """`open_files` is the process's limit of descriptors."""
         self.loop = asyncio.get_running_loop()
         self.turns = Turns()
         self.memory = Memory(self._on_memory_full)
         self.limits = limits
         self.served: set[Connection] = set()
-        """Those that count."""
+        """The admitted connections, which count in limits and statistics."""
         self.active: set[Connection] = set()
-        """Those of them that have to be looked at; the others are parked."""
+        """The served connections that are sampled regularly; the others are parked."""
         self._parking = Parking[Connection]()
         self.admission = Admission(stats, open_files)
         self.preludes = Preludes(self._admit, self._on_bad_header)
-        """Those whose PROXY header isn't there yet: they are in no count."""
+        """The clients whose PROXY header is not complete yet; they hold a place but are not in the statistics."""
         self.selfcheck = SelfCheck()
         self.emptied = asyncio.Event()
-        """Set when the last one has left."""
+        """Set when the last connection has closed."""
         self.unacknowledged = 0
-        """How many have left without their kernel having confirmed every byte."""
+        """How many connections closed before the client's kernel had acknowledged every byte."""
         self.is_draining = False
         self._told_full_at = -math.inf
         self._stats = stats
 
-    # -- what others ask -------------------------------------------------------------------------------------------
+    # -- queries ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How many places are taken, be it by one that may have to be rejected yet."""
+        """How many places are in use, including clients that may still be rejected after their PROXY header."""
         return len(self.served) + len(self.preludes)
 
     @property
     def are_any(self) -> bool:
-        """Whether anyone is there, our own probe and those that are being rejected too."""
+        """Whether any connection is open, including self-checks and clients that are being rejected."""
         return bool(len(self) or self.admission.are_uncounted)
 
     @property
     def connections(self) -> list[Connection]:
-        """Each connection, those that don't count too."""
+        """All connections, including self-checks and clients that are being rejected."""
         return [*self.served, *self.admission.uncounted]
 
-    # -- they come -------------------------------------------------------------------------------------------------
+    # -- accept ----------------------------------------------------------------------------------------------------
 
     def accept(self, descriptor: int, peer: SockAddr) -> None:
-        """Serve one that was accepted, or reject it."""
+        """Serve an accepted client, or reject it if a limit is reached."""
         if not self._is_self_probe(descriptor, peer):
             self._admit(descriptor, peer, _is_unix(peer), False)
 
     def accept_proxied(self, descriptor: int, peer: SockAddr) -> None:
-        """Do so once its PROXY header says who it is."""
+        """Serve or reject an accepted client once its PROXY header has named its address."""
         if self._is_self_probe(descriptor, peer):
             return
         if refusal := self.admission.refusal(None, len(self), self.limits):
@@ -85,7 +85,7 @@ class Clients:
             self.preludes.begin(descriptor, peer, self.loop.time())
 
     def adopt(self, descriptor: int, peer: SockAddr, past: Past) -> None:
-        """Go on with a client of the program before us, whatever the limits; it is in the counts already."""
+        """Continue to serve a client of the predecessor, regardless of limits; it is in the statistics already."""
         if past.header is not None:
             self.preludes.begin(descriptor, peer, past.opened_at, past.header)
             return
@@ -98,7 +98,7 @@ class Clients:
         connection.open()
 
     def _is_self_probe(self, descriptor: int, peer: SockAddr) -> bool:
-        """Whether it is ourselves, and served already; by the name of the socket, for a header may say anything."""
+        """Serve the client and return True if it is a self-check, known by its socket address: a header could lie."""
         is_ours = self.selfcheck.is_ours(peer)
         if is_ours:
             connection = self._connection(descriptor, peer, _is_unix(peer), is_counted=False)
@@ -136,29 +136,29 @@ class Clients:
         now = self.loop.time()
         return Connection(self, descriptor, peer, self.limits.line_bytes, now, is_unix=is_unix, is_counted=is_counted)
 
-    # -- time ------------------------------------------------------------------------------------------------------
+    # -- timeouts and drain ----------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """See how each gets on, so that whoever goes on from here knows it up to this moment."""
+        """Sample every connection now, so that its state is current when a live upgrade takes a snapshot."""
         now = self.loop.time()
         for connection in self.served:
             connection.look(now)
 
     def park(self, connection: Connection, idle_s: float) -> None:
-        """Look at a silent connection no more until its idle timeout ends or it has input."""
+        """Stop sampling a silent connection until it has input or its idle timeout ends."""
         self.active.discard(connection)
         self._parking.add(connection, connection.pace.quiet_since + idle_s if idle_s else math.inf)
 
     def shrink(self) -> None:
-        """Give back the room of those that were parked: half a megabyte for ten thousand."""
+        """Release the set's memory after many were parked: half a megabyte for ten thousand connections."""
         self.active = set(self.active)
 
     def unpark_due(self, now: float) -> None:
-        """Look again at those whose idle timeout has ended."""
+        """Resume sampling of the parked connections whose idle timeout has ended."""
         self._unpark(self._parking.take_due(now))
 
     def unpark_all(self) -> None:
-        """Look again at everyone, as when the timeouts have changed."""
+        """Resume sampling of all parked connections, for example after a change of the timeouts."""
         self._unpark(self._parking.take_all())
 
     def _unpark(self, connections: Iterable[Connection]) -> None:
@@ -167,12 +167,12 @@ class Clients:
             self.active.add(connection)
 
     def on_active(self, connection: Connection) -> None:
-        """A parked connection has input (Owner)."""
+        """Resume sampling of a parked connection that has input (Owner)."""
         self._parking.discard(connection)
         self._unpark((connection,))
 
     def start_draining(self) -> None:
-        """Count the quiet of each from now on, and of those that come."""
+        """Measure the quiet time of every connection from now on, including those accepted later."""
         self.is_draining = True
         self.unpark_all()
         now = self.loop.time()
@@ -183,7 +183,7 @@ class Clients:
 
     def _on_memory_full(self) -> None:
         for connection in self.served:
-            connection.is_hot = False  # each read asks for memory now
+            connection.is_hot = False  # from now on each read checks the limit
         now = self.loop.time()
         if now - self._told_full_at < TELL_S:
             return
@@ -192,13 +192,13 @@ class Clients:
             "memory limit exceeded",
             held_bytes=self.memory.held_bytes,
             limit_bytes=self.memory.limit_bytes,
-            advice="who holds most is not read from; raise limits.held_bytes or lower limits.connections",
+            advice="clients that hold much are not read from; raise limits.held_bytes or lower limits.connections",
         )
 
-    # -- they go ---------------------------------------------------------------------------------------------------
+    # -- close -----------------------------------------------------------------------------------------------------
 
     def on_closed(self, connection: Connection) -> None:
-        """A connection is closed (Owner)."""
+        """Remove a closed connection and count how it ended (Owner)."""
         if connection.is_counted:
             self._count_closed(connection)
         else:
@@ -215,7 +215,7 @@ class Clients:
         self.admission.release(connection.host)
         self._stats.close(reason, connection)
         self.unacknowledged += connection.unacknowledged_bytes > 0
-        # Without a byte it is a probe as a rule, such as a balancer's every second.
+        # A client that sends nothing is usually a probe, such as a balancer's health check every second.
         is_probe = not connection.bytes_in and reason in ("client", "reset")
         (log.debug if is_probe else log.info)(
             "connection closed",
@@ -227,10 +227,10 @@ class Clients:
             duration_s=round(self.loop.time() - connection.opened_at, 6),
         )
 
-    # -- what an upgrade asks --------------------------------------------------------------------------------------
+    # -- live upgrade ----------------------------------------------------------------------------------------------
 
     def each(self) -> Iterator[tuple[Connection, bool]]:
-        """Each connection, and whether it counts."""
+        """Yield each connection, and whether it is served (True) or uncounted (False)."""
         yield from ((connection, True) for connection in self.served)
         yield from ((connection, False) for connection in self.admission.uncounted)
 

@@ -1,9 +1,10 @@
-"""One client: its socket, its protocol, and how it ends.
+"""One client's connection: its socket, its protocol state, and how it ends.
 
-A line's way through here is `HotPath.__call__` and `_receive` alone: no task, no timer, no log call and no look at the
-clock. Readiness is level-triggered, so a client gets one bounded read a turn of the event loop, and the others theirs.
-Time passes in `look`, which the owner calls now and then; what it means is decided elsewhere. Other connections,
-signals and the server are not known here; the end is told through `Owner.on_closed`.
+An ordinary line passes through `HotPath.__call__` and `_receive` only: it creates no task or timer, writes no log line
+and does not read the clock. Readiness is level-triggered, so each readable client gets one bounded read per iteration
+of the event loop. If very many clients have input, their reads are queued (`Turns`). The owner samples progress
+periodically with `look` and enforces the timeouts. This module knows nothing of other connections, signals or the
+server; it reports the end of a connection through `Owner.on_closed`.
 """
 
 import asyncio
@@ -21,9 +22,9 @@ from echod.protocol import Echo, error_line
 from echod.turns import Turns
 
 LEAST_CHUNK_BYTES = 16_384
-"""The least that a read may bring, however long the partial line is that it continues."""
+"""The smallest read buffer, however long the partial line that the read continues."""
 
-# What is read is copied before the next read: all connections of the process share it.
+# All connections share this buffer: its content is copied before the next read.
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
@@ -41,30 +42,30 @@ class State(Enum):
     """
 
     OPEN = "reads and answers"
-    FLUSHING = "answers no more; replies are still pending"
-    LINGERING = "our side is half-closed; what still arrives is read and dropped"
+    FLUSHING = "no longer answers; replies are still pending"
+    LINGERING = "our side is half-closed; further input is read and discarded"
     CLOSED = "the socket is closed"
 
 
 class Owner(Protocol):
-    """What a connection needs of those who keep it."""
+    """What a connection needs from the object that owns it."""
 
     loop: asyncio.AbstractEventLoop
     turns: Turns
     memory: Memory
 
     def on_active(self, connection: "Connection") -> None:
-        """A parked connection has input."""
+        """Handle input on a parked connection."""
 
     def on_closed(self, connection: "Connection") -> None:
-        """The connection is closed; `reason` says why."""
+        """Handle the close of a connection; `connection.reason` says why it ended."""
 
 
 class Connection(HotPath):
-    """Echoes one client's lines until either side ends; `reason` then says why, in the words of the statistics.
+    """Echoes one client's lines until either side ends; `reason` then holds the statistics' name for why.
 
-    Owns the descriptor, which must not block, from the beginning on. While `is_hot`, nothing is partial, pending or
-    unusual, and the fast path may answer by itself.
+    Owns the descriptor, which must be non-blocking, from construction on. While `is_hot` is true, there is no partial
+    line, no pending reply and nothing unusual, so the fast path may answer on its own.
     """
 
     __slots__ = (
@@ -106,13 +107,13 @@ class Connection(HotPath):
         self._owner = owner
         self.descriptor = descriptor
         self.is_unix = is_unix
-        """Whether it came through a Unix socket; a PROXY header may name another kind of address all the same."""
+        """Whether the client connected through a Unix socket; its PROXY header may still name an IP address."""
         self.sockaddr = peer
         self.line_bytes = line_bytes
         self.is_counted = is_counted
-        """False for a client that is being rejected, and for our own probe."""
+        """False for a client that is being rejected, and for our own self-check."""
         self.is_anonymous = False
-        """Whether its PROXY header names no client: the balancer itself is there, to see whether we are."""
+        """Whether the PROXY header names no client, as in a health check by the balancer itself."""
         self.echo = Echo(line_bytes)
         self.pace = Pace(now)
         self.opened_at = now
@@ -120,7 +121,7 @@ class Connection(HotPath):
         self.reason: str | None = None
         self.is_hot = True
         self.parked_until: float | None = None
-        """When its idle timeout ends, if it is silent and owed nothing, and nobody looks at it until then."""
+        """When the idle timeout ends, if the connection is parked; None if it is sampled regularly."""
         self.unacknowledged_bytes = 0
         self._pending = b""
         self._counted_bytes = 0
@@ -132,7 +133,7 @@ class Connection(HotPath):
         self._is_writing = False
         self._linger: asyncio.TimerHandle | None = None
 
-    # -- what others ask -------------------------------------------------------------------------------------------
+    # -- queries ---------------------------------------------------------------------------------------------------
 
     @property
     def peer(self) -> str:
@@ -141,42 +142,42 @@ class Connection(HotPath):
 
     @property
     def host(self) -> str | None:
-        """The client's IP address alone, None for a Unix socket."""
+        """The client's IP address without the port; None for a Unix socket."""
         return self.sockaddr[0] if isinstance(self.sockaddr, tuple) else None
 
     @property
     def lines(self) -> int:
-        """Messages answered."""
+        """How many messages have been answered."""
         return self.hot_lines + self.echo.answered
 
     @property
     def pending(self) -> bytes:
-        """Replies that the kernel has not taken yet: the client is owed them."""
+        """Pending replies: bytes owed to the client that the kernel has not accepted yet."""
         return self._pending
 
     @property
     def held_bytes(self) -> int:
-        """Memory that the client makes us use: input that is not answered yet, and pending replies."""
+        """Memory held for this client: unanswered input and pending replies."""
         return self.echo.held_bytes + len(self._pending)
 
     @property
     def is_owed(self) -> bool:
-        """Whether replies are pending, or whole lines that were read are not answered yet."""
+        """Whether replies are pending, or complete lines that were read are not answered yet."""
         return bool(self._pending) or self.echo.has_more
 
     @property
     def lacks_memory(self) -> bool:
-        """Whether clients hold too much in all, and nothing may be read from this one."""
+        """Whether the memory limit is exceeded and nothing may be read from this client."""
         return self._owner.memory.is_full and self.state is State.OPEN and not self._spare_bytes(_chunk)
 
     def set_line_bytes(self, line_bytes: int) -> None:
-        """Change the longest message allowed, for the partial line too."""
+        """Change the line limit; it also applies to the partial line."""
         self.line_bytes = self.echo.line_bytes = line_bytes
 
-    # -- beginning -------------------------------------------------------------------------------------------------
+    # -- start -----------------------------------------------------------------------------------------------------
 
     def resume(self, past: Past) -> None:
-        """Go on where the predecessor in this process left off; to be called before `open`."""
+        """Restore the state that the predecessor saved at a live upgrade; call before `open`."""
         self.echo = Echo(self.line_bytes, past.unfinished, past.lines)
         self.pace.resume(past.pace)
         self.opened_at, self.reason = past.opened_at, past.reason
@@ -188,7 +189,7 @@ class Connection(HotPath):
         self._count_held()
 
     def open(self) -> None:
-        """Begin to read and answer, or go on with what was left unfinished."""
+        """Start to read and answer, or continue with restored pending replies and input."""
         if self.state is State.FLUSHING:
             self._end_when_sent()
         elif self.echo.has_more and not self._pending:
@@ -196,12 +197,13 @@ class Connection(HotPath):
         self._watch()
         self._check_hot()
 
-    # -- a line's way ----------------------------------------------------------------------------------------------
+    # -- read, answer, send ----------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        """Read once; less after a partial line.
+        """Read once, and less if it continues a partial line.
 
-        So one client makes us hold three times (upper-casing can triple UTF-8) 64 KiB and the least chunk at most.
+        The smaller read bounds what one client can make us hold: three times 64 KiB plus the smallest read, because
+        upper-casing can triple the size of UTF-8 text.
         """
         begun = self.echo.unfinished_bytes
         room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
@@ -222,11 +224,11 @@ class Connection(HotPath):
         self._receive(room[:received].tobytes())
 
     def _receive(self, chunk: bytes) -> None:
-        """Answer what has arrived; b"" is the client's end of stream."""
+        """Answer the lines in `chunk`; b"" is the client's end of stream."""
         if not chunk:
             self._receive_end()
             return
-        if self.state is not State.OPEN:  # after our half-close: read on to the end of the stream, answer nothing
+        if self.state is not State.OPEN:  # after our half-close: discard input until the client's end of stream
             return
         self.bytes_in += len(chunk)
         echo = self.echo
@@ -237,7 +239,7 @@ class Connection(HotPath):
             self._after_unusual(is_answered=bool(replies))
 
     def _after_unusual(self, *, is_answered: bool) -> None:
-        """Do what an ordinary chunk, answered at once on a connection that was at rest, does not need."""
+        """Handle what an ordinary chunk does not need: partial lines, errors, costly input, parking and accounting."""
         if self.state is not State.OPEN:
             return
         if self.parked_until is not None:
@@ -249,15 +251,15 @@ class Connection(HotPath):
         if self.echo.has_more and not self._pending:
             self._owner.turns.add(self)
         elif not is_answered and (error := sockets.failure(self.descriptor)):
-            # libuv tells of an error on a descriptor once, then polls it no more, and the read above may have brought
-            # what came before the error. A send would have told.
+            # libuv reports an error on a descriptor once and then stops polling it. The read above may have returned
+            # only the input before the error. Without a send, nothing else would report it.
             self._lose(error)
             return
         self._watch()
         self._check_hot()
 
     def take_turn(self) -> bool:
-        """Answer a slice of input whose replies are costly; return whether there is more to answer now."""
+        """Answer a slice of costly input; return whether more of it can be answered now."""
         if self.state is not State.OPEN or self._pending:
             return False
         replies = self.echo.receive_more()
@@ -273,7 +275,7 @@ class Connection(HotPath):
         return False
 
     def _send(self, replies: bytes) -> None:
-        """Give replies to the kernel, none being pending, and keep what it doesn't take."""
+        """Send replies and keep what the kernel does not accept; no reply may be pending."""
         self.bytes_out += len(replies)
         try:
             sent = os.write(self.descriptor, replies)
@@ -286,7 +288,7 @@ class Connection(HotPath):
             self._keep_pending(replies[sent:])
 
     def _keep_pending(self, replies: bytes) -> None:
-        """Keep replies that the kernel did not take, and read no more until it has."""
+        """Keep replies that the kernel did not accept; stop reading until they are sent."""
         self._pending = replies
         self.is_hot = False
         self._count_held()
@@ -315,13 +317,13 @@ class Connection(HotPath):
         self._owner.turns.check()
 
     def _postpone(self) -> None:
-        """Read when it is this client's turn: very many have input."""
+        """Queue this client's read, because very many clients have input at once."""
         self._is_postponed = True
         self._watch()
         self._owner.turns.postpone(self)
 
     def read_postponed(self) -> None:
-        """Read once, unless that is not wanted any more."""
+        """Read once, if the connection still waits for input."""
         self._is_postponed = False
         if self._wants_input and self.state is not State.CLOSED:
             self.read_now()
@@ -339,13 +341,13 @@ class Connection(HotPath):
         )
 
     def _watch(self) -> None:
-        """Have the event loop tell what this connection waits for now: room to send, or input."""
+        """Register with the event loop for what this connection waits for now: room to send, or input."""
         if self.state is State.CLOSED:
             return
         wants_room = bool(self._pending)
         wants_input = self._wants_input
         loop = self._owner.loop
-        # First what is new: a descriptor that nothing is waited for leaves epoll, and would have to come back.
+        # Add before removing: a descriptor without any registration leaves epoll and has to be added again.
         if wants_room and not self._is_writing:
             loop.add_writer(self.descriptor, self._on_writable)
         if wants_input and not self._is_reading:
@@ -357,7 +359,7 @@ class Connection(HotPath):
         self._is_writing, self._is_reading = wants_room, wants_input
 
     def _check_hot(self) -> None:
-        """See whether the fast path may answer: nothing is begun, pending or unusual, and somebody looks after us."""
+        """Update `is_hot`: the fast path may answer if nothing is partial, pending, draining, parked or unusual."""
         self.is_hot = (
             self.state is State.OPEN
             and not (self._pending or self._is_draining or self.parked_until is not None)
@@ -374,7 +376,10 @@ class Connection(HotPath):
             self._owner.memory.change(more)
 
     def _spare_bytes(self, room: memoryview) -> int:
-        """How much may be read into `room` while clients hold too much: a little, or what ends the partial line."""
+        """How much may be read into `room` while the memory limit is exceeded.
+
+        A client that holds little may send a little more; one with a long partial line may only complete it.
+        """
         if sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES:
             return 0
         if self.echo.unfinished_bytes <= SPARE_BYTES:
@@ -386,14 +391,14 @@ class Connection(HotPath):
         return sockets.peek(self.descriptor, room).rfind(b"\n") + 1
 
     def on_memory(self) -> None:
-        """Read again, if there is something to read and memory for it (Waiting)."""
+        """Start to read again; the next read checks the memory limit once more."""
         self._waits_for_memory = False
         self._watch()
 
-    # -- the end ---------------------------------------------------------------------------------------------------
+    # -- end -------------------------------------------------------------------------------------------------------
 
     def _receive_end(self) -> None:
-        """Answer an unterminated last line and end, as the client did."""
+        """Handle the client's end of stream: answer an unterminated last line, then close."""
         self._has_ended = True
         if self.state is State.LINGERING:
             self._close()
@@ -408,7 +413,7 @@ class Connection(HotPath):
             self._watch()
 
     def finish(self, reason: str, error: str = "") -> None:
-        """End in good order: send what is owed and the `error`, half-close, read to the end of the stream, close."""
+        """End gracefully: send pending replies and the `error` line, half-close, read to the end of stream, close."""
         if self.state is not State.OPEN:
             return
         self.reason = reason
@@ -425,14 +430,14 @@ class Connection(HotPath):
         self._watch()
 
     def abort(self, reason: str) -> None:
-        """End now; what the kernel has not taken is lost to the client."""
+        """Close now; the client loses the replies that the kernel has not accepted."""
         if self.state is not State.CLOSED:
             self.bytes_out -= len(self._pending)
             self.reason = reason
             self._close()
 
     def end_now(self) -> None:
-        """End now, aborting the client if it is owed a reply still, be it to a line that has not been read yet."""
+        """Close now; the client counts as aborted if replies, answers to complete lines, or unread input are left."""
         if self.is_owed or (self.state is State.OPEN and self.unread_bytes()):
             self.abort("cut")
         else:
@@ -440,11 +445,11 @@ class Connection(HotPath):
             self._close()
 
     def close(self) -> None:
-        """Close now, whatever the client has or hasn't got."""
+        """Close now, whether or not the client has received its replies."""
         self._close()
 
     def close_if_done(self) -> None:
-        """Close, if the client has ended its stream and its kernel has every reply."""
+        """Close if the client has ended its stream and its kernel has acknowledged every reply."""
         if self._has_ended and not self.pace.owed:
             self._close()
 
@@ -467,10 +472,10 @@ class Connection(HotPath):
         self.unacknowledged_bytes = max(0, self.pace.owed - 1)  # the FIN counts as one
         self._close()
 
-    def _lose(self, error: int) -> None:  # noqa: ARG002 (which one it was tells nothing more: the client is gone)
-        """End because the connection has failed, as by a reset."""
+    def _lose(self, error: int) -> None:  # noqa: ARG002 (every error means the same: the client is gone)
+        """Close because the connection has failed, for example by a reset."""
         if self.reason is None or self.reason == "client":
-            # A health check of a balancer ends with a reset as a rule, and is no client that was lost.
+            # A balancer usually ends its health check with a reset; that is not a lost client.
             self.reason = "client" if self.is_anonymous and not self.bytes_in else "reset"
         self._close()
 
@@ -496,16 +501,16 @@ class Connection(HotPath):
     # -- time ------------------------------------------------------------------------------------------------------
 
     def look(self, now: float) -> None:
-        """See how the client gets on; to be called again and again."""
+        """Sample the client's progress for the timeouts; the owner calls this periodically."""
         pace = self.pace
         if pace.owed or self.state is not State.OPEN or pace.is_untaken(self.bytes_out):
             self._measure(now)
-        # With replies pending or lines unanswered the rest of a line isn't even read.
+        # While replies are pending or lines are unanswered, the rest of a partial line is not even read.
         is_in_line = self.echo.held_bytes > 0
         pace.look(now, self.bytes_in, self.lines, is_in_line=is_in_line, is_unread=self.is_owed)
 
     def is_silent(self, now: float) -> bool:
-        """Whether nothing has come for a while and nothing is owed or begun, as of the last `look`."""
+        """Whether, as of the last `look`, there has been no input for a while, no partial line and no pending reply."""
         return (
             self.state is State.OPEN
             and self.pace.quiet_since < now
@@ -513,27 +518,27 @@ class Connection(HotPath):
         )
 
     def park(self, until: float) -> None:
-        """Be looked at no more until then; the owner is told of the next input (`on_active`)."""
+        """Suspend regular sampling until then; the next input calls `Owner.on_active`."""
         self.parked_until = until
         self.is_hot = False
 
     def unpark(self) -> None:
-        """Be looked at again."""
+        """Resume regular sampling."""
         self.parked_until = None
         self._check_hot()
 
     def start_draining(self, now: float) -> None:
-        """Count the quiet from now on, and see each reply acknowledged before closing."""
+        """Measure quiet time from now on, and wait for the client to acknowledge every reply before closing."""
         self.pace.quiet_since = now
         self._is_draining = True
         self.is_hot = False
 
     def unread_bytes(self) -> int:
-        """Bytes that have arrived and were not read."""
+        """How many bytes have arrived but have not been read."""
         return sockets.unread_bytes(self.descriptor) if self.state is not State.CLOSED else 0
 
     def _measure(self, now: float) -> None:
-        """See what the client's kernel has not acknowledged (TCP), or ours not taken (Unix)."""
+        """Measure what is owed: bytes that the client's kernel has not acknowledged, or ours not accepted (Unix)."""
         if self.state is State.CLOSED:
             return
         unsent = len(self._pending)

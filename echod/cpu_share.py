@@ -1,4 +1,4 @@
-"""A share of the event loop's CPU time, for work that clients cause: measured, and suspended while it is used up."""
+"""A CPU budget for work that clients cause: its time is measured, and it is suspended while its share is used up."""
 
 import asyncio
 import time
@@ -8,17 +8,18 @@ from typing import TypeVarTuple, Unpack
 _Arguments = TypeVarTuple("_Arguments")
 
 BURST_S = 0.001
-"""How far the work may run ahead of its share: a request that comes alone is never suspended."""
+"""How far the work may run ahead of its share, so that a single request is never suspended."""
 
 OVERHEAD_S = 0.00001
-"""Charged for each callback beside its own time: what the kernel and the loop spend to get there (measured, uvloop)."""
+"""Charged for each callback in addition to its own time: the cost in the kernel and the loop (measured with uvloop)."""
 
 
 class CpuShare:
-    """Runs callbacks, and holds their CPU time against a share of the time that passes.
+    """Runs callbacks and limits their CPU time to a share of elapsed time.
 
-    Calls `suspend` when they are `BURST_S` ahead, and `resume` as soon as the share has caught up. The owner starts no
-    new work in between; what runs all the same, such as a timer, is charged as well. Used inside a running loop.
+    Calls `suspend` when the callbacks are `BURST_S` ahead of their share, and `resume` once the share has caught up.
+    The owner starts no new work in between; callbacks that run anyway, such as timers, are charged too. Create it
+    inside a running loop.
     """
 
     def __init__(self, share: float, suspend: Callable[[], object], resume: Callable[[], object]) -> None:
@@ -27,11 +28,11 @@ class CpuShare:
         self._resume = resume
         self._loop = asyncio.get_running_loop()
         self._paid_at = 0.0
-        """When the share covers everything charged so far (time.monotonic)."""
+        """When the share will have covered everything charged so far (time.monotonic)."""
         self.is_suspended = False
 
     def run(self, work: Callable[[Unpack[_Arguments]], object], *arguments: *_Arguments) -> None:
-        """Do the work and charge for it; must not be nested in other work that is charged."""
+        """Do the work and charge its CPU time; calls must not be nested."""
         began = time.thread_time()
         try:
             work(*arguments)

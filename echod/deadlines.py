@@ -20,7 +20,7 @@ def tend(connection: Connection, now: float, timeouts: Timeouts) -> None:
     elif connection.state is not State.OPEN:
         return
     elif timeouts.line and pace.line_since is not None and now - pace.line_since >= timeouts.line:
-        # One that waits for memory is read no further, and would keep what it holds for ever.
+        # A client that waits for memory is not read from: its unread input must not keep it, and its memory, forever.
         if connection.lacks_memory or not connection.unread_bytes():
             connection.finish("line timeout", f"line not finished within {timeouts.line:.15g} s")
     elif timeouts.idle and now - pace.quiet_since >= timeouts.idle:

@@ -1,6 +1,6 @@
-"""The stop of a service that has clients: the time as a lame duck, then the drain.
+"""The stop of a service that has clients: the lame-duck time, then the drain.
 
-The whole stop is measured from the signal, however late a busy event loop gets round to it.
+All deadlines are measured from the signal, even if a busy event loop handles it late.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from echod.signals import Command, Mailbox, Order
 from echod.systemd import Notifier
 
 EXTENSION_S = 3.0
-"""What a drain that goes on asks the service manager for, once a second: its end needs up to two."""
+"""The extension that a running drain requests from the service manager once a second; its end takes up to 2 s."""
 
 log = structlog.get_logger()
 
 
 class Means(Struct, frozen=True):
-    """What a stop is carried out with."""
+    """The objects that a stop needs."""
 
     server: Server
     endpoint: Endpoint
@@ -35,9 +35,10 @@ class Means(Struct, frozen=True):
 
 
 async def drain(stop: Order, began_at: float, timeouts: Timeouts, means: Means) -> Drained:
-    """Leave as a lame duck, drain, follow the orders that still make sense, and close the admin endpoint.
+    """Wait out the lame-duck time, drain the server, and close the admin endpoint; return how the drain ended.
 
-    `began_at` (time.monotonic) is when the stop was asked for.
+    Signals that arrive meanwhile are handled as their phase allows. `began_at` (time.monotonic) is when the stop was
+    requested.
     """
     is_cut = asyncio.Event()
     following = asyncio.ensure_future(_follow(means, is_cut))
@@ -56,7 +57,7 @@ async def drain(stop: Order, began_at: float, timeouts: Timeouts, means: Means) 
 
 
 async def _lame_duck(stop: Order, end: float, means: Means, cutting: "asyncio.Future[Literal[True]]") -> None:
-    """Go on accepting, while whoever asks is told that we are leaving; until a second signal."""
+    """Keep accepting while `/readyz` reports draining, until `end` or a second signal."""
     server, notifier = means.server, means.notifier
     seconds = round(max(0.0, end - time.monotonic()), 1)
     log.info("lame duck started", **stop.origin, connections=server.open_connections, seconds_left=seconds)
@@ -85,7 +86,7 @@ async def _drain(
 
 
 async def _close(endpoint: Endpoint, draining: "asyncio.Future[Drained]", deadline: float) -> None:
-    """Close the admin endpoint once nobody is connected any more, or while the last clients end their streams."""
+    """Close the admin endpoint when the drain has finished, or at its deadline, while the last clients close."""
     await asyncio.wait({draining}, timeout=max(0.0, deadline - time.monotonic()))
     await endpoint.close()
 
@@ -113,7 +114,7 @@ async def _follow(means: Means, is_cut: asyncio.Event) -> None:
 
 
 def connections(count: int) -> str:
-    """So many connections, in words."""
+    """Format a number of connections, with the right plural."""
     return "1 connection" if count == 1 else f"{count} connections"
 
 

@@ -1,8 +1,8 @@
 """One HTTP request and its answer on one socket: read within bounds, answered once, closed without a reset.
 
-The socket is read and written by hand: a request that came while its client waited to be accepted is seen at once, so
-that a crowd of silent clients cannot push it out. The owner knows what the answer is. h11 parses the request; the first
-request imports it.
+The code reads and writes the socket itself, without a transport. So it sees a request that arrived in the backlog
+immediately, and a crowd of silent clients cannot displace it. The owner supplies the answer. h11 parses the request; it
+is imported when the first request arrives.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import h11
 
 REQUEST_BYTES = 8192
-"""Longest head of a request."""
+"""The largest head of a request."""
 
 BODY_BYTES = 262_144
-"""How much may follow the head: it is read so that closing does not reset the client, and nobody looks at it."""
+"""How much may follow the head. It is read and discarded, so that closing the socket does not reset the connection."""
 
 READ_BYTES = 65_536
-"""How much of that is read at once."""
+"""How much is read at once."""
 
 REQUEST_S = 5.0
 """How long a client may take to ask, and again to take its answer."""
@@ -49,9 +49,9 @@ class Answer(Struct, frozen=True):
 
 
 class Exchange:
-    """Owns an accepted socket until `on_closed`. `on_request` must lead to `reply`, `reply_later` or `close`.
+    """Owns an accepted socket until `on_closed`; `on_request` must lead to `reply`, `reply_later` or `close`.
 
-    All its CPU time is charged to `share`. While that is suspended, the owner keeps the exchange paused.
+    Its CPU time is charged to `share`. The owner pauses the exchange while the share is suspended.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Exchange:
         on_closed: Callable[["Exchange"], None],
     ) -> None:
         self.is_local = sock.family == socket.AF_UNIX
-        """Whether its client came through a Unix socket."""
+        """Whether the client connected through a Unix socket."""
         self.host = host
-        """Where its client is, "" for a Unix socket's."""
+        """The client's IP address, "" for a Unix socket."""
         self._socket = sock
         self._share = share
         self._on_request = on_request
@@ -89,7 +89,7 @@ class Exchange:
         self._watch()
 
     def pause(self) -> None:
-        """Neither read nor write until `resume`; time limits run on."""
+        """Stop reading and writing until `resume`; timeouts continue to run."""
         self._is_paused = True
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
@@ -171,7 +171,7 @@ class Exchange:
         self._timer.cancel()
 
     def _time_out(self) -> None:
-        # What has arrived and was not read, as in a pause of the whole process, is not the client's delay.
+        # Unread input is not the client's delay: the whole process may have been stopped.
         self._read()
         if not self._is_heard and self._is_open:
             self.reply(Answer(408, b"request not finished in time\n"))
@@ -189,7 +189,7 @@ class Exchange:
             self._watch()
 
     def reply_later(self, answer: Awaitable[Answer]) -> None:
-        """Send the answer once it is found, which must not raise."""
+        """Send the answer when `answer` has produced it; `answer` must not raise."""
         self._answering = asyncio.ensure_future(self._reply_once_found(answer))
 
     async def _reply_once_found(self, answer: Awaitable[Answer]) -> None:

@@ -1,7 +1,7 @@
-"""Chooses between the compiled fast path and the Python code that does the same.
+"""Selects the compiled fast path if it is available, and the equivalent Python code otherwise.
 
-`HotPath` is the base of a connection: its counters, and what the event loop calls when there is something to read. The
-compiled one answers ordinary chunks itself; the one in Python reads and hands everything on.
+`HotPath` is the base of a connection: its counters, and the callback that the event loop calls when it is readable. The
+compiled version answers ordinary chunks itself; the Python version reads, and passes every chunk to the connection.
 """
 
 import os
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 Accepted = tuple[int, SockAddr]
-"""The descriptor of an accepted client, which doesn't block and is its taker's to close, and the client's address."""
+"""The non-blocking descriptor of an accepted client, which the caller has to close, and the client's address."""
 
 CHUNK_BYTES = 65_536
-"""The most that one read brings."""
+"""The largest read."""
 
-# One thread runs the event loop, and what was read is copied before the next read: all connections share it.
+# All connections share this buffer: only the event loop's thread uses it, and copies its content before the next read.
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
 UNIT_BYTES = 4096
-"""A read counts as one unit of work, and as one more for each UNIT_BYTES that it brings."""
+"""A read counts as one unit of work, plus one for every UNIT_BYTES that it returns."""
 
 CHECK_UNITS = 1024
-"""After so much work the next turn of the event loop is asked for, to see when it comes."""
+"""After this much work a callback is scheduled for the next iteration of the event loop, to detect when it begins."""
 
 BUDGET_UNITS = 32_768
-"""The most work of one turn of the event loop: some 0.2 s. Clients whose input is left then read in a queue.
+"""The work that direct reads may do in one iteration of the event loop, about 0.2 s; later reads are then queued.
 
-libuv polls up to 48 times in a row, without timers or new descriptors, as long as 1024 descriptors are ready each time.
-So as many clients that always have input could keep everyone else waiting for seconds.
+libuv polls up to 48 times in a row, without running timers or adding new descriptors, as long as 1024 descriptors are
+ready each time. Without a budget, that many clients with constant input could delay all others for seconds.
 """
 
 
 class _Turn:
-    """What reads have cost in this turn of the event loop."""
+    """The work of reads in the current iteration of the event loop, and its limits."""
 
     __slots__ = ("budget_units", "check_units", "is_checking", "unit_bytes", "units")
 
@@ -54,13 +54,13 @@ _turn = _Turn()
 
 
 class PythonHotPath:
-    """One connection's counters; called by the event loop when there is something to read.
+    """The base of a connection: its counters, and the callback that the event loop calls when it is readable.
 
-    The object itself is the callback, because a bound method for each connection would take 80 bytes.
-    A subclass supplies `_read`, which is called instead of a read here while `is_hot` is false, `_receive` for what was
-    read (b"" at the end of the stream), `_keep_pending` for replies that the kernel has not taken, and `_lose` for an
-    errno; `_check_turn`, which has `serve_directly` called in the next turn of the event loop, and `_postpone`, which
-    has `read_now` called later.
+    The object itself is the callback, because a bound method for each connection would take 80 bytes. A subclass
+    implements `_read`, which replaces the read here while `is_hot` is false, `_receive` for input (b"" at the end of
+    the stream), `_keep_pending` for replies that the kernel did not accept, and `_lose` for an errno. It also
+    implements `_check_turn`, which schedules `serve_directly` for the next iteration of the event loop, and
+    `_postpone`, which schedules `read_now` for later.
     """
 
     __slots__ = ("bytes_in", "bytes_out", "descriptor", "hot_lines", "is_hot", "line_bytes")
@@ -76,7 +76,7 @@ class PythonHotPath:
         self.hot_lines = self.bytes_in = self.bytes_out = 0
 
     def __call__(self) -> None:
-        """Read and answer once, or have it done later."""
+        """Read once and answer, or queue the read if this iteration of the event loop has no budget left."""
         turn = _turn
         if turn.units >= turn.check_units:
             if not turn.is_checking:
@@ -88,7 +88,7 @@ class PythonHotPath:
         self.read_now()
 
     def read_now(self) -> None:
-        """Read and answer once."""
+        """Read once and answer."""
         turn = _turn
         turn.units += 1
         if not self.is_hot:
@@ -143,7 +143,7 @@ def _load() -> "tuple[ModuleType | None, str]":
 
 
 _compiled, WHY_NOT = _load()
-"""The compiled module, or why it is not in use."""
+"""`_compiled` is the compiled module or None; `WHY_NOT` is why it is not in use, or empty."""
 
 IS_COMPILED = _compiled is not None
 """Whether the compiled fast path is in use."""
@@ -155,14 +155,14 @@ else:
 
 
 def acceptor(listener: socket.socket) -> "Callable[[], Accepted | None]":
-    """What accepts a client of the listener: it returns None if nobody waits, and raises OSError as accept(2) fails."""
+    """Return a function that accepts one client: None if the backlog is empty, OSError if accept(2) fails."""
     if _compiled and listener.family != socket.AF_UNIX:
         return partial(_compiled.accept, listener.fileno())
     return partial(_python_accept, listener)
 
 
 def serve_directly() -> None:
-    """Begin to count the work of a new turn of the event loop: clients are read from as soon as they have input."""
+    """Allow direct reads again, and count their work from zero; call it when an iteration of the event loop begins."""
     if _compiled:
         _compiled.serve_directly()
     else:
@@ -171,7 +171,7 @@ def serve_directly() -> None:
 
 
 def limit_turn(check_units: int = CHECK_UNITS, budget_units: int = BUDGET_UNITS, unit_bytes: int = UNIT_BYTES) -> None:
-    """Set how much work of reads there may be in one turn of the event loop, see CHECK_UNITS and BUDGET_UNITS."""
+    """Set how much work reads may do in one iteration of the event loop: see CHECK_UNITS and BUDGET_UNITS."""
     if _compiled:
         _compiled.limit_turn(check_units, budget_units, unit_bytes)
     else:

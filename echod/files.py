@@ -1,6 +1,6 @@
-"""Files that an operator names, read within bounds: what they are, how large, and how long it takes.
+"""Reads files that an operator names, with bounds on their type, their size and the time that reading takes.
 
-A FIFO would block for good, a device would be read until memory ends, and a network file system may stop answering.
+Without these bounds a FIFO would block forever, a device could exhaust memory, and a network file system could hang.
 """
 
 import os
@@ -9,10 +9,10 @@ import threading
 from collections.abc import Callable
 
 MOST_BYTES = 1 << 20
-"""Far above any configuration or certificate chain."""
+"""The default size limit, far above any configuration or certificate chain."""
 
 WITHIN_S = 5.0
-"""Below the deadline of a preflight, so that its refusal names the file."""
+"""The default time limit. It is shorter than the preflight's, so that a failed upgrade names the file."""
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a directory"),
@@ -21,15 +21,15 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 
 _unanswered: dict[str, threading.Thread] = {}
-"""Reads that were given up. Their threads can't be ended, so each file has one at most."""
+"""The threads of reads that timed out, by path. Such a thread cannot be ended, so a path has at most one."""
 
 
 class FileError(Exception):
-    """Why a file isn't read, and what is expected instead."""
+    """A file was not read; the message says why and what is expected instead."""
 
 
 def read_bounded(path: str, most_bytes: int = MOST_BYTES, within_s: float = WITHIN_S) -> bytes:
-    """Return the content of a regular file; raises FileError if it is none, or too large, or not read in time."""
+    """Return the content of a regular file; raise FileError if it is not regular, too large, or not read in time."""
     if (stuck := _unanswered.get(path)) and stuck.is_alive():
         raise FileError("cannot be read: an earlier attempt still waits for its file system")
     contents: list[bytes] = []
@@ -41,7 +41,7 @@ def read_bounded(path: str, most_bytes: int = MOST_BYTES, within_s: float = WITH
         except (OSError, FileError) as error:
             errors.append(error)
 
-    # O_NONBLOCK has no effect on a regular file: only another thread can wait for its file system with a deadline.
+    # O_NONBLOCK has no effect on regular files: only a thread allows a deadline for a file system that hangs.
     thread = threading.Thread(target=read, name="read file", daemon=True)
     try:
         thread.start()
@@ -61,7 +61,7 @@ def _explained(error: Exception) -> FileError:
 
 
 def _read(path: str, most_bytes: int) -> bytes:
-    _require_regular(os.stat(path))  # before it is opened, which rewinds a tape
+    _require_regular(os.stat(path))  # before the open: opening a device can have effects, such as rewinding a tape
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     with open(descriptor, "rb") as stream:
         _require_regular(os.fstat(descriptor))

@@ -1,6 +1,6 @@
-"""The last resort of a stop: ends the process when the event loop doesn't.
+"""The last resort of a stop: ends the process if the event loop does not.
 
-Runs in the signal thread, so it works while the loop is stuck, a name server is silent or a log is full.
+Runs in the signal thread, so it works even if the loop is stuck, a name server does not respond or the log is full.
 """
 
 import math
@@ -14,31 +14,31 @@ import structlog
 from echod.signals import Command, Order
 
 STARTING_S = 5.0
-"""How long a stop may take that comes before anyone is served."""
+"""How long a stop may take if it begins before clients are served."""
 
 END_S = 1.5
-"""How long a stop may take beyond its lame duck and its drain: the last half-close takes 1 s of it."""
+"""How long a stop may take beyond the lame-duck time and the drain; the final half-close takes 1 s of it."""
 
 LAST_WORDS_S = 0.1
-"""The part of END_S that the guard keeps for itself, to say why it ends the process."""
+"""The part of END_S that is reserved for logging why the guard ends the process."""
 
 INSISTED_S = 2.0
 """How long a stop may take from the second signal on."""
 
 TICK_S = 0.25
-"""How often the guard looks at the time while a stop is under way."""
+"""How often the guard checks the time during a stop."""
 
 
 class Guard:
-    """Knows when a stop is overdue, and ends the process then.
+    """Ends the process when a stop is overdue.
 
-    `deliver` and `seconds_left` are called in the signal thread, the rest in the main thread. A pause of the whole
-    process, such as SIGSTOP or a frozen container, is not the loop's fault and doesn't count: the guard's clock stands
-    still whenever its own thread has slept much longer than it asked for.
+    The signal thread calls `deliver` and `seconds_left`; the main thread calls the rest. The time during which the
+    whole process is stopped, for example by SIGSTOP or in a frozen container, does not count: whenever its own thread
+    slept much longer than requested, the guard subtracts the excess from its clock.
     """
 
     def __init__(self, put: Callable[[Order], None], *, unserved: int, cut_off: int) -> None:
-        """`put` takes the orders; `unserved` and `cut_off` are exit statuses: before and since clients are served."""
+        """`put` receives the orders; `unserved` and `cut_off` are the exit statuses before and after serving begins."""
         self._put = put
         self._status = unserved
         self._cut_off = cut_off
@@ -50,23 +50,23 @@ class Guard:
         self._last_words: Callable[[], object] = lambda: None
 
     def serving(self, stop_s: Callable[[], float], last_words: Callable[[], object]) -> None:
-        """From now on clients are served: a stop may take `stop_s` and END_S; `last_words` are said at the end."""
+        """Note that clients are served: a stop may take `stop_s()` plus END_S; an overdue one calls `last_words`."""
         self._stop_s = stop_s
         self._last_words = last_words
         self._status = self._cut_off
         self._serving_since = self._now()
 
     def ended(self, status: int) -> None:
-        """How the stop has ended for the clients is known: from now on an overdue end has that exit status."""
+        """Set the exit status for an overdue stop, once the outcome for the clients is known."""
         self._status = status
 
     @property
     def stop_began_at(self) -> float:
-        """The time (time.monotonic) from which on the stop under way counts; now if there is none."""
+        """When the current stop began (time.monotonic); the present time if there is none."""
         return self._began() + self._paused_s if self._stops else time.monotonic()
 
     def deliver(self, order: Order) -> None:
-        """Pass the order on, and remember when a stop was asked for."""
+        """Pass the order on, and record when a stop was requested."""
         if order.command is Command.STOP and len(self._stops) < 2:
             if not self._stops:
                 self._looked_at = time.monotonic()
@@ -74,7 +74,7 @@ class Guard:
         self._put(order)
 
     def seconds_left(self) -> float | None:
-        """After how many seconds to ask again, None if no stop is under way; ends the process when one is overdue."""
+        """Return the seconds until the next call, or None without a stop; end the process if the stop is overdue."""
         if not self._stops:
             return None
         self._discount_pause()
@@ -84,7 +84,7 @@ class Guard:
         return min(left_s, TICK_S)
 
     def remaining_s(self) -> float:
-        """How long the stop under way may still take; infinite if there is none."""
+        """How many seconds the current stop may still take; infinite if there is none."""
         return self._end() - self._now() if self._stops else math.inf
 
     def _now(self) -> float:

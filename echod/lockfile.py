@@ -1,8 +1,8 @@
-"""A lock that lasts as long as its descriptor is open: through execve(2) too, and never beyond the last process.
+"""A lock file whose lock lasts exactly as long as its descriptor is open, including across execve(2).
 
-The lock is that of flock(2), which needs no right to write: whoever can open the file can take it. Record locks are no
-better, for a read lock needs no right to write either and keeps every write lock out. So the file is one that other
-users can't open.
+flock(2) requires no write permission, so any user who can open the file can lock it. Record locks are no better: a read
+lock requires no write permission either, and it blocks every write lock. Therefore other users must not be able to open
+the file.
 """
 
 import fcntl
@@ -12,19 +12,20 @@ from collections.abc import Callable
 from contextlib import suppress
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
-# Neither through a link that somebody left for root to follow, nor waiting for the other end of a FIFO.
+# Do not follow a symbolic link, which another user may have planted, and do not block on a FIFO.
 _CAUTION = os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class LockError(Exception):
-    """Why the file can't be locked by anybody: its file system has no locks."""
+    """The file cannot be locked because its file system does not support locks."""
 
 
 def lock(path: str, check: Callable[[int], object] = lambda _: None) -> int:
-    """Return a descriptor of the locked file, made if there is none; `check` raises if it is no file to be locked.
+    """Create the file if necessary, lock it, and return its descriptor; `check` raises if it must not be locked.
 
-    A file that other users could open is replaced: one of them may have it open, and lock it as soon as we end. Raises
-    BlockingIOError if another process has the lock, LockError, and OSError if the file can't be opened.
+    A file that other users could open is replaced, because one of them may have it open and could lock it when we exit.
+    Raise BlockingIOError if another process holds the lock, LockError if locks are not supported, and OSError if the
+    file cannot be opened.
     """
     is_replaced = False
     while True:
@@ -32,9 +33,9 @@ def lock(path: str, check: Callable[[int], object] = lambda _: None) -> int:
         try:
             check(descriptor)
             _lock(descriptor)
-            is_ours = is_at(path, descriptor)  # or its owner has just ended and removed it: that lock keeps nobody out
+            is_ours = is_at(path, descriptor)  # False if its owner just removed it: locking that file excludes nobody
             if is_ours and (is_replaced or is_private(descriptor) or not _remove(path)):
-                with suppress(OSError):  # another's file that we may write
+                with suppress(OSError):  # a file of another user that we may write
                     os.fchmod(descriptor, 0o600)
                 return descriptor
         except BaseException:
@@ -45,7 +46,7 @@ def lock(path: str, check: Callable[[int], object] = lambda _: None) -> int:
 
 
 def is_at(path: str, descriptor: int) -> bool:
-    """Whether the open file is the one at the path."""
+    """Whether the path refers to the open file."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except OSError:
@@ -53,7 +54,7 @@ def is_at(path: str, descriptor: int) -> bool:
 
 
 def is_private(descriptor: int) -> bool:
-    """Whether nobody but our user and root can open the file."""
+    """Whether only our user and root can open the file."""
     status = os.fstat(descriptor)
     return status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o077
 

@@ -1,36 +1,36 @@
-"""Silent connections, ordered by when their idle timeout ends, so that nobody has to look at each of them meanwhile."""
+"""Silent connections, ordered by the end of their idle timeout, so that the sweep need not visit each of them."""
 
 import heapq
 import math
 from typing import Generic, Protocol, TypeVar
 
 SLOT_S = 0.05
-"""Connections whose timeouts end within the same slot are kept together."""
+"""Width of a time slot: connections whose timeouts end in the same slot share one set."""
 
 _NEVER = -1
 
 
 class Parkable(Protocol):
-    """A connection, as far as it concerns this module."""
+    """The part of a connection that this module uses."""
 
     parked_until: float | None
 
     def park(self, until: float) -> None:
-        """Be looked at no more until then, in seconds of the owner's clock."""
+        """Suspend regular sampling until then, in seconds of the owner's clock."""
 
 
 Parked = TypeVar("Parked", bound=Parkable)
 
 
 class Parking(Generic[Parked]):
-    """Sets of connections by slot of time: an operation costs the same however many connections there are."""
+    """Sets of connections by time slot; adding and discarding take the same time however many there are."""
 
     def __init__(self) -> None:
         self._slots: dict[int, set[Parked]] = {}
         self._order: list[int] = []  # a heap of the slots that have a set
 
     def add(self, connection: Parked, due: float) -> None:
-        """Keep the connection until `due`, in seconds of the owner's clock; math.inf is never."""
+        """Park the connection until `due`, in seconds of the owner's clock; math.inf means without a timeout."""
         connection.park(due)
         slot = _slot(due)
         if slot not in self._slots:
@@ -40,19 +40,19 @@ class Parking(Generic[Parked]):
         self._slots[slot].add(connection)
 
     def discard(self, connection: Parked) -> None:
-        """Keep it no more."""
+        """Remove the connection, if it is parked here."""
         if connection.parked_until is not None and (slot := self._slots.get(_slot(connection.parked_until))):
             slot.discard(connection)
 
     def take_due(self, now: float) -> list[Parked]:
-        """Those whose time is over; they are not kept any more."""
+        """Remove and return the connections whose idle timeout has ended."""
         due: list[Parked] = []
         while self._order and self._order[0] < _slot(now):
             due += self._slots.pop(heapq.heappop(self._order))
         return due
 
     def take_all(self) -> list[Parked]:
-        """Everyone; nobody is kept any more."""
+        """Remove and return all connections."""
         everyone = [connection for slot in self._slots.values() for connection in slot]
         self._slots.clear()
         self._order.clear()

@@ -17,9 +17,9 @@ HEADER_S = 5.0
 
 
 class Prelude:
-    """One client whose header isn't there yet.
+    """One client whose PROXY header is not complete yet.
 
-    `end` is called once: with the client's address, None if the header tells none, or what is wrong.
+    `end` is called once: with the client's address, None if the header names none, or the error in the header.
     """
 
     __slots__ = ("_end", "_timer", "began_at", "header", "peer", "sock")

@@ -15,7 +15,7 @@ _LONG_BYTES = 256
 """From such a length on it is cheaper to look at a line's two ends than to make a string of it."""
 
 SLICE_BYTES = 4096
-"""Costly input is answered in slices of whole lines of about this size; measured: 0.4 ms where each byte is a line."""
+"""The approximate size of the slices in which costly input is answered; 0.4 ms if every byte is a line (measured)."""
 
 SLICE_LINES = 1024
 """A larger chunk is costly if it holds more lines than this, or text that is not ASCII."""
@@ -39,8 +39,8 @@ class Echo:
     A message is the bytes up to LF; the reply is its text, stripped of whitespace at both ends and upper-cased, and
     one LF. `line_bytes` is the longest message allowed, without its LF; it may be changed at any time.
 
-    The work of one call is bounded: a chunk whose replies are costly is kept, and `has_more` is true until
-    `receive_more` has answered all of it. Until then nothing else must be received.
+    The work of one call is bounded: a costly chunk is kept, and `has_more` is true until `receive_more` has answered
+    all of it. Do not call `receive` before that.
     """
 
     __slots__ = ("_kept", "_kept_from", "_unfinished", "answered", "fault", "line_bytes")
@@ -60,27 +60,27 @@ class Echo:
 
     @property
     def has_more(self) -> bool:
-        """Whether whole lines have been received that are not answered yet."""
+        """Whether complete lines have been received that are not answered yet."""
         return bool(self._kept)
 
     @property
     def is_clean(self) -> bool:
-        """Whether everything received is answered and nothing was wrong."""
+        """Whether everything received has been answered, without an error."""
         return not (self._unfinished or self._kept or self.fault)
 
     @property
     def unfinished_bytes(self) -> int:
-        """Length of the partial line, 0 if there is none."""
+        """The length of the partial line in bytes, 0 if there is none."""
         return len(self._unfinished)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes received that are not answered: a partial line, or lines that wait for `receive_more`."""
+        """How many received bytes are not answered: a partial line, or lines that wait for `receive_more`."""
         return len(self._unfinished) or len(self._kept) - self._kept_from
 
     @property
     def unfinished(self) -> bytes:
-        """Everything received that is not answered."""
+        """The received bytes that are not answered: a partial line, or lines that wait for `receive_more`."""
         return self._kept[self._kept_from :] if self._kept else bytes(self._unfinished)
 
     def receive(self, chunk: bytes) -> bytes:
@@ -117,7 +117,7 @@ class Echo:
         return self._within_limit(lines)
 
     def receive_more(self) -> bytes:
-        """Answer the next slice of what `receive` has kept; return the replies."""
+        """Answer the next slice of a costly chunk that `receive` has kept; return the replies."""
         kept, start = self._kept, self._kept_from
         end = (kept.rfind(b"\n", start, start + SLICE_BYTES) + 1) or (kept.find(b"\n", start + SLICE_BYTES) + 1)
         if not end:
@@ -166,7 +166,7 @@ class Echo:
         return "\n".join(map(str.strip, texts)).upper().encode()
 
     def _answer_long(self, lines: bytes) -> bytes:
-        """Answer lines that are all long and ASCII, without whitespace at their ends; otherwise return b""."""
+        """Answer lines if all are long, ASCII, and without whitespace at their ends; otherwise return b""."""
         if lines.find(b"\n", 0, _LONG_BYTES) < 0 and lines.isascii() and (count := _long_lines(lines)):
             self.answered += count
             return lines.upper()

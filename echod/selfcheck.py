@@ -1,6 +1,6 @@
-"""A round trip through the own listener: proof that a client would be served, not only that the loop turns.
+"""A round trip through our own listener: it shows that clients are served, not only that the event loop runs.
 
-Owns the sockets that it asks with, so that nobody counts them as clients.
+Owns the client sockets of these checks, so that the server can recognize them and leave them out of the statistics.
 """
 
 import asyncio
@@ -13,47 +13,47 @@ from echod.sockets import SockAddr
 LINE, REPLY = b"are you well?\n", b"ARE YOU WELL?\n"
 
 _TELLING = {errno.EPIPE, errno.ECONNRESET}
-"""What only a service that fails can make of a connection. Anything else keeps us from asking, and tells nothing about
-it: a sandbox, a firewall, a full backlog, no port or descriptor left."""
+"""The errors that only a failing service causes. Any other error prevents the check and proves nothing about the
+service: a sandbox, a firewall, a full backlog, no free port or descriptor."""
 
 _GIVEN_UP = 16
-"""Checks without a reply that are remembered until they are accepted; the oldest one makes room for the next."""
+"""How many checks without a reply are kept open until they are accepted; beyond that the oldest is closed."""
 
 _PREDECESSORS_S = 5.0
-"""How long a check of the program before us is expected to be accepted still."""
+"""How long a check that the predecessor started may still be accepted after a live upgrade."""
 
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (what is looked for)
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (a key to look up, not an address to bind)
 
 
 class SelfCheck:
-    """Asks the service for an echo, as a client would.
+    """Requests an echo from the service, as a client would.
 
-    A client that is accepted is ours if its address is that of a socket which we hold open and which was not accepted
-    before: nobody else can have the same address meanwhile. So the socket of a check that got no reply is kept open
-    until it is accepted.
+    An accepted connection is a self-check if its peer address is that of a socket that we hold open and that was not
+    accepted before: no other client can have that address while the socket is open. Therefore a check without a reply
+    keeps its socket open until the server has accepted it.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[SockAddr, socket.socket] = {}
-        """Our ends, by their address, until they are accepted; the oldest first."""
+        """The client sockets that are not accepted yet, by their address; the oldest first."""
         self._given_up: dict[SockAddr, socket.socket] = {}
-        """Those of them whose reply nobody waits for any more."""
+        """The subset of `_waiting` whose check has ended without a reply."""
         self._predecessors: dict[SockAddr, float] = {}
-        """Until when those of the program before us are expected: their sockets ended with it."""
+        """Addresses of the predecessor's checks, and until when each may be accepted; their sockets are closed."""
         self._proven: socket.socket | None = None
 
     @property
     def names(self) -> list[SockAddr]:
-        """The addresses of checks that have not been accepted yet."""
+        """The addresses of self-checks that have not been accepted yet."""
         return [*self._waiting, *self._predecessors]
 
     def expect(self, names: Iterable[SockAddr]) -> None:
-        """Take clients with these addresses for ours: the program before us has connected them."""
+        """Recognize these addresses as self-checks of the predecessor, for `_PREDECESSORS_S` from now."""
         until = asyncio.get_running_loop().time() + _PREDECESSORS_S
         self._predecessors.update(dict.fromkeys(names, until))
 
     def is_ours(self, peer: SockAddr) -> bool:
-        """Whether the client that was just accepted is ours; to be asked once for each accept."""
+        """Whether a client that was just accepted is a self-check; call exactly once per accept."""
         if not self._waiting and not self._predecessors:
             return False
         if self._waiting.pop(peer, None):
@@ -63,9 +63,10 @@ class SelfCheck:
         return self._predecessors.pop(peer, 0.0) > asyncio.get_running_loop().time()
 
     async def passes(self, listener: socket.socket, deadline_s: float) -> bool:
-        """Whether the right reply came in time; True too if there is no way to ask.
+        """Whether the correct reply arrived in time; also True if the check cannot be made.
 
-        No reply at all counts only where there was one before: a filter may keep us, and us alone, from the port.
+        A missing reply counts as a failure only if this listener has replied before: a packet filter may block our own
+        connections and nobody else's.
         """
         try:
             async with asyncio.timeout(deadline_s):
@@ -105,7 +106,7 @@ class SelfCheck:
 
 
 def _is_unconnected(client: socket.socket) -> bool:
-    """Whether nobody will accept it: it was refused, or its handshake is not complete and ends when it is closed."""
+    """Whether the server will never accept this socket: it was refused, or closing it ends its incomplete handshake."""
     try:
         client.getpeername()
     except OSError:
@@ -114,7 +115,7 @@ def _is_unconnected(client: socket.socket) -> bool:
 
 
 def _own_name(family: int, target: SockAddr) -> SockAddr:
-    """What to bind to before connecting, so that the name is known before the listener sees it: any port, any name."""
+    """Return what to bind to (any port, any name), so that our address is known before the listener sees it."""
     if family == socket.AF_UNIX or not isinstance(target, tuple):
         return ""  # any name in the abstract namespace (unix(7), autobind)
     host = _LOOPBACK.get(target[0], target[0])

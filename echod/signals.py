@@ -51,7 +51,7 @@ class Order(Struct, frozen=True):
 
     @property
     def origin(self) -> dict[str, str | int]:
-        """Which signal it was, and whose, as fields of a log event: the kernel, as for Ctrl-C, has no pid."""
+        """The signal and its sender's pid as fields of a log event; no pid if the kernel sent it, as for Ctrl-C."""
         return {"signal": self.signal} | ({"sender_pid": self.sender_pid} if self.sender_pid else {})
 
 
@@ -62,10 +62,10 @@ def order(name: str, sender_pid: int) -> Order | None:
 
 
 class Mailbox:
-    """Carries orders from the signal thread to the event loop; they wait in it until the loop asks.
+    """A queue of orders from the signal thread to the event loop.
 
-    As in the kernel, a command that waits already is not added again, so that no sender can fill it. Only stops are
-    counted, up to two: the second one means more than the first.
+    As in the kernel, a command that is already pending is not added again, so no sender can fill the queue. Only stops
+    may be pending twice, because the second one means abort.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Mailbox:
         self._wake: Callable[[], object] | None = None
 
     def put(self, order: Order) -> None:
-        """Add an order, unless as many of its kind wait as have a meaning; from any thread."""
+        """Add an order, unless the same command is already pending (two stops may be); callable from any thread."""
         most = 2 if order.command is Command.STOP else 1
         with self._lock:
             if sum(waiting.command is order.command for waiting in self._orders) >= most:
@@ -87,25 +87,25 @@ class Mailbox:
                 wake()
 
     def take(self) -> list[Order]:
-        """Every order that waits."""
+        """Remove and return all pending orders."""
         with self._lock:
             orders, self._orders = self._orders, []
         return orders
 
     def rest(self, command: Command, seconds: float) -> None:
-        """Return the next order with this command only after so many seconds; others overtake it. From the loop."""
+        """Hold orders with this command back for so many seconds; others overtake them. Call it in the event loop."""
         self._resting[command] = asyncio.get_running_loop().time() + seconds
 
     async def get(self) -> Order:
-        """The next order, in the order of arrival; for one reader at a time.
+        """Wait for the next order, in order of arrival; only one reader at a time.
 
-        A full turn of the event loop comes first: whoever sends signals without pause must not starve the clients.
+        First let the event loop run one full iteration, so that a flood of signals does not starve the clients.
         """
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
         try:
-            for _ in range(2):  # after the first, what is readable by now is only found, not read
+            for _ in range(2):  # the first only finds readable sockets; the second lets them be read
                 await asyncio.sleep(0)
             while True:
                 arrived.clear()
@@ -152,7 +152,7 @@ class Delivery:
         self._thread.start()
 
     def close(self) -> None:
-        """Take no signal any more: what arrives is left pending."""
+        """Stop accepting signals; later ones stay pending."""
         assert self._thread.ident is not None
         self._closing.set()
         if self._thread.is_alive():
@@ -164,9 +164,9 @@ class Delivery:
 def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], float | None]) -> Iterator[Delivery]:
     """Hand each signal of TABLE to `deliver`, from a thread of its own, as long as the context is open.
 
-    `seconds_left` is asked after each signal, and again when the seconds that it told are over; None is no limit. So
-    it is called in that thread even when the rest of the process is stuck, and may end the process. The signals stay
-    blocked afterwards: what arrives then is left pending, for whoever runs next in this process.
+    The thread calls `seconds_left` after each signal, and again after the seconds that it returned (None: no limit). So
+    it is called even if the rest of the process is stuck, and it may end the process. The signals stay blocked
+    afterwards: later ones stay pending for the program that runs next in this process.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {*TABLE, _WAKE, _ALARM})
     delivery = Delivery(deliver, seconds_left)
@@ -186,13 +186,13 @@ def _wait(
 ) -> None:
     while True:
         left_s = seconds_left()
-        # Not sigtimedwait: interrupted, and resumed only after its timeout, as by SIGSTOP and SIGCONT, CPython 3.13 and
-        # earlier return what the stack held before, be it the signal of the last call.
+        # Not sigtimedwait: if it is interrupted and resumes only after its timeout, as with SIGSTOP and SIGCONT,
+        # CPython 3.13 and earlier return uninitialized stack memory, which may hold the signal of the last call.
         signal.setitimer(signal.ITIMER_REAL, 0.0 if left_s is None else max(left_s, _SHORTEST_S))
         received = signal.sigwaitinfo({*TABLE, _WAKE, _ALARM})
         number = signal.Signals(received.si_signo)
         if number in TABLE:
             deliver(Order(TABLE[number], number.name.removeprefix("SIG"), received.si_pid))
-        elif number == _WAKE and closing.is_set():  # else it is a stranger's signal, which must not make us deaf
-            signal.setitimer(signal.ITIMER_REAL, 0.0)  # execve(2) would keep it
+        elif number == _WAKE and closing.is_set():  # otherwise another process sent it: keep waiting
+            signal.setitimer(signal.ITIMER_REAL, 0.0)  # the timer would survive execve(2)
             return

@@ -25,25 +25,25 @@ _GATHER_S = 0.01
 Not if somebody waits for it: a stop does, and in the moment of an upgrade all clients do."""
 
 _LOOK_S = 0.05
-"""How often the writer looks whether it is to leave a place that takes nothing."""
+"""How often the writer checks whether to abandon a destination that accepts nothing."""
 
 
 class Sink:
-    """The place that lines go to; it can be changed while lines are being written.
+    """The destination of log lines; it can be replaced while lines are being written.
 
-    One thread writes to all places, one after the other, and at most one new place waits for it. So the sink has one
-    thread and two descriptors, however often the place is changed and however long an old one takes nothing. Only a
-    write that never returns, as to a network file system that hangs, keeps the log from a new place.
+    One thread writes to all successive destinations, and at most one new destination waits for it. So the sink has one
+    thread and two descriptors, however often the destination changes and however long an old one stalls. Only a write
+    that never returns, for example to a network file system that hangs, prevents the switch to a new destination.
     """
 
     def __init__(self, descriptor: int, *, is_owned: bool = False) -> None:
         self._newest = _Place(descriptor, is_owned=is_owned)
-        self._next: _Place | None = None  # the newest, if the writer has not come to it yet
-        self._leave_at = float("inf")  # when the writer leaves the place before that one, whatever it has taken
+        self._next: _Place | None = None  # the newest, if the writer has not reached it yet
+        self._leave_at = float("inf")  # when the writer abandons the previous place, whatever it has accepted
         self._waiting = 0  # lines neither written nor lost
         self._behind = 0  # the same, for the place that is next
         self._dropped = 0
-        self._turn = threading.RLock()  # around all of these; reentrant, for a destructor may log
+        self._turn = threading.RLock()  # protects all of these; reentrant, because a destructor may log
         self._is_awaited = threading.Event()
         self._queue: SimpleQueue[bytes | _Mark] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(self._newest,), name="log", daemon=True)
@@ -188,7 +188,7 @@ class _Place:
             try:
                 done += os.write(self.descriptor, memoryview(data)[done : done + self.piece_bytes])
             except BlockingIOError:
-                # Somebody else made the shared descriptor non-blocking, and others write to it too.
+                # Another process made the shared descriptor non-blocking and writes to it too.
                 select.select((), (), (), _GATHER_S)
             except OSError:
                 break
@@ -200,11 +200,11 @@ class _Place:
     def close(self) -> None:
         """Close the descriptor, if it is owned."""
         if self._is_owned:
-            with suppress(OSError):  # a full disk behind NFS may say so only now
+            with suppress(OSError):  # NFS may report a full disk only now
                 os.close(self.descriptor)
 
     def _is_ready(self, is_to_leave: Callable[[], bool]) -> bool:
-        """Wait until a write has room, as a file always has; False if it is time to leave before that."""
+        """Wait until a write has room; a file always has. Return False if it is time to leave before that."""
         while not self._is_file:
             is_leaving = is_to_leave()
             if self._readiness.poll(0 if is_leaving else 1000 * _LOOK_S):

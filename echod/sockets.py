@@ -222,9 +222,9 @@ def welcome(descriptor: int, family: int) -> None:
 
 
 def pass_on_no_delay(bound: Bound) -> bool:
-    """Have accepted sockets send each reply at once (TCP_NODELAY, tcp(7)); False if each has to be told by itself.
+    """Set TCP_NODELAY on a listener, for its accepted sockets to inherit (Linux); False if each needs it set itself.
 
-    On Linux they inherit it from a listener. The options of one that a service manager holds too are left alone.
+    The options of a listener that a service manager also holds are not changed.
     """
     sock = bound.socket
     if sock.family == socket.AF_UNIX:
@@ -235,7 +235,7 @@ def pass_on_no_delay(bound: Bound) -> bool:
 
 
 def set_no_delay(descriptor: int) -> None:
-    """Send what is written at once, without waiting for the acknowledgement of what was sent before (TCP_NODELAY)."""
+    """Send written data at once, without waiting for the acknowledgement of earlier data (TCP_NODELAY)."""
     with suppress(OSError), borrowed(descriptor) as sock:  # the peer may be gone already
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -248,7 +248,7 @@ LINGER_S = 1.0
 
 @contextmanager
 def borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A socket object for the descriptor of a connection, which stays open and its owner's."""
+    """Yield a socket object for a connection's descriptor, which stays open and belongs to the caller."""
     sock = socket.socket(fileno=descriptor)
     try:
         yield sock
@@ -263,7 +263,7 @@ def half_close(descriptor: int) -> None:
 
 
 def failure(descriptor: int) -> int:
-    """The errno that the connection has failed with if no call has told it yet, else 0 (socket(7), SO_ERROR)."""
+    """Return the errno of a connection's error that no call has reported yet, else 0 (socket(7), SO_ERROR)."""
     with borrowed(descriptor) as sock:
         return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
@@ -278,14 +278,14 @@ def reset_on_close(descriptor: int) -> None:
 
 
 def peek(descriptor: int, room: memoryview) -> bytes:
-    """What has arrived, as much as there is room for, and leave it there (MSG_PEEK); b"" if nothing has."""
+    """Return unread input that fits into `room` without consuming it (MSG_PEEK); b"" if there is none."""
     with borrowed(descriptor) as sock, suppress(OSError):
         return room[: sock.recv_into(room, 0, socket.MSG_PEEK)].tobytes()
     return b""
 
 
 def is_ended(descriptor: int) -> bool:
-    """Whether the peer has ended its stream or the connection has failed, whatever is unread before it (poll(2))."""
+    """Whether the peer has ended its stream or the connection has failed, even if input is unread (poll(2))."""
     poll = select.poll()
     poll.register(descriptor, select.POLLRDHUP)
     return bool(poll.poll(0))

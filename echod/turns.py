@@ -1,4 +1,4 @@
-"""Lets connections take turns: those whose input is costly to answer, and all of them where very many have input."""
+"""Schedules work in bounded slices: costly input, and postponed reads when very many connections have input at once."""
 
 import asyncio
 import time
@@ -8,29 +8,29 @@ from typing import Protocol
 from echod.fastpath import serve_directly
 
 SLICE_S = 0.003
-"""So much of each turn of the event loop goes to costly input, however many clients send it."""
+"""The time that costly input may use in each iteration of the event loop, however many clients send it."""
 
 
 READ_S = 0.015
-"""So much of each turn goes to clients that wait to be read from."""
+"""The time that postponed reads may use in each iteration of the event loop."""
 
 
 class Worker(Protocol):
-    """Somebody with work to do in small steps."""
+    """A connection whose costly input is answered in small steps."""
 
     def take_turn(self) -> bool:
-        """Do one step; return whether there is more to do."""
+        """Do one step; return whether more work is left."""
 
 
 class Reader(Protocol):
-    """Somebody with input that is still to be read."""
+    """A connection whose read has been postponed."""
 
     def read_postponed(self) -> None:
-        """Read once."""
+        """Do the postponed read."""
 
 
 class Turns:
-    """A queue of workers, of which the one at the head does a step and goes to the end, and a queue of readers."""
+    """A round-robin queue of workers, each of which does one step at a time, and a queue of postponed reads."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -40,17 +40,17 @@ class Turns:
         serve_directly()
 
     def add(self, worker: Worker) -> None:
-        """Let the worker take turns until it has nothing more to do; it must not be waiting already."""
+        """Queue the worker until it has no more work; it must not be in the queue already."""
         self._queue.append(worker)
         self.check()
 
     def postpone(self, reader: Reader) -> None:
-        """Let the reader read in its turn; it must not be waiting already. Nobody reads directly until all have."""
+        """Queue a read; the reader must not be queued already. Until the queue is empty, all reads are queued."""
         self._reads.append(reader)
         self.check()
 
     def check(self) -> None:
-        """Go on in the next turn of the event loop, be it only to see that there is one."""
+        """Schedule a run in the next iteration of the event loop, if only to detect that the loop iterates."""
         if not self._is_scheduled:
             self._is_scheduled = True
             self._loop.call_soon(self._run)
