@@ -57,8 +57,8 @@ class Screen:
     def wait_until(self, due: float) -> None:
         """Let time go by until then, by the monotonic clock; draw anew if the terminal is resized, or after Ctrl-Z."""
         while noticed := signal.sigtimedwait(_NOTICED, max(due - time.monotonic(), 0.0)):
-            # Interrupted and resumed only after its timeout, as with SIGSTOP and SIGCONT, sigtimedwait of CPython 3.13 and
-            # earlier returns uninitialized memory, which may hold an earlier Ctrl-Z.
+            # If it is interrupted and resumed only after its timeout, as with SIGSTOP and SIGCONT, sigtimedwait of
+            # CPython 3.13 and earlier returns uninitialized memory, which may hold an earlier Ctrl-Z.
             if noticed.si_signo == signal.SIGTSTP and time.monotonic() < due:
                 self._write(_LEAVE)
                 signal.raise_signal(signal.SIGSTOP)
