@@ -65,7 +65,7 @@ class Reloads:
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="reloads")
 
     def request(self, **origin: Any) -> None:
-        """Request a reload, after the current one if there is one. Of several requests, only the first is logged."""
+        """Request a reload, after the current one if any. Of several requests, the log names the first `origin`."""
         if not self._wanted.is_set():
             self._origin = origin
         self._idle.clear()
