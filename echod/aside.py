@@ -9,14 +9,14 @@ Result = TypeVar("Result")
 
 
 class NoThreadError(Exception):
-    """Why no thread can be started, and what to do about it."""
+    """No thread can be started; the message says why and what to do."""
 
 
 async def aside(work: Callable[[], Result], discard: Callable[[Result], object] = lambda _: None) -> Result:
-    """What `work` returns or raises; `discard` gets a result that nobody waits for any more.
+    """Run `work` in a thread and return or raise its result; `discard` receives a result that is no longer awaited.
 
-    Raises NoThreadError if the limit of threads is reached.
-    The thread is a daemon and no executor's, which the end of the loop would wait for.
+    Raise NoThreadError if the limit of threads is reached. The thread is a daemon thread, not an executor's: at its end
+    the event loop would wait for an executor.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()

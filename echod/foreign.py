@@ -1,4 +1,4 @@
-"""Variables that begin with ECHOD_ and set no key: Kubernetes makes some, and people expect others to work."""
+"""Variables that begin with ECHOD_ but set no key: Kubernetes creates some, and users may expect others to work."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 _KUBERNETES = re.compile(r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 
 EXPECTED = ("ECHOD_HOST", "ECHOD_PORT")
-"""What many programs take, and echod does not."""
+"""Variable names that many programs use, but echod does not."""
 
 
 def is_of_kubernetes(name: str) -> bool:
-    """Whether Kubernetes makes a variable of this name for a Service."""
+    """Whether Kubernetes creates a variable of this name for a Service."""
     return _KUBERNETES.fullmatch(name) is not None and not name.endswith("_REUSE_PORT")  # which is a key's
 
 
 def warnings(environment: Mapping[str, str]) -> Iterator[str]:
-    """What to tell whoever has set a variable that echod ignores; ECHOD_PORT=tcp://... is Kubernetes' own."""
+    """Yield a warning for each variable that echod ignores; ECHOD_PORT=tcp://... comes from Kubernetes."""
     for name in EXPECTED:
         value = environment.get(name)
         if value is not None and "://" not in value:

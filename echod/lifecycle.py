@@ -36,10 +36,10 @@ from echod.upgrade import SETTLE_S, Steps, Upgrades
 from echod.watch import BEAT_S, Watch
 
 DUMP_REST_S = 0.01
-"""After a statistics dump the next one waits at least so long, and DUMP_BREATH times as long as the dump took."""
+"""The shortest pause after a statistics dump; a pause is also at least DUMP_BREATH times as long as the dump took."""
 
 DUMP_BREATH = 9
-"""So dumps take a tenth of the loop at most, however many signals ask for them."""
+"""This limits dumps to a tenth of the event loop's time, however many signals request them."""
 
 log = structlog.get_logger()
 
@@ -56,7 +56,7 @@ class Surroundings(Struct, frozen=True):
 
     orders: Mailbox
     stop_began_at: Callable[[], float]
-    """Since when the stop under way counts (time.monotonic): what its lame duck and its drain are measured from."""
+    """When the current stop began (time.monotonic); its lame-duck time and its drain are measured from then."""
     prepare: Prepare
     logs: Logs
     stats: Stats

@@ -38,9 +38,9 @@ def fill_standard_streams() -> None:
 
 
 def working_directory() -> str:
-    """Where relative paths are meant from.
+    """The working directory, from which relative paths are resolved.
 
-    If it was deleted, it is a path where nothing can be: relative paths then fail by name.
+    If it was deleted, return a path that cannot exist, so that relative paths fail with a message that names it.
     """
     try:
         return os.getcwd()
@@ -49,9 +49,9 @@ def working_directory() -> str:
 
 
 def rss_bytes() -> int:
-    """Resident memory (proc(5), statm); raises OSError without /proc.
+    """Return the resident memory (proc(5), statm); raise OSError without /proc.
 
-    From the second call on it needs no descriptor, for there may be none left.
+    Only the first call opens a descriptor, so later calls work even if none is left.
     """
     return int(os.pread(_statm(), 128, 0).split()[1]) * resource.getpagesize()
 
@@ -62,15 +62,15 @@ def _statm() -> int:
 
 
 def open_files() -> int:
-    """Descriptors in use; raises OSError without /proc.
+    """Return how many descriptors are open; raise OSError without /proc.
 
-    Linux 6.2 and later tell it as the size of the directory, without listing it.
+    Linux 6.2 and later report the number as the size of the directory, which avoids listing it.
     """
     return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
 
 
 def allowed_memory_bytes() -> int:
-    """Memory that this process may use: the least limit of its control groups, or what the machine has (cgroups(7))."""
+    """Return the memory that this process may use: the machine's, or the lowest limit of its control groups."""
     return min([_machine_memory_bytes(), *_cgroup_limits()])
 
 
@@ -78,11 +78,11 @@ def _machine_memory_bytes() -> int:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
-        return 1 << 30  # as where /proc is hidden: too little is safer than too much
+        return 1 << 30  # for example if /proc is hidden; too low a value is safer than too high
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """The limits of each group that holds this process, of version 2 (memory.max) and 1 (memory.limit_in_bytes)."""
+    """Yield the memory limits of this process's control groups (cgroups(7)), versions 1 and 2, and of their parents."""
     try:
         with open("/proc/self/cgroup") as groups:
             paths = [line.rstrip("\n").split(":", 2)[1:] for line in groups]
@@ -93,7 +93,7 @@ def _cgroup_limits() -> Iterator[int]:
             continue
         root, file = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
         names = path.strip("/").split("/")
-        for depth in range(len(names) + 1):  # a group is bound by the limits of those above it, too
+        for depth in range(len(names) + 1):  # the limits of parent groups apply too
             group = os.path.join("/sys/fs/cgroup", root, *names[:depth])
             with suppress(OSError, ValueError), open(os.path.join(group, file)) as limit:
-                yield int(limit.read())  # "max" is no limit
+                yield int(limit.read())  # int() rejects "max", which means no limit

@@ -27,7 +27,7 @@ DRAINING = Verdict(faults=("draining",))
 """What is told to who asks for a reload once a stop has begun, or whose reload it has interrupted."""
 
 REST_S = 0.1
-"""How long a reload waits after the one before: who asks without pause must not take the processor from clients."""
+"""The shortest time between two reloads, so that a flood of requests does not take CPU time from clients."""
 
 log = structlog.get_logger()
 
@@ -50,7 +50,7 @@ class Reloads:
     def __init__(self, first: Generation, prepare: Prepare, parts: Parts, stats: Stats) -> None:
         self.config = first.config
         self.restart_needed: tuple[str, ...] = ()
-        """The keys whose values in the configuration are not in force before a restart."""
+        """The keys whose configured values need a restart to take effect."""
         self.on_begin: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
         self._prepare = prepare
@@ -65,7 +65,7 @@ class Reloads:
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="reloads")
 
     def request(self, **origin: Any) -> None:
-        """Reload, soon: after the one under way, if one is. The log tells the `origin` of the first of several."""
+        """Request a reload, after the current one if any. Of several requests, the log names the first `origin`."""
         if not self._wanted.is_set():
             self._origin = origin
         self._idle.clear()

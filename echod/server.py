@@ -27,7 +27,7 @@ PROGRESS_S = 0.9
 """A drain reports its progress this often: at least once a second, however busy the loop is."""
 
 MEMORY_SHARE = 4
-"""Where limits.held_bytes is 0, clients may make us hold one part in so many of the memory that the process may use."""
+"""If limits.held_bytes is 0, the limit is the memory that the process may use, divided by this number."""
 
 log = structlog.get_logger()
 
@@ -99,7 +99,7 @@ class Server:
         self.clients.memory.set_limit(config.limits.held_bytes or process.allowed_memory_bytes() // MEMORY_SHARE)
         for connection in self.clients.served:
             connection.set_line_bytes(config.limits.line_bytes)
-        self.clients.unpark_all()  # the idle timeout may be another
+        self.clients.unpark_all()  # the idle timeout may have changed
 
     async def retired(self) -> None:
         """Return when each listener that went away has served its backlog and is closed."""
@@ -130,7 +130,7 @@ class Server:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     async def drain(self, report: Callable[[int, float], None], deadline: float) -> Drained:
-        """Stop accepting, let each client have what it is owed until the deadline, and return when all are gone.
+        """Stop accepting, finish each connection until the deadline, and return when all are closed.
 
         The deadline is one of time.monotonic; what is left then has one second more to end its stream.
         `report` is called at least once a second with the connections and the seconds that are left.
@@ -165,7 +165,7 @@ class Server:
             now = self._loop.time()
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
-                await asyncio.sleep(0)  # a full turn: what came in time, be it in a pause of the process, is answered
+                await asyncio.sleep(0)  # one full iteration: answer input that arrived in time
                 self.clients.preludes.give_up()
                 for connection in self.clients.connections:
                     deadlines.end_at_line_boundary(connection)
