@@ -46,7 +46,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help
 help: ## show this help
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 	@echo "variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV)"
 
 .PHONY: run
@@ -71,7 +71,7 @@ campaign: $(VENV)/.echod $(VENV)/.dev ## the long runs of the fault suite: CAMPA
 	  mixes) $(BIN)/python -m tests.faults.mixes --seeds 1-10 --seconds 600 ;; \
 	  model) $(BIN)/python -m tests.faults.model --minutes 60 ;; \
 	  endurance) $(BIN)/python -m tests.faults.endurance --minutes 30 ;; \
-	  *) echo "CAMPAIGN: mixes, model, endurance" >&2; exit 2 ;; \
+	  *) echo "unknown part of CAMPAIGN: $$part; there are mixes, model and endurance" >&2; exit 2 ;; \
 	esac; done
 
 .PHONY: fuzz

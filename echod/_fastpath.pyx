@@ -11,6 +11,8 @@ from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.string cimport memchr, memmove
 
+INTERFACE = 1
+
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int descriptor, void *buffer, size_t size, int flags)
     ssize_t send(int descriptor, const void *buffer, size_t size, int flags)
@@ -144,8 +146,8 @@ def limit_turn(size_t check, size_t budget, size_t size):
     check_units, budget_units, unit_bytes = check, budget, size
 
 
-def serve_directly():
-    """See `fastpath.serve_directly`."""
+def begin_turn():
+    """See `fastpath.begin_turn`."""
     global units, is_checking
     units = 0
     is_checking = False

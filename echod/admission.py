@@ -32,7 +32,7 @@ class Admission:
     def __init__(self, stats: Stats, open_files: int) -> None:
         """`open_files` is the process's limit of descriptors."""
         self._rejected: dict[Connection, None] = {}  # a set that keeps its order: the oldest first
-        self._probes: set[Connection] = set()
+        self._others: set[Connection] = set()
         self._stats = stats
         self._open_files = open_files
         self._per_host: Counter[str | None] = Counter()
@@ -42,12 +42,12 @@ class Admission:
     @property
     def uncounted(self) -> list[Connection]:
         """The connections outside limits and statistics: rejected clients that linger, and self-checks."""
-        return [*self._rejected, *self._probes]
+        return [*self._rejected, *self._others]
 
     @property
     def are_uncounted(self) -> bool:
         """Whether any rejected client or self-check is connected."""
-        return bool(self._rejected or self._probes)
+        return bool(self._rejected or self._others)
 
     def refusal(self, host: str | None, connections: int, limits: Limits) -> tuple[str, str] | None:
         """Return the statistics' name and the error text if another client from `host` is one too many, else None."""
@@ -79,12 +79,12 @@ class Admission:
 
     def keep(self, connection: Connection) -> None:
         """Keep a connection that is not counted: a self-check, or a client that the predecessor rejected."""
-        self._probes.add(connection)
+        self._others.add(connection)
 
     def forget(self, connection: Connection) -> None:
         """Remove a closed connection that was rejected or kept."""
         self._rejected.pop(connection, None)
-        self._probes.discard(connection)
+        self._others.discard(connection)
 
     def _room(self, limits: Limits) -> int:
         left = self._open_files - RESERVED_FILES // 2 - limits.connections

@@ -401,7 +401,7 @@ class Connection(HotPath):
         """Handle the client's end of stream: answer an unterminated last line, then close."""
         self._has_ended = True
         if self.state is State.LINGERING:
-            self._close()
+            self.close()
         elif self.state is State.OPEN:
             replies = self.echo.finish()
             self.reason = self.echo.fault.value if self.echo.fault else "client"
@@ -434,7 +434,7 @@ class Connection(HotPath):
         if self.state is not State.CLOSED:
             self.bytes_out -= len(self._pending)
             self.reason = reason
-            self._close()
+            self.close()
 
     def end_now(self) -> None:
         """Close now; the client counts as aborted if replies, answers to complete lines, or unread input are left."""
@@ -442,22 +442,18 @@ class Connection(HotPath):
             self.abort("cut")
         else:
             self.reason = self.reason or "drained"
-            self._close()
-
-    def close(self) -> None:
-        """Close now, whether or not the client has received its replies."""
-        self._close()
+            self.close()
 
     def close_if_done(self) -> None:
         """Close if the client has ended its stream and its kernel has acknowledged every reply."""
         if self._has_ended and not self.pace.owed:
-            self._close()
+            self.close()
 
     def _end_when_sent(self) -> None:
         if self.state is not State.FLUSHING or self._pending:
             return
         if self._has_ended and not self._is_draining:
-            self._close()
+            self.close()
             return
         try:
             sockets.half_close(self.descriptor)
@@ -470,16 +466,17 @@ class Connection(HotPath):
     def _give_up(self) -> None:
         self._measure(0.0)
         self.unacknowledged_bytes = max(0, self.pace.owed - 1)  # the FIN counts as one
-        self._close()
+        self.close()
 
     def _lose(self, error: int) -> None:  # noqa: ARG002 (every error means the same: the client is gone)
         """Close because the connection has failed, for example by a reset."""
         if self.reason is None or self.reason == "client":
             # A balancer usually ends its health check with a reset; that is not a lost client.
             self.reason = "client" if self.is_anonymous and not self.bytes_in else "reset"
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close now, whether or not the client has received its replies."""
         if self.state is State.CLOSED:
             return
         self.state = State.CLOSED

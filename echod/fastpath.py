@@ -25,6 +25,9 @@ CHUNK_BYTES = 65_536
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
 
+INTERFACE = 1
+"""Version of the functions and classes that the compiled module has to offer; raised with every change of them."""
+
 UNIT_BYTES = 4096
 """A read counts as one unit of work, plus one for every UNIT_BYTES that it returns."""
 
@@ -59,7 +62,7 @@ class PythonHotPath:
     The object itself is the callback, because a bound method for each connection would take 80 bytes. A subclass
     implements `_read`, which replaces the read here while `is_hot` is false, `_receive` for input (b"" at the end of
     the stream), `_keep_pending` for replies that the kernel did not accept, and `_lose` for an errno. It also
-    implements `_check_turn`, which schedules `serve_directly` for the next iteration of the event loop, and
+    implements `_check_turn`, which schedules `begin_turn` for the next iteration of the event loop, and
     `_postpone`, which schedules `read_now` for later.
     """
 
@@ -139,6 +142,8 @@ def _load() -> "tuple[ModuleType | None, str]":
         from echod import _fastpath
     except ImportError as error:
         return None, str(error)
+    if getattr(_fastpath, "INTERFACE", 0) != INTERFACE:  # as in a checkout that was updated and not built again
+        return None, "it was built for another version of echod; `make fastpath` builds it anew"
     return _fastpath, ""
 
 
@@ -161,10 +166,10 @@ def acceptor(listener: socket.socket) -> "Callable[[], Accepted | None]":
     return partial(_python_accept, listener)
 
 
-def serve_directly() -> None:
+def begin_turn() -> None:
     """Allow direct reads again, and count their work from zero; call it when an iteration of the event loop begins."""
     if _compiled:
-        _compiled.serve_directly()
+        _compiled.begin_turn()
     else:
         _turn.units = 0
         _turn.is_checking = False

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-from echod.fastpath import serve_directly
+from echod.fastpath import begin_turn
 
 SLICE_S = 0.003
 """The time that costly input may use in each iteration of the event loop, however many clients send it."""
@@ -37,7 +37,7 @@ class Turns:
         self._queue: deque[Worker] = deque()
         self._reads: deque[Reader] = deque()
         self._is_scheduled = False
-        serve_directly()
+        begin_turn()
 
     def add(self, worker: Worker) -> None:
         """Queue the worker until it has no more work; it must not be in the queue already."""
@@ -61,8 +61,8 @@ class Turns:
             self._work(time.monotonic() + SLICE_S)
             self._read(time.monotonic() + READ_S)
         finally:
-            if not self._reads:
-                serve_directly()
+            if not self._reads:  # while clients wait here, the work counted so far sends all others here, too
+                begin_turn()
             if self._queue or self._reads:
                 self.check()
 

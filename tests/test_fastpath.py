@@ -274,6 +274,14 @@ def test_the_environment_switches_it_off(value: str) -> None:
         assert (is_compiled == "True") is not bool(why_not)
 
 
+@needs_compiled
+def test_a_module_that_was_built_for_another_version_is_not_used() -> None:
+    """A checkout that was updated and not built again runs in Python, and says what to do."""
+    code = "from echod import _fastpath; _fastpath.INTERFACE -= 1\nfrom echod import fastpath; print(fastpath.WHY_NOT)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "it was built for another version of echod; `make fastpath` builds it anew\n"
+
+
 def test_a_connection_is_built_on_the_path_that_is_in_use() -> None:
     """The statistics say which (`fast_path`)."""
     assert issubclass(Connection, PythonHotPath) is not fastpath.IS_COMPILED
