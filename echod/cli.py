@@ -167,7 +167,7 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         "--listen",
         metavar="ADDRESS",
         action="append",
-        help="host:port, [v6]:port or unix:/path; repeatable, replaces the file's",
+        help="host:port, [v6]:port, unix:/path or systemd:NAME; repeatable, replaces the file's",
     )
     for flag, key, choices in (
         ("--log-level", "log.level", "debug, info, warning, error"),
