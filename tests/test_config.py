@@ -234,7 +234,7 @@ FILE_FAULTS = [
         "log.level: expected one of debug, info, warning, error (got a value too long or nested too deep to show)",
     ),
     (
-        "[limits]\nconnections = " + ("{" + "a." * 90 + "a = ") * 20 + "1" + "}" * 20,
+        "[limits]\nconnections = " + ("{" + "a." * 90 + "a = ") * 120 + "1" + "}" * 120,
         "limits.connections: expected int (got a value too long or nested too deep to show)",
     ),
     (
