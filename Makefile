@@ -135,7 +135,7 @@ sanitize: $(VENV)/.echod $(VENV)/.dev ## fuzz and test the fast path under Addre
 	$(abspath $(BIN))/python -m pytest --capture=sys tests/test_fastpath.py $(PYTEST_ARGS)
 
 .PHONY: check
-check: lint types ## what CI runs: lint, types, the tests with the coverage of the Python code, and the suites that measure
+check: $(VENV)/.echod lint types ## what CI runs: lint, types, the tests with the coverage of the Python code, and the suites that measure
 	@$(BIN)/coverage erase
 	@ECHOD_FASTPATH=0 $(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
 	@$(BIN)/coverage combine --quiet
