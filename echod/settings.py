@@ -103,17 +103,21 @@ def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
             yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
 
 
+_NO_KEYS = ("ECHOD_CONFIG", "ECHOD_FASTPATH")
+"""Variables of ours that set no key."""
+
+
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
     known = {f"ECHOD_{key.replace('.', '_').upper()}": key for key in [*KEYS, "listen"]}
     for name, value in environment.items():
         if name in known:
             yield Setting(name, known[name], value)
-        elif name.startswith("ECHOD_") and name not in ("ECHOD_CONFIG", DEFAULT_LISTEN, *foreign.EXPECTED):
+        elif name.startswith("ECHOD_") and name not in (*_NO_KEYS, DEFAULT_LISTEN, *foreign.EXPECTED):
             if foreign.is_of_kubernetes(name):
                 continue
             # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
             meant = re.sub("^ECHOD_CONFIG_(FILE|PATH)$", "ECHOD_CONFIG", name)
-            nearest = _nearest(meant, [*known, "ECHOD_CONFIG"], cutoff=0.8)
+            nearest = _nearest(meant, [*known, *_NO_KEYS], cutoff=0.8)
             if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in {*SECTIONS, "listen"}:
                 faults.append(f"{name}: unknown key{nearest}{_got(value)}")
 
