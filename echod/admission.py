@@ -72,7 +72,7 @@ class Admission:
         """Send a client its error line and let it linger; call `forget` when it is closed."""
         self._stats.rejected[reason] += 1
         if len(self._rejected) >= self._room(limits):
-            next(iter(self._rejected)).close()
+            next(iter(self._rejected)).make_room()
         self._rejected[connection] = None
         connection.finish(reason, words)
         log.debug("connection rejected", peer=connection.peer, reason=reason)

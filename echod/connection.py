@@ -10,6 +10,7 @@ server; it reports the end of a connection through `Owner.on_closed`.
 import asyncio
 import os
 import socket
+from contextlib import suppress
 from enum import Enum
 from typing import Protocol
 
@@ -443,6 +444,16 @@ class Connection(HotPath):
         else:
             self.reason = self.reason or "drained"
             self.close()
+
+    def make_room(self) -> None:
+        """Close before the linger ends, because others need the descriptor.
+
+        Input that has arrived is read first: closing a socket with unread input resets the client.
+        """
+        if self.state is State.LINGERING:
+            with suppress(OSError):
+                os.readv(self.descriptor, (_chunk,))
+        self.close()
 
     def close_if_done(self) -> None:
         """Close if the client has ended its stream and its kernel has acknowledged every reply."""
