@@ -16,7 +16,7 @@ from tests.streams import stream_through_upgrades, upgrade
 
 ROUNDS = 20
 CROWD = 1000
-UNSENT_BYTES = 16_384
+UNSENT_BYTES = 12_288
 TEXT = b"".join(b"%06d is owed to me, in lower case no more\n" % number for number in range(15_000))
 STUCK_S = 0.5
 """How long nothing may be taken of anybody before all are taken for stuck."""
@@ -36,7 +36,7 @@ def test_50_streams_through_20_upgrades(report: Callable[[Figures], None]) -> No
 
 
 @pytest.mark.timeout(180)
-def test_an_upgrade_with_1_000_connections_that_are_owed_16_kb_each(
+def test_an_upgrade_with_1_000_connections_that_are_owed_12_kb_each(
     tmp_path: Path, report: Callable[[Figures], None]
 ) -> None:
     """What each is owed crosses, byte-exact; memory and gap are told."""
