@@ -34,7 +34,7 @@ def test_an_ipv4_client_of_a_dual_stack_listener_counts_by_its_ipv4_address(
 
 
 def test_the_limit_of_all_comes_first() -> None:
-    """Where both limits are reached the client is told of the one that it can do nothing about."""
+    """If both limits are reached, the error names the global one, which the client cannot avoid."""
     admission = Admission(Stats({}), 1024)
     admission.admit("192.0.2.1")
     assert admission.refusal("192.0.2.1", 1, Limits(connections=1, connections_per_address=1)) == (

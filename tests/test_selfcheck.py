@@ -54,7 +54,7 @@ def test_nobody_else_is_taken_for_our_check() -> None:
         client, peer = await loop.sock_accept(listener)
         with client:
             assert check.is_ours(peer)
-            assert not check.is_ours(peer), "whoever comes from that address later is somebody else"
+            assert not check.is_ours(peer), "a later client with that address is not ours"
             assert await loop.sock_recv(client, 100) == LINE
             assert await loop.sock_recv(client, 100) == b"", "our end is closed once it is accepted"
         assert check.names == []
