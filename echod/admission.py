@@ -33,6 +33,8 @@ class Admission:
         """`open_files` is the process's limit of descriptors."""
         self._rejected: dict[Connection, None] = {}  # a set that keeps its order: the oldest first
         self._others: set[Connection] = set()
+        self.listeners = 0
+        """How many listeners there are: each takes a descriptor."""
         self._stats = stats
         self._open_files = open_files
         self._per_host: Counter[str | None] = Counter()
@@ -71,7 +73,7 @@ class Admission:
     def reject(self, connection: Connection, reason: str, words: str, limits: Limits) -> None:
         """Send a client its error line and let it linger; call `forget` when it is closed."""
         self._stats.rejected[reason] += 1
-        if len(self._rejected) >= self._room(limits):
+        if len(self._rejected) >= self._room(limits) - 1:  # this one has its descriptor already
             next(iter(self._rejected)).make_room()
         self._rejected[connection] = None
         connection.finish(reason, words)
@@ -87,7 +89,7 @@ class Admission:
         self._others.discard(connection)
 
     def _room(self, limits: Limits) -> int:
-        left = self._open_files - RESERVED_FILES // 2 - limits.connections
+        left = self._open_files - RESERVED_FILES // 2 - self.listeners - limits.connections
         return min(max(left, LEAST_LINGERING), MOST_LINGERING)
 
     def tell(self, connections: int) -> None:

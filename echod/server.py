@@ -96,6 +96,7 @@ class Server:
         self.proxied = proxied
         self._config = config
         self.clients.limits = config.limits
+        self.clients.admission.listeners = len(sockets)
         self.clients.memory.set_limit(config.limits.held_bytes or process.allowed_memory_bytes() // MEMORY_SHARE)
         for connection in self.clients.served:
             connection.set_line_bytes(config.limits.line_bytes)
