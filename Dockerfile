@@ -44,11 +44,11 @@ COPY --from=build /echod /
 RUN python -m pip uninstall -q -y --root-user-action ignore pip && /opt/echod/bin/python <<'PYTHON'
 import ast, importlib, pathlib, echod
 
-for file in pathlib.Path(echod.__file__).parent.glob("*.py"):
+for file in pathlib.Path(echod.__file__).parent.rglob("*.py"):
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
             [importlib.import_module(alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module != "echod._fastpath":  # optional, and has no bytecode
+        elif isinstance(node, ast.ImportFrom):
             importlib.import_module(node.module)
 PYTHON
 

@@ -24,12 +24,9 @@ IMAGE ?= echod
 DOCKER_BUILD_FLAGS ?=
 DOCKER_RUN_FLAGS ?= --publish 8888:8888
 
-# The fault suite measures, so it runs alone, on a machine that does nothing else; a little fuzzing goes with it. So does
-# the guard of the benchmark. The systemd suite needs a machine of its own, the Docker suite an engine; the balancer
-# suite takes a minute.
+# What a newcomer runs, and what runs before each commit. The other suites measure, or need a machine of their own.
+TESTS = -n $(WORKERS) --dist worksteal tests/unit tests/integration
 FAULTS = tests/faults tests/fuzz
-ELSEWHERE = $(FAULTS) tests/build tests/balancer tests/bench tests/systemd tests/docker
-TESTS = -n $(WORKERS) --dist worksteal $(ELSEWHERE:%=--ignore=%)
 
 BIN := $(VENV)/bin
 # Errors only: a warning about how this machine's pip is configured is nothing about echod.
@@ -62,7 +59,7 @@ test-faults: $(VENV)/.echod $(VENV)/.dev ## do to a real echod what can go wrong
 	@$(BIN)/python -m pytest $(FAULTS) $(PYTEST_ARGS)
 
 # Coverage with a configuration of its own: the tests' would measure atheris too, which instruments echod itself.
-FUZZED = echod/protocol.py,echod/settings.py,echod/address.py
+FUZZED = echod/protocol/echo.py,echod/config/loader.py,echod/net/address.py
 COVERED = --rcfile=/dev/null --data-file=$(VENV)/fuzz.coverage
 
 .PHONY: campaign
@@ -104,19 +101,19 @@ test-bench: $(VENV)/.echod $(VENV)/.dev ## bound what a line costs on both paths
 
 .PHONY: test-balancer
 test-balancer: $(VENV)/.echod $(VENV)/.dev ## restart three behind an HAProxy as docs/scaling.md says, and print the figures
-	@$(BIN)/python -m pytest tests/balancer --timeout 180 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/system/balancer --timeout 180 $(PYTEST_ARGS)
 
 .PHONY: test-systemd
 test-systemd: $(VENV)/.echod $(VENV)/.dev ## install it on a machine booted by systemd (ECHOD_TEST_MACHINE="...", see CONTRIBUTING) and test it there
-	@$(BIN)/python -m pytest tests/systemd --timeout 300 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/system/systemd --timeout 300 $(PYTEST_ARGS)
 
 .PHONY: test-docker
 test-docker: $(VENV)/.echod $(VENV)/.dev ## build the image and test it in containers, on the engine that `docker` reaches (DOCKER_BUILD_FLAGS="...")
-	@DOCKER_BUILD_FLAGS="$(DOCKER_BUILD_FLAGS)" $(BIN)/python -m pytest tests/docker --timeout 300 $(PYTEST_ARGS)
+	@DOCKER_BUILD_FLAGS="$(DOCKER_BUILD_FLAGS)" $(BIN)/python -m pytest tests/system/docker --timeout 300 $(PYTEST_ARGS)
 
 .PHONY: test-build
 test-build: $(VENV)/.dev ## start and test a clean clone, with a C compiler and without one
-	@$(BIN)/python -m pytest tests/build --timeout 300 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/system/build --timeout 300 $(PYTEST_ARGS)
 
 # In a copy of the project, so that nothing else runs the slow extension by accident. A finding ends the process, so pytest
 # must not capture what is written to its descriptors. Leaks aren't looked for: an interpreter never frees all it has.
@@ -127,15 +124,18 @@ sanitize: $(VENV)/.echod $(VENV)/.dev ## fuzz and test the fast path under Addre
 	@rm -rf $(SANITIZED)
 	@mkdir -p $(SANITIZED)
 	@cp -R echod tests pyproject.toml $(SANITIZED)
-	@rm -f $(SANITIZED)/echod/*.so
-	@env -u ECHOD_FASTPATH CC=gcc ECHOD_BUILD_STRICT=1 $(BIN)/python tools/build_fastpath.py --sanitize $(SANITIZED)/echod
+	@rm -f $(SANITIZED)/echod/server/*.so
+	@env -u ECHOD_FASTPATH CC=gcc ECHOD_BUILD_STRICT=1 $(BIN)/python tools/build_fastpath.py --sanitize $(SANITIZED)/echod/server
 	@set -eu; cd $(SANITIZED); unset ECHOD_FASTPATH; export PYTHONPATH="$$PWD" PYTHONMALLOC=malloc; \
 	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	$(abspath $(BIN))/python -m tests.fuzz.fastpath $(SANITIZE_S); \
-	$(abspath $(BIN))/python -m pytest --capture=sys tests/test_fastpath.py $(PYTEST_ARGS)
+	$(abspath $(BIN))/python -m pytest --capture=sys tests/unit/test_fastpath.py $(PYTEST_ARGS)
 
 .PHONY: check
-check: $(VENV)/.echod lint types ## what CI runs: lint, types, the tests with the coverage of the Python code, and the suites that measure
+check: lint types test ## what to run before a commit: lint, types and the tests
+
+.PHONY: ci
+ci: $(VENV)/.echod lint types ## everything at full repetition, with the coverage of the Python code; .ci/run calls it
 	@$(BIN)/coverage erase
 	@ECHOD_FASTPATH=0 $(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
 	@$(BIN)/coverage combine --quiet
@@ -162,7 +162,7 @@ format: $(VENV)/.dev ## let ruff format, and fix what is safe to fix
 .PHONY: clean
 clean: ## remove what make, the tests and the tools have made
 	@for venv in "$(VENV)" "$(VENV)-bench"; do if [ -f "$$venv/pyvenv.cfg" ]; then rm -rf "$$venv"; fi; done
-	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist echod/_fastpath.*.so
+	@rm -rf .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist echod/server/_fastpath.*.so
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- installation -----------------------------------------------------------------------------------------------------

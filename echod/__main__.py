@@ -1,26 +1,25 @@
 """The composition root: parse, load, bind, run, exit. Nothing else in echod knows exit statuses or ends the process."""
 
-# First of all, and before any import that takes time: hold the signals back, so that none ends the process by its
-# default action while Python is importing. The C module, because `signal` itself imports enum (5 ms).
+from echod.process import blocked_signals  # isort: split
+
 import _signal  # type: ignore[import-not-found]
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from functools import partial
+from typing import TYPE_CHECKING
 
-_HELD = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGUSR1, _signal.SIGUSR2)
-_signal.pthread_sigmask(_signal.SIG_BLOCK, _HELD)
-
-import gc  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from contextlib import closing, suppress  # noqa: E402
-from functools import partial  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
-
-from echod import __version__, cli, process  # noqa: E402
-from echod.console import complain, show_line  # noqa: E402
+from echod import __version__
+from echod.cli import args
+from echod.cli.console import complain, show_line
+from echod.config.sources import Serve
+from echod.process import limits
 
 if TYPE_CHECKING:
-    from echod.crossing import Legacy
-    from echod.serving import Tell
+    from echod.service import Tell
+    from echod.upgrade.snapshot import Legacy
 
 OK = 0
 COULD_NOT_START = 1
@@ -31,18 +30,18 @@ BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
-    process.fill_standard_streams()
+    limits.fill_standard_streams()
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     is_rehearsal = given[:1] == ["preflight"]  # by a program that this one may replace; not for people
     try:
         try:
-            invocation = cli.parse(given[is_rehearsal:])
-            status = OK if isinstance(invocation, cli.Serve) else _answer(invocation)
+            invocation = args.parse(given[is_rehearsal:])
+            status = OK if isinstance(invocation, Serve) else _answer(invocation)
         finally:
             sys.stdout.flush()
     except OSError as error:
         return _output_failed(error)
-    if not isinstance(invocation, cli.Serve):
+    if not isinstance(invocation, Serve):
         return status
     # Imports make objects by the ten thousand and no garbage, and each search for it looks at all of them: a tenth of
     # the start. It is switched on again once clients are served.
@@ -60,17 +59,17 @@ def _output_failed(error: OSError) -> int:
     return COULD_NOT_START
 
 
-def _answer(invocation: "cli.Check | cli.ShowDefaults | cli.Ping | cli.AskStats | cli.AskReload") -> int:
-    from echod import commands
+def _answer(invocation: "args.Check | args.ShowDefaults | args.Ping | args.AskStats | args.AskReload") -> int:
+    from echod.cli import commands
 
-    _end_by(_HELD)  # held only for a daemon
-    if isinstance(invocation, cli.Ping) or (isinstance(invocation, cli.AskStats) and invocation.is_watched):
+    _end_by(blocked_signals.BLOCKED)  # held only for a daemon
+    if isinstance(invocation, args.Ping) or (isinstance(invocation, args.AskStats) and invocation.is_watched):
         for number in (_signal.SIGINT, _signal.SIGTERM):  # they end in good order: with a summary, a clean terminal
             _signal.signal(number, _signal.default_int_handler)
     with suppress(KeyboardInterrupt):  # one more, or before there was anything
         if commands.answer(invocation, os.environ):
             return OK
-    return BAD_CONFIG if isinstance(invocation, cli.Check) else NO_ANSWER
+    return BAD_CONFIG if isinstance(invocation, args.Check) else NO_ANSWER
 
 
 def _end_by(signals: Sequence[int]) -> None:
@@ -82,11 +81,11 @@ def _end_by(signals: Sequence[int]) -> None:
 # -- serve -------------------------------------------------------------------------------------------------------------
 
 
-def _detach(serve: cli.Serve) -> int:
-    from echod.detach import DetachError, detach
+def _detach(serve: Serve) -> int:
+    from echod.process.daemonize import DetachError, detach
 
     try:
-        folder = process.working_directory()
+        folder = limits.working_directory()
         caller = detach(partial(_end_by, (_signal.SIGTERM, _signal.SIGINT)), silent_end=COULD_NOT_START)
     except (OSError, DetachError) as error:
         return _refuse(_tell_here, [str(error)])
@@ -100,7 +99,7 @@ def _detach(serve: cli.Serve) -> int:
 
 
 def _tell_here(status: int, lines: Sequence[str]) -> bool:
-    from echod.systemd import Notifier
+    from echod.process.sd_notify import Notifier
 
     if status != OK:  # that all is well is in the log, which is here too
         complain(lines)
@@ -115,9 +114,12 @@ def _refuse(tell: "Tell", faults: Sequence[str]) -> int:
     return COULD_NOT_START
 
 
-def _serve(serve: cli.Serve, tell: "Tell", folder: str = "") -> int:
+def _serve(serve: Serve, tell: "Tell", folder: str = "") -> int:
     # Imported here, for the other commands don't need them.
-    from echod import generation, handover, inheritance, pidfile, privileges, signals
+    from echod.lifecycle import generation
+    from echod.net import socket_activation
+    from echod.process import pidfile, privileges, signals
+    from echod.upgrade import state_file
 
     if not _is_upgraded() and signals.stop_is_pending():
         return OK
@@ -130,60 +132,63 @@ def _serve(serve: cli.Serve, tell: "Tell", folder: str = "") -> int:
         return BAD_CONFIG
     except pidfile.PidFileError as error:
         return _refuse(tell, [f"--pidfile: {error}"])
-    except (privileges.PrivilegeError, inheritance.UnfitSocketError, handover.HandoverError) as error:
+    except (privileges.PrivilegeError, socket_activation.UnfitSocketError, state_file.HandoverError) as error:
         return _refuse(tell, [str(error)])
 
 
-def _start(serve: cli.Serve, tell: "Tell", folder: str) -> int:
-    from echod import serving, successor
+def _start(serve: Serve, tell: "Tell", folder: str) -> int:
+    from echod import service
+    from echod.upgrade.exec import command_line
 
     # Ignored, as whoever started us may have left it, the kernel forgets how a child ended (wait(2)), and Python then
     # takes a preflight that failed for one that went well.
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     legacy = _legacy()
-    folder = (legacy.state.process.folder if legacy else folder) or process.working_directory()
+    folder = (legacy.state.process.folder if legacy else folder) or limits.working_directory()
     arguments = sys.argv[1:]
-    start = serving.Start(
+    start = service.Start(
         serve,
         os.environ,
         folder,
-        serving.Statuses(OK, COULD_NOT_START, CUT_OFF),
+        service.Statuses(OK, COULD_NOT_START, CUT_OFF),
         tell,
         legacy,
-        successor.command_line(sys.orig_argv, arguments, sys.executable, folder),
+        command_line(sys.orig_argv, arguments, sys.executable, folder),
         os.execve,
     )
-    return serving.serve(start)
+    return service.serve(start)
 
 
 def _is_upgraded() -> bool:
-    from echod import handover
+    from echod.upgrade import state_file
 
-    return bool(os.environ.get(handover.VARIABLE))
+    return bool(os.environ.get(state_file.VARIABLE))
 
 
 def _legacy() -> "Legacy | None":
-    from echod import crossing, handover
+    from echod.upgrade import snapshot, state_file
 
-    left = handover.received(os.environ, os.getpid())
-    os.environ.pop(handover.VARIABLE, None)  # not meant for children
-    return crossing.legacy(*left) if left else None
+    left = state_file.received(os.environ, os.getpid())
+    os.environ.pop(state_file.VARIABLE, None)  # not meant for children
+    return snapshot.legacy(*left) if left else None
 
 
-def _rehearse(serve: cli.Serve) -> int:
-    from echod import generation, handover, serving
+def _rehearse(serve: Serve) -> int:
+    from echod import service
+    from echod.lifecycle import generation
+    from echod.upgrade import state_file
 
-    _end_by(_HELD)
+    _end_by(blocked_signals.BLOCKED)
     try:
-        left = handover.received(os.environ, os.getppid())
+        left = state_file.received(os.environ, os.getppid())
         if not left:
             return _refuse(_tell_here, ["preflight is for an upgrade alone, which USR2 asks for"])
-        del os.environ[handover.VARIABLE]
-        serving.rehearse(serve, os.environ, left[0])
+        del os.environ[state_file.VARIABLE]
+        service.rehearse(serve, os.environ, left[0])
     except generation.PrepareError as error:
         complain(error.faults)
         return BAD_CONFIG if error.is_configuration else COULD_NOT_START
-    except handover.HandoverError as error:
+    except state_file.HandoverError as error:
         return _refuse(_tell_here, [str(error)])
     show_line(f"echod {__version__}")
     return OK

@@ -7,8 +7,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.installed import Installed
-from tests.report import ROWS, Report, row
+from tests.support.installed import Installed
+from tests.support.report import ROWS, Report, row
 
 # How long an example takes, or to think of one, is the machine's business: a limit of 200 ms each is no claim of ours.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -1,4 +1,4 @@
-"""Compile `echod/_fastpath.pyx`, the optional fast path: as a build hook for wheels, and as a command for the Makefile.
+"""Compile the optional fast path, `_fastpath.pyx`: as a build hook for wheels, and as a command for the Makefile.
 
 Whatever prevents the build is a warning of one line, because echod runs in Python without it. In the environment:
 ECHOD_FASTPATH=0 skips the build; ECHOD_BUILD_STRICT=1, for CI, turns compiler warnings and a failed build into errors;
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-SOURCE = "echod/_fastpath.pyx"
+SOURCE = "echod/server/_fastpath.pyx"
 NAME = f"_fastpath{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 # -fwrapv: CPython's headers expect it. No debug information and no path of this machine: a build can be reproduced.
@@ -52,7 +52,7 @@ def build(folder: Path, flags: Sequence[str] = RELEASE) -> Path:
         raise NotBuiltError(f"no Python.h in {include} (apt-get install python3-dev)")
     with tempfile.TemporaryDirectory(prefix="echod-fastpath-") as work:
         # With relative names, because the generated code and the compiler's messages repeat them.
-        cython = (sys.executable, "-P", "-m", "cython", "-3", "--module-name", "echod._fastpath")
+        cython = (sys.executable, "-P", "-m", "cython", "-3", "--module-name", "echod.server._fastpath")
         strict = ("-Werror",) if is_strict() else ()
         _run(*cython, "-Wextra", *strict, "-o", f"{work}/_fastpath.c", SOURCE, folder=PROJECT)
         flags = (*flags, f"-ffile-prefix-map={work}=.", "-Wall", "-Wextra", *strict, *_flags("CFLAGS"))
@@ -70,7 +70,7 @@ def build(folder: Path, flags: Sequence[str] = RELEASE) -> Path:
 def build_in_place() -> None:
     """Compile it beside its source, if what is there is missing or older; removes an old one that can't be replaced."""
     _refuse_if_off()
-    target = PROJECT / "echod" / NAME
+    target = PROJECT / "echod" / "server" / NAME
     sources = (PROJECT / SOURCE, Path(__file__))
     if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         target.unlink(missing_ok=True)
@@ -144,7 +144,7 @@ if __name__ != "__main__":  # the command needs no hatchling, and is in a hurry
                 else:
                     self._folder = tempfile.TemporaryDirectory(prefix="echod-fastpath-")
                     built = build(Path(self._folder.name))
-                    build_data["force_include"][str(built)] = f"echod/{built.name}"
+                    build_data["force_include"][str(built)] = f"echod/server/{built.name}"
                     build_data |= {"infer_tag": True, "pure_python": False}
             except NotBuiltError as error:
                 failure = error

@@ -16,7 +16,7 @@ from tests.bench.harness import Harness
 from tests.bench.peers import COMPILED, KEYS, MissingError, Peer, everyone
 from tests.bench.results import Results
 from tests.bench.workloads import IDLE, RATES, WORKLOADS
-from tests.daemon import CONSOLE_SCRIPT
+from tests.support.daemon import CONSOLE_SCRIPT
 
 DOCUMENT = Path("docs/performance.md")
 PLOT = DOCUMENT.with_suffix(".svg")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.bench.peers import PORT, Peer, compiled
 from tests.bench.workloads import IDLE, Workload
-from tests.daemon import DEADLINE_S, free_port
+from tests.support.daemon import DEADLINE_S, free_port
 
 _WARM_S = 0.2
 _SETTLE_S = 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.bench.dialects import MEMCACHED, REDIS, UPPER, Dialect
 from tests.bench.workloads import IDLE, Workload
-from tests.daemon import CONSOLE_SCRIPT
+from tests.support.daemon import CONSOLE_SCRIPT
 
 SERVERS = Path(__file__).with_name("servers")
 

@@ -12,7 +12,7 @@ from tests.bench import interpreter
 from tests.bench.harness import Harness
 from tests.bench.peers import COMPILED, PYTHON, bare, echod, echod_python, limit
 from tests.bench.workloads import WORKLOADS
-from tests.report import Report
+from tests.support.report import Report
 
 AT_MOST = {
     COMPILED: {

@@ -8,7 +8,7 @@ import pytest
 
 from tests.bench import interpreter
 from tests.bench.interpreter import Interpreter, chosen, is_optimized
-from tests.daemon import DEADLINE_S
+from tests.support.daemon import DEADLINE_S
 
 OPTIMIZED = Interpreter("/usr/bin/python3.11", (3, 11, 2), is_optimized=True, has_venv=True, has_headers=True)
 PLAIN = Interpreter("/home/python3.13", (3, 13, 0), is_optimized=False, has_venv=True, has_headers=True)

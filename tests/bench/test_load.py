@@ -15,7 +15,7 @@ import pytest
 from tests.bench.harness import Harness
 from tests.bench.peers import bare, everyone
 from tests.bench.workloads import IDLE, RATES, WORKLOADS, Workload
-from tests.daemon import CONSOLE_SCRIPT, DEADLINE_S, serving
+from tests.support.daemon import CONSOLE_SCRIPT, DEADLINE_S, serving
 
 FEW = Workload("few", "3 connections, 4 lines at a time", 3, depth=4)
 COMING = Workload("coming", "3 at a time", 3, mode="churn")

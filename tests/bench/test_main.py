@@ -9,7 +9,7 @@ import pytest
 from tests.bench.__main__ import DOCUMENT, without_missing_fastpath
 from tests.bench.harness import Harness
 from tests.bench.peers import COMPILED, bare, echod_python
-from tests.daemon import DEADLINE_S
+from tests.support.daemon import DEADLINE_S
 
 
 def _bench(*arguments: str) -> "subprocess.CompletedProcess[str]":

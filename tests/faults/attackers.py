@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
-from tests.daemon import DEADLINE_S, UNMEASURED, clean_environment
 from tests.faults.hostile import GONE_WITH_A_RESET, HOSTILE, POLITE, Crowd, Rules, never_reads
+from tests.support.daemon import DEADLINE_S, UNMEASURED, clean_environment
 
 BURST = 10
 """Signals that are sent in one step."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.daemon import DEADLINE_S, UNMEASURED, clean_environment, read_line
+from tests.support.daemon import DEADLINE_S, UNMEASURED, clean_environment, read_line
 
 PAUSE_S = 0.002
 """Between two questions: 400 a second or so, hardly any load."""

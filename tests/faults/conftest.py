@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.scene import Figures
-from tests.report import ROWS, row
+from tests.support.report import ROWS, row
 
 
 @pytest.fixture

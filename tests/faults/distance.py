@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.daemon import DEADLINE_S, Daemon, read_to_end
+from tests.support.daemon import DEADLINE_S, Daemon, read_to_end
 
 HERE, AFAR = "10.9.0.1", "10.9.0.2"
 CLIENTS = 60

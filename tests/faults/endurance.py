@@ -20,11 +20,11 @@ from pathlib import Path
 
 from tests.bench.peers import compiled
 from tests.bench.workloads import Workload
-from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, ask, connect, settled
 from tests.faults.model import UnixConnection
 from tests.faults.scene import Usage, assert_adds_up
-from tests.report import row
-from tests.streams import upgrade
+from tests.support.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, ask, connect, settled
+from tests.support.report import row
+from tests.support.streams import upgrade
 
 LOAD = Path(__file__).parents[1] / "bench" / "load.c"
 LOADS = (

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from tests.daemon import DEADLINE_S
+from tests.support.daemon import DEADLINE_S
 
 GONE_WITH_A_RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: close(2) sends RST."""

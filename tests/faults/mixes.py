@@ -20,13 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from echod.config import Limits
+from echod.config.schema import Limits
 from tests.bench.harness import cores
-from tests.daemon import UNMEASURED, Daemon, read_to_end
 from tests.faults.attackers import IDLE_S, KINDS, LINE_S, VISITS, WRITE_S, Attack, Attackers, Target
 from tests.faults.scene import Usage
 from tests.faults.vigil import HELD_BYTES, POLL_S, WATCHDOG_S, Instant, Vigil, hurry
-from tests.report import row
+from tests.support.daemon import UNMEASURED, Daemon, read_to_end
+from tests.support.report import row
 
 ROUND_S = 10.0
 STOP_MARGIN_S = 1.5

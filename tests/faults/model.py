@@ -34,8 +34,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, read_to_end
-from tests.reference import BROKEN, CASED, OTHERS, SPACES, reference
+from tests.support.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, read_to_end
+from tests.support.reference import BROKEN, CASED, OTHERS, SPACES, reference
 
 STEPS = 40
 EXAMPLES_AT_ONCE = 5

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.daemon import DEADLINE_S, Daemon, Event, ask, connect, settled
 from tests.faults.bystander import RoundTrips, bystanding
+from tests.support.daemon import DEADLINE_S, Daemon, Event, ask, connect, settled
 
 BEFORE_S = 1.5
 """How long the bystander is watched for comparison."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from echod.admin import EXCHANGES, IN_TURN
-from tests.daemon import DEADLINE_S, Daemon, connect, serving
+from echod.admin.endpoint import EXCHANGES, IN_TURN
 from tests.faults.admin_attackers import attack
 from tests.faults.scene import STARVED, Figures, scene
+from tests.support.daemon import DEADLINE_S, Daemon, connect, serving
 
 FLOOD_S = 4.0
 

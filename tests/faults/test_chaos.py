@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import Pipeliner, pipeline
-from tests.daemon import DEADLINE_S, Daemon
 from tests.faults.hostile import HOSTILE, POLITE, Behaviour, Crowd, Rules
 from tests.faults.scene import Figures, assert_adds_up, scene
+from tests.support.clients import Pipeliner, pipeline
+from tests.support.daemon import DEADLINE_S, Daemon
 
 SECONDS = 20
 """How long a play lasts before the stop."""

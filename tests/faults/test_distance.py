@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.daemon import DEADLINE_S, UNMEASURED, clean_environment
 from tests.faults.distance import CLIENTS
 from tests.faults.scene import Figures
+from tests.support.daemon import DEADLINE_S, UNMEASURED, clean_environment
 
 CAN_LAY_A_WIRE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and shutil.which("ip") and shutil.which("unshare")
 

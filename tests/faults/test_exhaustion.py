@@ -14,9 +14,9 @@ from statistics import median
 
 import pytest
 
-from echod.config import RESERVED_FILES
-from tests.daemon import DEADLINE_S, Daemon, ask, leave_descriptors, read_line, serving, settings, settled
+from echod.config.schema import RESERVED_FILES
 from tests.faults.scene import Figures, Usage, scene
+from tests.support.daemon import DEADLINE_S, Daemon, ask, leave_descriptors, read_line, serving, settings, settled
 
 ESTABLISHED = 10
 LEFT = 5

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests.daemon import Daemon, ask, connect, read_to_end, serving, settings, settled
 from tests.faults.hostile import GONE_WITH_A_RESET, IP_MINTTL, Client, Crowd, Rules
 from tests.faults.scene import Figures, acquainted, closed_since, left_alone, scene
-from tests.reference import INVALID, reference
+from tests.support.daemon import Daemon, ask, connect, read_to_end, serving, settings, settled
+from tests.support.reference import INVALID, reference
 
 LINE_BYTES = 65_536
 HELD_BYTES = 240 * 1024

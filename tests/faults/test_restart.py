@@ -14,9 +14,9 @@ from statistics import median
 
 import pytest
 
-from tests.clients import open_stream
-from tests.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, free_port, read_to_end, serving
 from tests.faults.scene import Figures
+from tests.support.clients import open_stream
+from tests.support.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, free_port, read_to_end, serving
 
 STARTS = 5
 KILLS = 20

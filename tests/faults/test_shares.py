@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from echod.config import RESERVED_FILES
-from echod.process import allowed_open_files
-from tests.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving, settings, settled
+from echod.config.schema import RESERVED_FILES
+from echod.process.limits import allowed_open_files
 from tests.faults.scene import Figures, scene
+from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving, settings, settled
 
 GREEDY, MODEST = "127.0.0.2", "127.0.0.3"
 """Addresses of clients."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import DEADLINE_S, ask, connect, serving
 from tests.faults.scene import Figures, scene
+from tests.support.daemon import DEADLINE_S, ask, connect, serving
 
 STORM_S = 4.0
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.daemon import DEADLINE_S, Daemon, ask, connect, serving, settings, settled
 from tests.faults.scene import Figures, Usage, scene
+from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, serving, settings, settled
 
 LORISES = 2000
 LINE_S = 4.0

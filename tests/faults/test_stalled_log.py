@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from echod.sink import QUEUED_LINES
-from tests.clients import Tally, come_and_go
-from tests.daemon import DEADLINE_S, Daemon, Event, connect, send_until_stuck, serving, settings
+from echod.telemetry.log_writer import QUEUED_LINES
 from tests.faults.scene import Figures, scene
-from tests.test_admin import get
-from tests.test_admin import reload as http_reload
+from tests.integration.test_admin_endpoint import get
+from tests.integration.test_admin_endpoint import reload as http_reload
+from tests.support.clients import Tally, come_and_go
+from tests.support.daemon import DEADLINE_S, Daemon, Event, connect, send_until_stuck, serving, settings
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import DEADLINE_S, read_to_end, serving, settings, settled
 from tests.faults.scene import Figures, Usage, scene
-from tests.streams import stream_through_upgrades, upgrade
+from tests.support.daemon import DEADLINE_S, read_to_end, serving, settings, settled
+from tests.support.streams import stream_through_upgrades, upgrade
 
 ROUNDS = 20
 CROWD = 1000

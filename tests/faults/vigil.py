@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tests.daemon import Daemon
 from tests.faults.attackers import IP_BIND_ADDRESS_NO_PORT
 from tests.faults.scene import assert_adds_up
+from tests.support.daemon import Daemon
 
 FED_S = 2.0
 """The longest time without a sign of life for the watchdog."""

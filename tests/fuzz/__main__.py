@@ -11,9 +11,9 @@ import sys
 import time
 import traceback
 
-from tests.daemon import UNMEASURED
 from tests.fuzz.hunt import hunt
 from tests.fuzz.targets import TARGETS
+from tests.support.daemon import UNMEASURED
 
 FOLDER = ".fuzz"
 

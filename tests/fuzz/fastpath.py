@@ -8,8 +8,8 @@ import socket
 import sys
 import time
 
-from echod import fastpath
-from tests.reference import CASED, OTHERS, SPACES, reference
+from echod.server import fastpath
+from tests.support.reference import CASED, OTHERS, SPACES, reference
 
 LIMITS = (1, 2, 12, 100, fastpath.CHUNK_BYTES)
 ASCII = [word.encode() for word in (*SPACES, *OTHERS) if word.isascii()]

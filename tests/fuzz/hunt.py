@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.targets import MOST_CUTS, TARGETS, pack
-from tests.test_protocol import streams, texts
+from tests.unit.test_echo import streams, texts
 
 ROUND = settings(
     max_examples=200,  # then the clock is looked at

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from echod.address import parse_address
-from echod.config import KEYS, SECTIONS, Config
-from echod.protocol import Echo
-from echod.settings import ConfigError, load
-from echod.sources import Setting
-from echod.toml import render
-from tests.reference import BROKEN, CASED, LIMIT, OTHERS, SPACES, bytewise, cut, receive, reference, told
+from echod.config.loader import ConfigError, load
+from echod.config.schema import KEYS, SECTIONS, Config
+from echod.config.sources import Setting
+from echod.config.toml import render
+from echod.net.address import parse_address
+from echod.protocol.echo import Echo
+from tests.support.reference import BROKEN, CASED, LIMIT, OTHERS, SPACES, bytewise, cut, receive, reference, told
 
 MOST_CUTS = 16
 

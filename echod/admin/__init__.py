@@ -1,0 +1,1 @@
+"""The admin endpoint: HTTP for operators and monitoring."""

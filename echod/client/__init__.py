@@ -1,0 +1,1 @@
+"""The client's side of both protocols: ping, and requests to the admin endpoint."""

@@ -1,0 +1,312 @@
+"""From what echod is told to one frozen `Config`, or every fault at once.
+
+Defaults, file, environment and command line, a later one winning. No bad value is ever replaced by a default.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Struct
+
+from echod.config.environment import EXPECTED, is_of_kubernetes, warnings_of
+from echod.config.schema import (
+    KEYS,
+    LISTEN_KEYS,
+    RESERVED_FILES,
+    SECTIONS,
+    Admin,
+    Config,
+    Limits,
+    Listen,
+    Log,
+    Timeouts,
+)
+from echod.config.sources import Setting, Sources, as_number, base
+from echod.net.address import HandedOver, TcpAddress, identity, parse_address
+from echod.process import files
+
+DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
+"""The variable that tells where to listen if no other source does: for those who pack echod, as the Docker image."""
+
+
+class ConfigError(Exception):
+    """Every fault of a configuration, each as `SOURCE: key.path: what is wrong (got VALUE)`."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(map(_printable, faults))
+        super().__init__("\n".join(self.faults))
+
+
+def _printable(text: str) -> str:
+    """A name that a key or file was given may hold anything; a fault is one line."""
+    return "".join([letter if letter.isprintable() else repr(letter)[1:-1] for letter in text])
+
+
+class Loaded(Struct, frozen=True):
+    """A valid configuration, and what the operator should know about it."""
+
+    config: Config
+    warnings: tuple[str, ...]
+    is_listen_set: bool = False
+    """Whether any source says where to listen, or it is the default."""
+
+
+def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setting], open_files: int) -> Loaded:
+    """Read every source, a later one winning: default, `file`, `environment`, `flags`.
+
+    `open_files` is how many descriptors this process may have. Raises ConfigError with every fault of every source.
+    """
+    faults: list[str] = []
+    settings = [*_packed(environment), *_from_file(file, faults), *_from_environment(environment, faults), *flags]
+    values: dict[str, Any] = {}
+    last: dict[str, Setting] = {}
+    for setting in settings:
+        last[setting.key] = setting
+        _convert(setting, values, faults)
+    if faults:
+        raise ConfigError(faults)
+    config = Config(
+        listen=values.get("listen", Config().listen),
+        limits=Limits(**_section(values, "limits")),
+        timeouts=Timeouts(**_section(values, "timeouts")),
+        log=Log(**_section(values, "log")),
+        admin=Admin(**_section(values, "admin")),
+    )
+    _hold_apart(config, last.get("admin.listen"))
+    fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
+    warnings = (*warnings_of(environment), *warnings)
+    return Loaded(fitting, warnings, is_listen_set="listen" in last and last["listen"].source != DEFAULT_LISTEN)
+
+
+Load = Callable[[], Loaded]
+
+
+def reader(sources: Sources, environment: Mapping[str, str], open_files: int, folder: str = "") -> Load:
+    """What reads the configuration, again and again; relative paths are meant from `folder`."""
+    file = (environment.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
+    path = os.path.join(folder, file) if file else file
+    return partial(_read, folder, partial(load, path, environment, sources.flags, open_files))
+
+
+def _read(folder: str, load_once: Load) -> Loaded:
+    loaded = load_once()
+    log = loaded.config.log
+    if log.file:
+        log = msgspec.structs.replace(log, file=os.path.join(folder, log.file))
+    return Loaded(msgspec.structs.replace(loaded.config, log=log), loaded.warnings, loaded.is_listen_set)
+
+
+def defaults(environment: Mapping[str, str]) -> Config:
+    """The configuration that holds where no source says anything. Raises ConfigError."""
+    packed = {name: value for name, value in environment.items() if name == DEFAULT_LISTEN}
+    return load(None, packed, (), RESERVED_FILES + 2 * Config().limits.connections).config
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def _packed(environment: Mapping[str, str]) -> list[Setting]:
+    default = environment.get(DEFAULT_LISTEN)
+    return [Setting(DEFAULT_LISTEN, "listen", default)] if default else []
+
+
+def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
+    if file is None:
+        return
+    from echod.config import toml
+
+    try:
+        document = toml.parse(files.read_bounded(file))
+    except (files.FileError, toml.TomlError) as error:
+        faults.append(f"{file}: {error}")
+        return
+    for name, value in document.items():
+        if name == "listen":
+            yield Setting(file, name, value, is_text=False)
+        elif name not in SECTIONS:
+            faults.append(f"{file}: {name}: unknown key{_nearest(name, [*SECTIONS, 'listen'])}{_got(value)}")
+        elif not isinstance(value, dict):
+            faults.append(f"{file}: {name}: expected a table{_got(value)}")
+        else:
+            yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
+
+
+_NO_KEYS = ("ECHOD_CONFIG", "ECHOD_FASTPATH")
+"""Variables of ours that set no key."""
+
+
+def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
+    known = {f"ECHOD_{key.replace('.', '_').upper()}": key for key in [*KEYS, "listen"]}
+    for name, value in environment.items():
+        if name in known:
+            yield Setting(name, known[name], value)
+        elif name.startswith("ECHOD_") and name not in (*_NO_KEYS, DEFAULT_LISTEN, *EXPECTED):
+            if is_of_kubernetes(name):
+                continue
+            # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
+            meant = re.sub("^ECHOD_CONFIG_(FILE|PATH)$", "ECHOD_CONFIG", name)
+            nearest = _nearest(meant, [*known, *_NO_KEYS], cutoff=0.8)
+            if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in {*SECTIONS, "listen"}:
+                faults.append(f"{name}: unknown key{nearest}{_got(value)}")
+
+
+# -- one setting -------------------------------------------------------------------------------------------------------
+
+
+def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> None:
+    """Add the setting's value to `values`, or what is wrong with it to `faults`."""
+    if setting.key == "listen":
+        values["listen"] = tuple(_listens(setting, faults))
+        return
+    if setting.key not in KEYS:
+        faults.append(f"{setting.source}: {setting.key}: unknown key{_nearest_key(setting.key)}{_got(setting.value)}")
+        return
+    if wrong := _unfit_text(setting.value):
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        return
+    try:
+        value = as_number(setting.value, KEYS[setting.key])
+        values[setting.key] = msgspec.convert(value, KEYS[setting.key], strict=not setting.is_text)
+    except msgspec.ValidationError as error:
+        wrong = _explain(KEYS[setting.key], setting.value, error)
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        return
+    if setting.key == "admin.listen" and setting.value and (wrong := _wrong_address(setting.value, set())):
+        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+
+
+def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
+    if setting.is_text:
+        texts = setting.value if isinstance(setting.value, list) else setting.value.split(",")
+        entries: Any = [{"address": text.strip()} for text in texts]
+    else:
+        entries = setting.value
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        faults.append(f"{setting.source}: listen: expected tables, each headed [[listen]]{_got(entries)}")
+        return
+    if not entries:
+        faults.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
+    seen: set[str] = set()
+    for index, entry in enumerate(entries):
+        path = f"{setting.source}: listen[{index}]"
+        for key in entry.keys() - LISTEN_KEYS:
+            faults.append(f"{path}.{key}: unknown key{_nearest(key, LISTEN_KEYS)}{_got(entry[key])}")
+        address = entry.get("address")
+        wrong = _wrong_address(address, seen) if "address" in entry else "missing"
+        if wrong:
+            faults.append(f"{path}.address: {wrong}{_got(address) if 'address' in entry else ''}")
+        flags = {key: value for key, value in entry.items() if key in LISTEN_KEYS - {"address"}}
+        unfit = [key for key, value in flags.items() if not isinstance(value, bool)]
+        faults += [f"{path}.{key}: expected bool{_got(flags[key])}" for key in unfit]
+        if not wrong and not unfit:
+            yield Listen(address=address, **flags)
+
+
+def _wrong_address(address: Any, seen: set[str]) -> str:
+    if not isinstance(address, str):
+        return "expected str"
+    if wrong := _unfit_text(address):
+        return wrong
+    try:
+        parsed = parse_address(address)
+    except ValueError as error:
+        return str(error)
+    # As text: tuples of two kinds are equal if what they hold is.
+    name = str(identity(parsed))
+    if name in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
+        return "listed twice"
+    seen.add(name)
+    return ""
+
+
+def _unfit_text(value: Any) -> str:
+    """What no key can hold: NUL, which ends a path in the kernel, and what isn't UTF-8, which TOML can't show."""
+    if not isinstance(value, str):
+        return ""
+    if "\0" in value:
+        return "holds NUL"
+    return "" if _is_utf8(value) else "expected valid UTF-8"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
+    if get_origin(base(kind)) is Literal:
+        choices = get_args(base(kind))
+        return f"expected one of {', '.join(choices)}{_nearest(value, choices) if isinstance(value, str) else ''}"
+    words = str(error).partition(", got")[0].replace("`", "").replace("Expected float", "Expected number")
+    return re.sub(r"(?<=[0-9])\.0$", "", words[:1].lower() + words[1:])
+
+
+def _nearest_key(key: str) -> str:
+    """The known key that the writer may have meant: of the same section, if that one exists."""
+    section = key.partition(".")[0]
+    prefix = f"{section}." if section in SECTIONS else ""
+    names = [name.removeprefix(prefix) for name in [*KEYS, "listen"] if name.startswith(prefix)]
+    return _nearest(key.removeprefix(prefix), names, prefix=prefix)
+
+
+def _nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6, prefix: str = "") -> str:
+    from difflib import get_close_matches  # 3 ms that only a fault needs
+
+    if re.match(r"ECHOD_LISTEN_|listen[.\[]", name):
+        return ", the keys of a [[listen]] are set in the file alone"
+    matches = get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f", did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def _got(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # a hexadecimal number of thousands of digits, tables in tables
+        shown = "a value too long or nested too deep to show"
+    return f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def _hold_apart(config: Config, setting: Setting | None) -> None:
+    """Refuse an admin endpoint where clients are served: the two can't share an address."""
+    if not setting or not setting.value:
+        return
+    admin = parse_address(setting.value)
+    if isinstance(admin, HandedOver):
+        raise ConfigError([f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}"])
+    is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
+    clients = [str(identity(parse_address(entry.address))) for entry in config.listen]
+    if not is_any_port and str(identity(admin)) in clients:
+        raise ConfigError([f"{setting.source}: admin.listen: clients are served there{_got(setting.value)}"])
+
+
+def _fit(config: Config, setting: Setting | None, open_files: int) -> tuple[Config, tuple[str, ...]]:
+    """Hold the connection limit against what the process may open: refuse one that was set, lower the default."""
+    fits = open_files - RESERVED_FILES - len(config.listen)
+    wanted = config.limits.connections
+    if wanted <= fits:
+        return config, ()
+    reason = f"{open_files} open files are allowed (ulimit -n, LimitNOFILE=)"
+    if setting or fits < 1:
+        source = setting.source if setting else "default"
+        fit = (
+            f"at most {fits} fit: lower it, or raise the hard limit"
+            if fits > 0
+            else f"at least {RESERVED_FILES + len(config.listen) + 1} are needed"
+        )
+        raise ConfigError([f"{source}: limits.connections: {reason}, {fit}{_got(wanted)}"])
+    lowered = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, connections=fits))
+    return lowered, (f"limits.connections: {reason}, so the default of {wanted} is lowered to {fits}",)
+
+
+def _section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")}

@@ -1,0 +1,1 @@
+"""Sockets and listening: addresses, binding, accepting, socket activation."""

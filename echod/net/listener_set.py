@@ -1,0 +1,125 @@
+"""The listeners in force and those that are retiring: changed as a whole, paused and closed together."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+
+from echod.net.listener import CLOSE_S, Acceptor, Listener, python_acceptor
+from echod.net.sockets import Bound, Key, SockAddr
+
+OnAccept = Callable[[int, SockAddr], None]
+
+NOWHERE_ELSE: Mapping[Key, OnAccept] = {}
+
+TELL_STARVED_S = 10.0
+"""At most this often the owner hears that clients wait for want of descriptors or memory: each pause is only 0.2 s."""
+
+
+class Listeners:
+    """Hands the descriptor and address of each client that any of them accepts to `on_accept`, which must not raise."""
+
+    def __init__(
+        self, on_accept: OnAccept, on_starved: Callable[[OSError], None], acceptor: Acceptor = python_acceptor
+    ) -> None:
+        self._on_accept = on_accept
+        self._on_starved = on_starved
+        self._acceptor = acceptor
+        self._starved_told_at = float("-inf")
+        self._in_force: dict[Key, Listener] = {}
+        self._retiring: dict[Listener, asyncio.Task[None]] = {}
+
+    def __iter__(self) -> Iterator[Listener]:
+        """All of them, the retiring ones too."""
+        return iter((*self._in_force.values(), *self._retiring))
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses really listened on."""
+        return [listener.address for listener in self._in_force.values()]
+
+    @property
+    def bound(self) -> dict[Key, Bound]:
+        """The sockets of the listeners in force."""
+        return {key: listener.bound for key, listener in self._in_force.items()}
+
+    @property
+    def open_socket(self) -> socket.socket | None:
+        """One that clients are accepted from now, and by nobody else: who shares a port can't tell who will answer."""
+        listeners = (each for each in self._in_force.values() if each.is_accepting and not each.is_shared)
+        return next((each.listening_socket for each in listeners), None)
+
+    @property
+    def are_retiring(self) -> bool:
+        """Whether any is still on its way to being closed."""
+        return bool(self._retiring)
+
+    def apply(
+        self,
+        sockets: Mapping[Key, Bound | None],
+        bound_s: float,
+        elsewhere: Mapping[Key, OnAccept] = NOWHERE_ELSE,
+    ) -> None:
+        """Change over to these: a socket is a new one, None stays as it is, the others retire within `bound_s`.
+
+        Clients of those that are named in `elsewhere` are handed there; a listener that retires goes on as it was.
+        Raises ListenError, and nothing has changed then.
+        """
+        listeners = self._with_new(sockets)  # all that can fail
+        for key in self._in_force.keys() - sockets.keys():
+            self._retire(self._in_force[key], bound_s)
+        for key, listener in listeners.items():
+            listener.on_accept = elsewhere.get(key, self._on_accept)
+        self._in_force = listeners
+
+    def pause(self, reason: str) -> None:
+        """Leave new clients in the backlogs until `resume`."""
+        for listener in self:
+            listener.pause(reason)
+
+    def resume(self, reason: str) -> None:
+        """Accept again what waits."""
+        for listener in self:
+            listener.resume(reason)
+
+    async def retired(self) -> None:
+        """Return when each listener that went away has served its backlog and is closed."""
+        while self._retiring:
+            await asyncio.wait(self._retiring.values())
+
+    def close_now(self) -> None:
+        """Close all; who is still in a backlog is reset."""
+        for listener, closing in [*self._retiring.items()]:
+            closing.cancel()
+            listener.close_now()
+
+    def _with_new(self, sockets: Mapping[Key, Bound | None]) -> dict[Key, Listener]:
+        listeners: dict[Key, Listener] = {}
+        with ExitStack() as undo:
+            for key, bound in sockets.items():
+                if bound:
+                    listeners[key] = Listener(bound, self._on_accept, self._starved, self._acceptor)
+                    undo.callback(listeners[key].close_now)
+                else:
+                    listeners[key] = self._in_force[key]
+            undo.pop_all()
+        return listeners
+
+    def _starved(self, error: OSError) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._starved_told_at >= TELL_STARVED_S:
+            self._starved_told_at = now
+            self._on_starved(error)
+
+    def _retire(self, listener: Listener, bound_s: float) -> None:
+        async def close() -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(bound_s, 2 * CLOSE_S)):
+                    await listener.close()
+
+        def forget(_: object) -> None:  # a callback, for a task that is cancelled before its first step runs no finally
+            listener.close_now()
+            del self._retiring[listener]
+
+        self._retiring[listener] = task = asyncio.get_running_loop().create_task(close(), name="close listener")
+        task.add_done_callback(forget)

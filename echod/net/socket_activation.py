@@ -1,0 +1,90 @@
+"""Listening sockets that a service manager handed over, made ready to be served."""
+
+import os
+import socket
+from collections.abc import Iterable, MutableMapping
+
+from msgspec import Struct
+
+from echod.net.address import normal_host
+from echod.net.bind import Heir, unix_endpoint
+from echod.net.sockets import Endpoint, SockAddr
+
+FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+
+
+class Inherited(Struct, frozen=True):
+    """A listening socket that was handed over, under the name that its unit gives it."""
+
+    name: str
+    descriptor: int
+
+
+def take_sockets(environment: MutableMapping[str, str], pid: int) -> tuple[Inherited, ...]:
+    """The sockets handed over to this process; their variables are removed, and no child inherits them.
+
+    What is meant for another process is left alone but for its variables. Raises ValueError if the count is no number,
+    OSError if there is no such descriptor.
+    """
+    said = {name: environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
+    if said["LISTEN_PID"] != str(pid):
+        return ()
+    names = said["LISTEN_FDNAMES"].split(":")
+    taken = []
+    for number in range(int(said["LISTEN_FDS"] or 0)):
+        descriptor = FIRST_DESCRIPTOR + number
+        os.set_inheritable(descriptor, False)
+        taken.append(Inherited(names[number] if number < len(names) and names[number] else "unknown", descriptor))
+    return tuple(taken)
+
+
+class UnfitSocketError(Exception):
+    """Why a descriptor that was handed over can't be served."""
+
+
+def inherit(environment: MutableMapping[str, str], pid: int) -> tuple[Heir, ...]:
+    """The sockets that a service manager handed over to this process; raises UnfitSocketError."""
+    try:
+        return adopt(take_sockets(environment, pid))
+    except (ValueError, OSError) as error:
+        raise UnfitSocketError(f"LISTEN_FDS: {error}: not the descriptors of a service manager") from error
+
+
+def adopt(handed: Iterable[Inherited]) -> tuple[Heir, ...]:
+    """The sockets behind the descriptors; raises UnfitSocketError if one is none to accept stream clients from."""
+    return tuple(_adopt(each) for each in handed)
+
+
+def _adopt(handed: Inherited) -> Heir:
+    try:
+        sock = socket.socket(fileno=handed.descriptor)
+        is_known = sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+        is_fit = (
+            is_known and sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        )
+    except OSError as error:
+        raise UnfitSocketError(f"systemd:{handed.name}: {(error.strerror or str(error)).lower()}") from error
+    if not is_fit:
+        sock.close()
+        raise UnfitSocketError(
+            f"systemd:{handed.name}: no listening stream socket; its unit needs ListenStream= and Accept=no"
+        )
+    sock.setblocking(False)
+    return Heir(handed.name, _endpoint(sock), sock)
+
+
+def _endpoint(sock: socket.socket) -> Endpoint:
+    """Its endpoint, as an address of the configuration has it.
+
+    A socket for IPv6 and IPv4 alike has a name that no such address has.
+    """
+    name: SockAddr = sock.getsockname()
+    if isinstance(name, str) and name.startswith("/"):
+        return unix_endpoint(name)
+    if isinstance(name, tuple) and sock.family == socket.AF_INET6:
+        host = normal_host(name[0])
+        if ":" not in host:  # IPv4-mapped
+            return Endpoint(socket.AF_INET, (host, name[1]))
+        if not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            name = (*name, "and IPv4")
+    return Endpoint(socket.AddressFamily(sock.family), name)

@@ -1,0 +1,1 @@
+"""The operating-system process: signals, limits, privileges, pid file, service manager."""

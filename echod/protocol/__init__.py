@@ -1,0 +1,1 @@
+"""The protocols on the wire: bytes in, bytes out, no I/O."""

@@ -1,0 +1,1 @@
+"""What operators read: statistics and the log."""

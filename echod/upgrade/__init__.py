@@ -1,0 +1,1 @@
+"""Live upgrades: one program replaces another in the same process and keeps its clients."""

@@ -1,0 +1,181 @@
+"""Between what lives in this process and what is written of it for the next program: connections, listening sockets.
+
+The one side describes, the other makes sockets of descriptors again. Nothing here changes what it describes, so a
+handover that fails has cost nothing.
+"""
+
+import os
+import socket
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from echod.config.schema import Config
+from echod.net.bind import Heir
+from echod.net.socket_activation import Inherited, UnfitSocketError, adopt
+from echod.net.sockets import Bound, Endpoint, Key, SockAddr
+from echod.server.connection import Connection
+from echod.server.proxy_handshake import Prelude
+from echod.server.state import ConnectionState, SavedAddress
+from echod.upgrade.state_file import HandoverError, Listening, State
+
+Listeners = dict[Key, Bound]
+
+
+# -- what is left to the next program ----------------------------------------------------------------------------------
+
+
+def past(connection: Connection, *, is_counted: bool) -> ConnectionState:
+    """Everything about a connection that the next program has to know."""
+    return ConnectionState(
+        descriptor=connection.descriptor,
+        family=socket.AF_UNIX if connection.is_unix else socket.AF_INET,
+        peer=address_of(connection.sockaddr),
+        is_counted=is_counted,
+        opened_at=connection.opened_at,
+        bytes_in=connection.bytes_in,
+        bytes_out=connection.bytes_out,
+        lines=connection.lines,
+        unfinished=connection.echo.unfinished,
+        unsent=connection.pending,
+        reason=connection.reason,
+        pace=connection.pace.past(),
+    )
+
+
+def past_of_prelude(prelude: Prelude) -> ConnectionState:
+    """Everything about a client whose PROXY header isn't there yet."""
+    return ConnectionState(
+        descriptor=prelude.sock.fileno(),
+        family=prelude.sock.family,
+        peer=address_of(prelude.peer),
+        is_counted=False,
+        opened_at=prelude.began_at,
+        header=prelude.header,
+    )
+
+
+def listening(listeners: Mapping[Key, Bound], proxied: Collection[Key] = ()) -> list[Listening]:
+    """Everything about listening sockets; the clients of `proxied` ones come with a PROXY header."""
+    return [
+        Listening(
+            descriptor=bound.socket.fileno(),
+            family=endpoint.family,
+            address=address_of(endpoint.sockaddr),
+            number=number,
+            file=bound.file,
+            is_inherited=bound.is_inherited,
+            is_proxied=(endpoint, number) in proxied,
+        )
+        for (endpoint, number), bound in listeners.items()
+    ]
+
+
+def config(in_force: Config) -> dict[str, Any]:
+    """The configuration in force."""
+    described: dict[str, Any] = msgspec.to_builtins(in_force)
+    return described
+
+
+def address_of(sockaddr: SockAddr) -> SavedAddress:
+    """A socket address as it is written."""
+    return [*sockaddr] if isinstance(sockaddr, tuple) else os.fsencode(sockaddr)
+
+
+# -- what the program before has left ----------------------------------------------------------------------------------
+
+
+class Legacy(Struct, frozen=True):
+    """What the program before us in this process has left: its state, with sockets for descriptors."""
+
+    state: State
+    listeners: Listeners
+    admin: Listeners
+    proxied: frozenset[Key]
+    """The listeners whose clients come with a PROXY header."""
+    heirs: tuple[Heir, ...]
+    clients: Iterable[tuple[int, SockAddr, ConnectionState]]
+    """To be gone through once."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration that was in force, as far as this program knows its keys."""
+        try:
+            return msgspec.convert(self.state.service.config, Config)
+        except msgspec.ValidationError:
+            return Config()
+
+    @property
+    def ourselves(self) -> list[SockAddr]:
+        """Clients under way that are our own."""
+        return [sockaddr_of(address) for address in self.state.service.ourselves]
+
+
+def legacy(state: State, clients: Iterable[ConnectionState]) -> Legacy:
+    """Take the sockets over, each client's when it is asked for; raises HandoverError."""
+    try:
+        for _, descriptor in state.process.heirs:
+            os.set_inheritable(descriptor, False)
+        heirs = adopt(Inherited(name, descriptor) for name, descriptor in state.process.heirs)
+        known = {heir.socket.fileno(): heir.socket for heir in heirs}
+        listeners, admin = (_bound(each, known) for each in (state.service.listeners, state.service.admin))
+    except (OSError, UnfitSocketError) as error:
+        raise HandoverError(f"a listening socket: {error}") from error
+    proxied = frozenset(_key(each) for each in state.service.listeners if each.is_proxied)
+    return Legacy(state, listeners, admin, proxied, heirs, _clients(clients))
+
+
+class Outline(Struct, frozen=True):
+    """The listeners that a state tells of, by their names alone, for who is not to hold them."""
+
+    listeners: dict[Key, None]
+    admin: dict[Key, None]
+    heirs: tuple[Heir, ...]
+    """With a closed socket each: they are listened on already, so nobody needs another."""
+
+
+def outline(state: State) -> Outline:
+    """What a program has to know of the listeners to prepare what it would do with them."""
+    endpoints = {each.descriptor: _key(each)[0] for each in state.service.listeners}
+    with socket.socket() as closed:
+        heirs = tuple(Heir(name, endpoints[descriptor], closed) for name, descriptor in state.process.heirs)
+    listeners, admin = (
+        {_key(each): None for each in described} for described in (state.service.listeners, state.service.admin)
+    )
+    return Outline(listeners, admin, heirs)
+
+
+def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -> Listeners:
+    bound: Listeners = {}
+    for each in described:
+        sock = known.get(each.descriptor) or _socket(each.descriptor)
+        bound[_key(each)] = Bound(sock, each.file, each.is_inherited)
+    return bound
+
+
+def _key(described: Listening) -> Key:
+    return Endpoint(socket.AddressFamily(described.family), sockaddr_of(described.address)), described.number
+
+
+def _clients(clients: Iterable[ConnectionState]) -> Iterator[tuple[int, SockAddr, ConnectionState]]:
+    for each in clients:
+        with suppress(OSError):  # no such descriptor: nothing is left of it
+            os.set_inheritable(each.descriptor, False)
+            yield each.descriptor, sockaddr_of(each.peer), each
+
+
+def _socket(descriptor: int) -> socket.socket:
+    os.set_inheritable(descriptor, False)
+    sock = socket.socket(fileno=descriptor)
+    sock.setblocking(False)
+    return sock
+
+
+def sockaddr_of(address: SavedAddress) -> SockAddr:
+    """A socket address as the socket module has it."""
+    if isinstance(address, list):
+        return tuple(address)
+    return address if address.startswith(b"\0") else os.fsdecode(address)

@@ -1,0 +1,186 @@
+"""The last resort of a stop: how long it may take in each phase, and what happens then."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from echod.process.force_exit import END_S, INSISTED_S, LAST_WORDS_S, STARTING_S, TICK_S, Guard
+from echod.process.signals import Command, Order
+from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving, settings
+
+STOP = Order(Command.STOP, "TERM", os.getpid())
+
+
+class Clock:
+    """Stands still until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("echod.process.force_exit.time.monotonic", clock)
+    return clock
+
+
+def tick(guard: Guard, clock: Clock, count: int) -> None:
+    """Let the signal thread sleep as long as it is told, so many times."""
+    for _ in range(count):
+        left_s = guard.seconds_left()
+        assert left_s is not None
+        clock.now += left_s
+
+
+def test_a_stop_may_take_lame_duck_drain_and_the_end(clock: Clock) -> None:
+    """Starting: seconds; serving: lame duck and drain as configured at that moment, and the end; insisted: moments."""
+    passed_on: list[Order] = []
+    stop_s = 8.0
+    guard = Guard(passed_on.append, unserved=0, cut_off=3)
+    guard.deliver(Order(Command.RELOAD, "HUP", 1))
+    assert guard.seconds_left() is None
+    assert guard.remaining_s() == float("inf")
+    guard.deliver(STOP)
+    assert guard.remaining_s() == STARTING_S
+    tick(guard, clock, 4)
+    guard.serving(lambda: stop_s, last_words=lambda: None)
+    assert guard.remaining_s() == pytest.approx(8 + END_S - LAST_WORDS_S), "who came before the stop is owed a drain"
+    assert guard.stop_began_at == 1000.0 + 4 * TICK_S
+    stop_s = 20.0
+    assert guard.remaining_s() == pytest.approx(20 + END_S - LAST_WORDS_S)
+    guard.deliver(STOP)
+    guard.deliver(STOP)
+    assert guard.remaining_s() == pytest.approx(INSISTED_S)
+    assert [order.command for order in passed_on] == [Command.RELOAD] + 3 * [Command.STOP]
+
+
+def test_a_pause_of_the_whole_process_does_not_count(clock: Clock) -> None:
+    """When its own thread oversleeps, the loop had no processor either; a little lateness is none."""
+    guard = Guard(lambda _: None, unserved=0, cut_off=3)
+    guard.serving(lambda: 2.0, last_words=lambda: None)
+    guard.deliver(STOP)
+    tick(guard, clock, 2)
+    assert guard.remaining_s() == pytest.approx(2 + END_S - LAST_WORDS_S - 2 * TICK_S)
+    guard.seconds_left()
+    clock.now += TICK_S + 60
+    assert guard.seconds_left() == TICK_S
+    assert guard.remaining_s() == pytest.approx(2 + END_S - LAST_WORDS_S - 3 * TICK_S)
+    clock.now += 1.5 * TICK_S
+    guard.seconds_left()
+    assert guard.remaining_s() == pytest.approx(2 + END_S - LAST_WORDS_S - 4.5 * TICK_S)
+
+
+OVERDUE = """
+from echod.process import force_exit, signals
+force_exit.STARTING_S = force_exit.END_S = -1
+it = force_exit.Guard(lambda order: None, unserved=0, cut_off=3)
+{serving}
+it.deliver(signals.Order(signals.Command.STOP, "TERM", 1))
+it.seconds_left()
+"""
+
+
+def test_overdue_ends_the_process() -> None:
+    """Before anyone was served it ends with 0, afterwards with 3 and its last words, or as the drain has ended."""
+    serving = "it.serving(lambda: 0, last_words=lambda: print('last', flush=True))"
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", OVERDUE.format(serving=code)], capture_output=True, text=True, timeout=DEADLINE_S
+        )
+        for code in ("", serving, f"{serving}; it.ended(0)")
+    ]
+    assert [process.returncode for process in done] == [0, 3, 0], done
+    assert done[1].stdout.endswith("last\n")
+
+
+def test_a_pause_across_the_end_of_a_stop_ends_nobody() -> None:
+    """SIGSTOP and SIGCONT across the drain's deadline and the guard's: a line that arrived meanwhile is answered."""
+    with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\nhalf") == b"HELLO\n"
+        echod.send(signal.SIGTERM)
+        echod.wait_for("drain started")
+        echod.send(signal.SIGSTOP)
+        client.sendall(b" a line\n")
+        time.sleep(1 + END_S + 4)  # the pause under test
+        echod.send(signal.SIGCONT)
+        assert read_to_end(client) == b"HALF A LINE\n"
+        client.close()
+        assert echod.exit_status() == 0
+        assert not echod.events_named("stop overdue")
+
+
+STUCK = """
+import sys, time
+from echod import __main__
+from echod.lifecycle import drain
+def stuck(*_):
+    time.sleep(3600)
+drain._report = stuck
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_loop_that_gets_stuck_in_a_drain_is_ended_in_time() -> None:
+    """No stop takes longer than lame duck, drain and 1.5 s; the exit status says that a client may have been cut.
+
+    The best of some tries, for machines where nobody gets a processor in time.
+    """
+    assert any(_seconds_of_a_stuck_stop() < 0.5 + 1.5 + END_S + 0.25 for _ in range(5))
+
+
+def _seconds_of_a_stuck_stop() -> float:
+    flags = settings(timeouts_lame_duck=0.5, timeouts_drain=1.5)
+    with serving(*flags, command=(sys.executable, "-c", STUCK)) as echod, connect(echod.port) as client:
+        assert ask(client, b"hello\nhalf") == b"HELLO\n"
+        began = time.monotonic()
+        echod.send(signal.SIGTERM)
+        assert echod.exit_status() == 3
+        seconds = time.monotonic() - began
+        assert echod.events_named("stop overdue")
+        return seconds
+
+
+def test_a_stop_in_which_everything_takes_its_time_is_in_time_and_tells_the_truth(tmp_path: Path) -> None:
+    """A client that never ends its stream, one of the admin endpoint that never asks, a log that nobody reads: exit 0.
+
+    The best of some tries, for machines where nobody gets a processor in time.
+    """
+    tries = (_seconds_of_a_slow_stop(tmp_path / "admin") for _ in range(5))
+    assert any(seconds < 1 + END_S for seconds in tries)
+
+
+def _seconds_of_a_slow_stop(admin: Path) -> float:
+    flags = settings(timeouts_drain=1, timeouts_drain_quiet=5, admin_listen=f"unix:{admin}")
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        with Daemon("-l", "127.0.0.1:0", *flags, through=reader) as echod, socket.socket(socket.AF_UNIX) as silent:
+            try:
+                with connect(echod.port) as client:
+                    assert ask(client, b"hello\n") == b"HELLO\n"
+                    silent.connect(str(admin))
+                    reader.send_signal(signal.SIGSTOP)
+                    _fill(Path(f"/proc/{echod.pid}/fd/2"))
+                    began = time.monotonic()
+                    echod.send(signal.SIGTERM)
+                    assert echod.process.wait(DEADLINE_S) == 0
+                    return time.monotonic() - began
+            finally:
+                reader.kill()
+
+
+def _fill(pipe: Path) -> None:
+    descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(descriptor, b"x" * 4096)
+    os.close(descriptor)

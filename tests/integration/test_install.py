@@ -1,0 +1,327 @@
+"""`make install` and `make uninstall`: what an operator gets, and that nothing is left."""
+
+import fcntl
+import importlib.util
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from echod import __version__
+from echod.config import loader, toml
+from echod.config.schema import Config
+from tests.support.daemon import Daemon, ask, connect
+
+PROJECT = Path(__file__).parents[2]
+UNITS = ("echod.service", "echod@.service", "echod.socket")
+
+pytestmark = pytest.mark.timeout(300)  # packages are installed: that takes as long as the index and the disk take
+
+HIDDEN = ("/home/", "/root/", "/tmp/")
+
+
+def _is_fit(python: str) -> bool:
+    """Whether a service could read it, and it can make a venv."""
+    needs = "import sys, ensurepip, venv; assert sys.version_info >= (3, 11)"
+    return not python.startswith(HIDDEN) and not subprocess.run([python, "-c", needs], capture_output=True).returncode
+
+
+def system_python() -> str:
+    """A Python that is installed for all users, as the one that runs the tests may not be."""
+    others = sorted(map(str, Path("/usr/bin").glob("python3.[0-9][0-9]")))
+    fit = (python for python in [os.path.realpath(sys._base_executable), *others] if _is_fit(python))  # type: ignore[attr-defined]
+    return next(fit, "") or pytest.skip(
+        "no Python here that a service could read (not in a home directory) and with venv"
+    )
+
+
+def make(*arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    """Run make as a root whose umask is as careful as can be."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", *arguments]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment, umask=0o077)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def tree(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+class Installation:
+    """echod below a DESTDIR, as a packager makes it, on a system that has other things in the same places."""
+
+    OTHERS = frozenset({"opt", "opt/tools", "opt/tools/bin", "opt/tools/bin/other"})
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "etc/echod/echod.toml"
+        self.program = root / "opt/tools/lib/echod"
+
+    def make(self, target: str, *, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        return make(target, f"DESTDIR={self.root}", "PREFIX=/opt/tools", f"PYTHON={system_python()}", check=check)
+
+    def copy(self, root: Path) -> "Installation":
+        shutil.copytree(self.root, root, symlinks=True)
+        return Installation(root)
+
+
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """One for all tests, in whatever process they run: it is only looked at."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    it = Installation(folder / "installation")
+    with open(folder / "installation.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not it.root.exists():
+            (it.root / "opt/tools/bin").mkdir(parents=True)
+            (it.root / "opt/tools/bin/other").touch()
+            it.make("install")
+    return it
+
+
+def test_the_installed_program_serves(installation: Installation) -> None:
+    """With nothing of this checkout or its environment in sight."""
+    python = str(installation.program / "bin/python")
+    about = subprocess.run(
+        [python, installation.root / "opt/tools/bin/echod", "--version"], capture_output=True, text=True, cwd="/"
+    )
+    assert about.stdout == f"echod {__version__}\n"
+    where = subprocess.run(
+        [python, "-Pc", "import echod; print(echod.__file__)"], capture_output=True, text=True, cwd="/"
+    )
+    assert where.stdout.startswith(str(installation.program))
+    command = (python, "-P", "-m", "echod")
+    with Daemon("-c", str(installation.config), "-l", "127.0.0.1:0", command=command) as echod:
+        with connect(echod.port) as client:
+            assert ask(client, b"hello\n") == b"HELLO\n"
+        assert echod.stop() == 0
+
+
+def test_the_fast_path_is_compiled_where_it_can_be(installation: Installation) -> None:
+    """By a compiler that is there and with the headers of that Python; otherwise echod runs in Python."""
+    has_headers = "import os, sysconfig; print(os.path.exists(sysconfig.get_path('include') + '/Python.h'))"
+    asked = subprocess.run([system_python(), "-c", has_headers], capture_output=True, text=True, check=True)
+    look = "from echod.server import fastpath; print(fastpath.IS_COMPILED)"
+    environment = {name: value for name, value in os.environ.items() if name != "ECHOD_FASTPATH"}
+    found = subprocess.run(
+        [installation.program / "bin/python", "-Pc", look], env=environment, cwd="/", capture_output=True, text=True
+    )
+    can_be = shutil.which("cc") and os.environ.get("ECHOD_FASTPATH") != "0" and asked.stdout == "True\n"
+    assert found.stdout == f"{bool(can_be)}\n", found.stderr
+
+
+def test_what_is_installed_believes_to_be_where_it_will_be(installation: Installation) -> None:
+    """No file names DESTDIR; script and link lead to the final place; every module is compiled, by its final name."""
+    for path in installation.root.rglob("*"):
+        if path.is_file():
+            assert str(installation.root).encode() not in path.read_bytes(), path
+    script = (installation.program / "bin/echod").read_text()
+    assert script.startswith("#!/opt/tools/lib/echod/bin/python\n")
+    assert os.readlink(installation.root / "opt/tools/bin/echod") == "../lib/echod/bin/echod"
+    sources = list(installation.program.rglob("echod/*.py"))
+    assert sources
+    for source in sources:
+        (compiled,) = (source.parent / "__pycache__").glob(f"{source.stem}.*.pyc")
+        assert f"/opt/tools{str(source).partition('/opt/tools')[2]}".encode() in compiled.read_bytes()
+
+
+def test_everybody_may_read_what_is_installed(installation: Installation) -> None:
+    """Whatever the umask of who installs: the service is another user."""
+    for name in tree(installation.root) - Installation.OTHERS:
+        mode = (installation.root / name).lstat().st_mode
+        assert mode & stat.S_IROTH, name
+        assert mode & stat.S_IXOTH or not stat.S_ISDIR(mode), name
+
+
+def test_only_the_pinned_packages_are_installed(installation: Installation) -> None:
+    """Echod and the run lock, no pip, in their exact versions."""
+    pinned = re.findall(r"^([a-z0-9-]+)==(\S+)", (PROJECT / "requirements/run.lock").read_text(), re.MULTILINE)
+    found = [path.name.removesuffix(".dist-info") for path in installation.program.rglob("*.dist-info")]
+    assert sorted(found) == sorted([f"{n.replace('-', '_')}-{v}" for n, v in pinned] + [f"echod-{__version__}"])
+
+
+def test_the_units_name_the_place_where_the_program_is(installation: Installation) -> None:
+    """And no other: /usr/local is in none of them when the prefix is another."""
+    for unit in UNITS:
+        text = (installation.root / "opt/tools/lib/systemd/system" / unit).read_text()
+        assert "/usr/local" not in text
+        assert "@" not in text.replace("echod@", "").replace("@system-service", "").replace(
+            "~@privileged @resources", ""
+        )
+    service = (installation.root / "opt/tools/lib/systemd/system/echod.service").read_text()
+    assert "ExecStart=/opt/tools/bin/echod serve -c /etc/echod/echod.toml\n" in service
+
+
+def test_a_second_install_keeps_the_configuration_and_so_does_uninstall_if_it_was_changed(
+    installation: Installation, tmp_path: Path
+) -> None:
+    """What the operator wrote stays, and nothing else does."""
+    it = installation.copy(tmp_path / "root")
+    assert it.config.read_text() == (PROJECT / "systemd/echod.toml").read_text()
+    before = tree(it.root)
+    it.config.write_text("[limits]\nconnections = 7\n")
+    assert it.make("install").stderr.count("echod: fast path: ") == 1
+    assert it.config.read_text() == "[limits]\nconnections = 7\n"
+    assert tree(it.root) == before
+    assert it.make("uninstall").stdout == "kept /etc/echod/echod.toml\n"
+    assert tree(it.root) == Installation.OTHERS | {"etc", "etc/echod", "etc/echod/echod.toml"}
+
+
+def test_uninstall_removes_exactly_what_install_made(installation: Installation, tmp_path: Path) -> None:
+    """Files of others stay, with their folders; a second time there is nothing, and it says so."""
+    it = installation.copy(tmp_path / "root")
+    it.make("uninstall")
+    assert tree(it.root) == Installation.OTHERS
+    again = it.make("uninstall", check=False)
+    assert again.returncode != 0
+    assert "give the same PREFIX and DESTDIR" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("PREFIX=/home/me",), "take /usr/local or a folder in /opt"),
+        (("PREFIX=opt",), "must begin with a slash"),
+        (("PYTHON=no-such-python",), "no-such-python not found"),
+    ],
+)
+def test_what_no_service_could_run_is_refused(arguments: tuple[str, ...], advice: str, tmp_path: Path) -> None:
+    """With advice, and nothing is made."""
+    done = make("install", f"DESTDIR={tmp_path}", f"PYTHON={system_python()}", *arguments, check=False)
+    assert done.returncode != 0
+    assert advice in done.stderr
+    assert tree(tmp_path) == set()
+
+
+def test_a_python_in_a_home_directory_is_refused(tmp_path: Path) -> None:
+    """The units hide homes from the service: a link there would do, an interpreter doesn't."""
+    python = tmp_path / "python3"
+    shutil.copy(system_python(), python)
+    done = make("install", f"DESTDIR={tmp_path}/root", f"PYTHON={python}", check=False)
+    assert done.returncode != 0
+    assert "make install PYTHON=/usr/bin/python3" in done.stderr
+    assert not (tmp_path / "root").exists()
+
+
+# -- a service that runs already ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    """tools/install.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("install", PROJECT / "tools/install.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for themselves there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has a `systemctl` answer that these units run."""
+
+    def runs(*units: str) -> None:
+        lines = "".join(f"{unit} loaded active running echod, answers\\n" for unit in units)
+        (tmp_path / "systemctl").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        (tmp_path / "systemctl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("units", "says", "says_not"),
+    [
+        ((), ("systemctl enable --now echod",), ("USR2",)),
+        (("echod.socket",), ("systemctl daemon-reload",), ("enable", "USR2")),
+        (
+            ("echod.service", "echod@1.service", "echod.socket"),
+            (
+                "systemctl kill -s USR2 --kill-whom=main echod.service echod@1.service ",
+                "systemctl restart echod.service echod@1.service ",
+            ),
+            ("enable",),
+        ),
+    ],
+)
+def test_what_comes_after_an_installation(
+    tool: ModuleType,
+    systemd: Callable[..., None],
+    units: tuple[str, ...],
+    says: tuple[str, ...],
+    says_not: tuple[str, ...],
+) -> None:
+    """A first installation is enabled; a service that runs already is upgraded in place, or restarted."""
+    systemd(*units)
+    told = tool.next_steps(tool.running_units())
+    assert all(each in told for each in says)
+    assert not any(each in told for each in says_not)
+
+
+@pytest.mark.parametrize(("destdir", "is_told"), [("", True), ("/pack", False)])
+def test_an_uninstall_tells_of_a_service_that_runs_still(
+    tool: ModuleType,
+    systemd: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    destdir: str,
+    is_told: bool,
+) -> None:
+    """Its files are gone and it goes on: the output names it. A packager's DESTDIR has nothing that runs."""
+    systemd("echod.service", "echod.socket")
+    places = [f"--{name}=/nowhere" for name in ("prefix", "sysconfdir", "unitdir", "mandir")]
+    monkeypatch.setattr(sys, "argv", ["install.py", "uninstall", f"--destdir={destdir}", *places])
+    monkeypatch.setattr(tool, "uninstall", lambda _: None)
+    assert tool.main() == 0
+    assert ("systemctl stop echod.service echod.socket" in capsys.readouterr().out) == is_told
+
+
+def test_without_systemd_nothing_runs(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without systemctl is no error."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert tool.running_units() == []
+
+
+# -- the files that are shipped ----------------------------------------------------------------------------------------
+
+
+def test_the_shipped_configuration_is_the_defaults_commented_out() -> None:
+    """It sets nothing, shows every key with its default, and taking the "#" away changes nothing."""
+    shipped = PROJECT / "systemd/echod.toml"
+    assert loader.load(str(shipped), {}, (), 1 << 20).config == Config()
+    defaults = toml.render(Config(), with_comments=True)
+    body = shipped.read_text().partition("\n\n")[2]
+    shown = "".join(line.removeprefix("#") for line in body.splitlines(keepends=True))
+    assert shown.strip() == defaults.strip(), "keys have changed: run `make config`"
+
+
+def test_the_template_is_the_service_but_for_the_instance() -> None:
+    """What is said twice is said alike."""
+    service, template = (
+        (PROJECT / f"systemd/{unit}").read_text().partition("[Unit]")[2].splitlines() for unit in UNITS[:2]
+    )
+    differing = [(one, other) for one, other in zip(service, template, strict=True) if one != other]
+    described = "Description=echod, answers every line in upper case"
+    assert differing == [
+        (described, f"{described} (instance %i)"),
+        ("RuntimeDirectory=echod", "RuntimeDirectory=echod-%i"),
+    ]
+
+
+def test_the_stop_timeout_is_above_the_drain() -> None:
+    """With the second of the last half-close after it."""
+    service = (PROJECT / "systemd/echod.service").read_text()
+    (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", service, re.MULTILINE)
+    assert int(seconds) > Config().timeouts.drain + 1

@@ -1,0 +1,338 @@
+"""No signal, at any moment from echod's first line of code on, ends it by default action or gets lost."""
+
+import asyncio
+import functools
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import uvloop
+
+from echod.process.signals import TABLE, Command, Mailbox, Order, delivered, stop_is_pending
+from tests.support.daemon import (
+    CONSOLE_SCRIPT,
+    DEADLINE_S,
+    UNMEASURED,
+    Daemon,
+    ask,
+    clean_environment,
+    connect,
+    serving,
+)
+from tests.support.gate import Gate
+
+FIRST_MS = range(0, 400, 5)
+
+
+# -- the start of a real process ---------------------------------------------------------------------------------------
+
+
+def _start() -> Daemon:
+    return Daemon("-l", "127.0.0.1:0", command=(CONSOLE_SCRIPT,), environment=UNMEASURED)
+
+
+def _is_armed(pid: int) -> bool:
+    """Whether echod's own code has begun: TERM, INT, HUP, USR1 and USR2 are blocked (proc(5), SigBlk)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    return all(blocked >> (number - 1) & 1 for number in TABLE)
+
+
+def _moments(request: pytest.FixtureRequest) -> list[int]:
+    """Every 5 ms of the first 400 with --full, else a seventh of them, spread over the whole."""
+    return list(FIRST_MS if request.config.getoption("--full") else FIRST_MS[::7])
+
+
+def _start_until(moment_ms: int) -> Daemon:
+    """A start until so long after its own code has begun: the moment is what is tested."""
+    echod = _start()
+    deadline = time.monotonic() + DEADLINE_S
+    while not _is_armed(echod.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(moment_ms / 1000)
+    return echod
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_stop_during_the_start_exits_0(number: signal.Signals, request: pytest.FixtureRequest) -> None:
+    """Starting: TERM and INT stop with exit 0, at every moment from echod's first line on."""
+    for moment_ms in _moments(request):
+        with _start_until(moment_ms) as echod:
+            echod.send(number)
+            assert echod.exit_status() == 0, f"at {moment_ms} ms"
+
+
+@pytest.mark.timeout(180)
+def test_reload_and_stats_during_the_start_are_held_until_serving(request: pytest.FixtureRequest) -> None:
+    """Starting: HUP and USR1 are held until serving, and then followed."""
+    for moment_ms in _moments(request):
+        with _start_until(moment_ms) as echod:
+            echod.send(signal.SIGHUP)
+            echod.send(signal.SIGUSR1)
+            echod.wait_for("stats")
+            echod.wait_for("reload applied")
+            assert echod.stop() == 0, f"at {moment_ms} ms"
+
+
+HELD = """
+import time
+began = time.process_time()
+import _signal, os, sys
+def held(*_):
+    print(began, time.process_time(), flush=True)
+    os._exit(0)
+_signal.pthread_sigmask = held
+exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
+"""
+
+
+def test_the_signals_are_held_before_two_more_starts_of_an_interpreter() -> None:
+    """In CPU, from the console script's first line on; the best of some starts, for caches may be cold.
+
+    An interpreter starts in 15 ms, or in 30 on a machine that is busy; asyncio alone would be four of them.
+    """
+    started = [_cpu_s_until_held() for _ in range(5)]
+    assert min((held - began) / began for began, held in started) < 2, started
+
+
+def _cpu_s_until_held() -> tuple[float, float]:
+    """What the process has spent when the interpreter has started, and when echod holds the signals."""
+    command = [sys.executable, "-c", HELD, CONSOLE_SCRIPT]
+    said = subprocess.run(command, env=clean_environment() | UNMEASURED, capture_output=True, timeout=DEADLINE_S)
+    began, held = map(float, said.stdout.split())
+    return began, held
+
+
+def test_the_first_import_blocks_the_signals() -> None:
+    """`__main__` first imports the module that blocks the signals, and that one imports only the C module of signals."""
+
+    def first(file: str, count: int) -> list[str]:
+        source = Path(sys.modules["echod"].__file__ or "").with_name(file).read_text()
+        return [line for line in source.split('"""', 2)[2].splitlines() if line and not line.startswith("#")][:count]
+
+    assert first("__main__.py", 1)[0].startswith("from echod.process import blocked_signals")
+    imported, declared, blocked = first("process/blocked_signals.py", 3)
+    assert imported.startswith("import _signal")
+    assert declared.startswith("BLOCKED = ")
+    assert blocked == "_signal.pthread_sigmask(_signal.SIG_BLOCK, BLOCKED)"
+
+
+def test_usr2_is_followed_not_fatal() -> None:
+    """No signal of the table ends echod by its default action: USR2 upgrades."""
+    with serving() as echod, connect(echod.port) as client:
+        echod.send(signal.SIGUSR2)
+        echod.wait_for("upgrade done")
+        assert ask(client, b"serving\n") == b"SERVING\n"
+        client.close()
+        assert echod.stop() == 0
+
+
+def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked(tmp_path: Path) -> None:
+    """An entry point that blocks signals for a daemon as PID 1 doesn't make `check` immortal."""
+    blocked = (
+        "import signal, os, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'echod', 'check', '-c', sys.argv[1]])"
+    )
+    gate, file = Gate(tmp_path / "gate"), tmp_path / "echod.toml"
+    file.touch()
+    gate.shut()
+    with subprocess.Popen([sys.executable, "-c", blocked, str(file)], env=os.environ | gate.environment) as process:
+        release = gate.wait()
+        process.terminate()
+        assert process.wait(DEADLINE_S) == -signal.SIGTERM
+        release()
+
+
+# -- the room itself, in processes of their own: pytest has other threads, which don't block what is sent --------------
+
+_CLAIMS: dict[str, Callable[[], None]] = {}
+
+
+def alone(claim: Callable[[], None]) -> Callable[[], None]:
+    """Run a test in a fresh process."""
+    _CLAIMS[claim.__name__] = claim
+
+    @functools.wraps(claim)
+    def test() -> None:
+        process = multiprocessing.get_context("spawn").Process(target=_hold, args=(claim.__name__,))
+        process.start()
+        process.join(DEADLINE_S)
+        assert process.exitcode == 0
+
+    return test
+
+
+def _hold(name: str) -> None:
+    _CLAIMS[name]()
+
+
+def _no_limit() -> None:
+    return None
+
+
+@alone
+def test_each_signal_is_delivered_as_its_command() -> None:
+    """One table signal -> Command, delivered as data, with who sent it."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+    with delivered(orders.put, _no_limit):
+        for number, command in TABLE.items():
+            os.kill(os.getpid(), number)
+            order = orders.get(timeout=DEADLINE_S)
+            assert order == Order(command, number.name.removeprefix("SIG"), os.getpid())
+
+
+@alone
+def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
+    """What arrives while the signals are blocked and nobody waits is held by the kernel."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+    signal.pthread_sigmask(signal.SIG_BLOCK, TABLE)
+    assert not stop_is_pending()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop_is_pending()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop_is_pending()
+    with delivered(orders.put, _no_limit):
+        assert {orders.get(timeout=DEADLINE_S).command for _ in range(2)} == {Command.RELOAD, Command.STOP}
+
+
+@alone
+def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> None:
+    """The thread that waits for signals also watches the time, whatever the rest of the process is doing."""
+    answers = iter([None, 3600.0, 0.01, 0.01])
+    asked: SimpleQueue[float | None] = SimpleQueue()
+    orders: SimpleQueue[Order] = SimpleQueue()
+
+    def seconds_left() -> float | None:
+        answer = next(answers, None)
+        asked.put(answer)
+        return answer
+
+    with delivered(orders.put, seconds_left):
+        assert asked.get(timeout=DEADLINE_S) is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.get(timeout=DEADLINE_S) == 3600.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [asked.get(timeout=DEADLINE_S) for _ in range(3)] == [0.01, 0.01, None]
+
+
+@alone
+def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
+    """The private signal of the thread, sent by somebody else, is ignored."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+    with delivered(orders.put, _no_limit):
+        os.kill(os.getpid(), signal.SIGRTMIN)
+        while signal.SIGRTMIN in signal.sigpending():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert orders.get(timeout=DEADLINE_S).command is Command.STOP
+
+
+@alone
+def test_the_thread_ends_with_the_context() -> None:
+    """No thread is left behind."""
+    with delivered(lambda _: None, _no_limit):
+        assert [thread for thread in threading.enumerate() if thread.name == "signals"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
+
+
+@alone
+def test_a_pause_across_a_time_limit_is_no_signal() -> None:
+    """SIGSTOP and SIGCONT while the thread waits with a time limit, which ends meanwhile: nothing is delivered."""
+    orders: SimpleQueue[Order] = SimpleQueue()
+    asked: SimpleQueue[None] = SimpleQueue()
+
+    def seconds_left() -> float:
+        asked.put(None)
+        return 0.5
+
+    with delivered(orders.put, seconds_left):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert orders.get(timeout=DEADLINE_S).command is Command.STOP
+        pause = "import os, signal, sys, time; pid = int(sys.argv[1]); os.kill(pid, signal.SIGSTOP); time.sleep(1); "
+        with subprocess.Popen([sys.executable, "-c", f"{pause}os.kill(pid, signal.SIGCONT)", str(os.getpid())]):
+            pass
+        while not asked.empty():
+            asked.get()
+        asked.get(timeout=DEADLINE_S)
+        assert orders.empty()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert orders.get(timeout=DEADLINE_S).command is Command.RELOAD
+
+
+def test_a_kind_that_waits_is_one_order_and_stops_are_counted_to_two() -> None:
+    """As in the kernel: nobody fills the mailbox, and the order of arrival is that of the first of a kind."""
+    mailbox = Mailbox()
+    for _ in range(1000):
+        for command in (Command.DUMP_STATS, Command.STOP, Command.RELOAD, Command.UPGRADE):
+            mailbox.put(Order(command, "X", 1))
+    taken = [order.command for order in mailbox.take()]
+    assert taken == [Command.DUMP_STATS, Command.STOP, Command.RELOAD, Command.UPGRADE, Command.STOP]
+    assert mailbox.take() == []
+
+
+def test_the_loop_has_a_full_turn_before_each_order() -> None:
+    """Whoever sends signals without pause starves no client: what is readable is read first."""
+
+    async def follow() -> list[str]:
+        mailbox = Mailbox()
+        happened: list[str] = []
+        ours, theirs = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ours, lambda: happened.append(ours.recv(100).decode()))
+        for _ in range(3):
+            mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
+            theirs.send(b"line")
+            happened.append((await mailbox.get()).signal)
+        loop.remove_reader(ours)
+        ours.close()
+        theirs.close()
+        return happened
+
+    for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory) as runner:
+            assert runner.run(follow()) == 3 * ["line", "USR1"]
+
+
+def test_an_order_that_rests_is_overtaken() -> None:
+    """It comes when its rest is over, and the others don't wait for it."""
+
+    async def follow() -> list[Command]:
+        mailbox = Mailbox()
+        mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
+        followed = [(await mailbox.get()).command]
+        mailbox.rest(Command.DUMP_STATS, 0.1)
+        mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
+        mailbox.put(Order(Command.STOP, "TERM", 1))
+        return [*followed, (await mailbox.get()).command, (await mailbox.get()).command]
+
+    assert asyncio.run(follow()) == [Command.DUMP_STATS, Command.STOP, Command.DUMP_STATS]
+
+
+def test_orders_wait_in_the_mailbox_until_they_are_asked_for() -> None:
+    """Orders that come before the loop runs, from another thread, are read in their order."""
+    mailbox = Mailbox()
+    first, second, third = (Order(command, "X", 1) for command in (Command.RELOAD, Command.DUMP_STATS, Command.STOP))
+    mailbox.put(first)
+    mailbox.put(second)
+
+    async def read() -> list[Order]:
+        read = [await mailbox.get(), await mailbox.get()]
+        sender = threading.Timer(0.05, mailbox.put, [third])
+        sender.start()
+        read.append(await asyncio.wait_for(mailbox.get(), DEADLINE_S))
+        sender.join()
+        return read
+
+    assert asyncio.run(read()) == [first, second, third]
+    mailbox.put(first)  # a closed loop is no trouble

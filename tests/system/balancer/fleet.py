@@ -1,0 +1,109 @@
+"""Three echods behind an HAProxy, each with a port for clients and one for the checks."""
+
+import contextlib
+import random
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.support.daemon import Daemon
+from tests.system.balancer.haproxy import HAProxy, fenced, replaced
+
+NAMES = ("echo1", "echo2", "echo3")
+
+PORTS = range(20000, 32000)
+"""Below those that the kernel gives to clients, or one of them might hold the port of an echod that restarts."""
+
+
+def free_ports(count: int) -> list[int]:
+    """So many ports that nobody listens on."""
+    chosen: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(chosen) < count:
+            with contextlib.suppress(OSError):
+                port = random.choice(PORTS)
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                chosen.append(port)
+    return chosen
+
+
+class Fleet:
+    """The three, by the names that HAProxy has for them; started by the `with` of `balanced`."""
+
+    def __init__(self, folder: Path, flags: tuple[str, ...]) -> None:
+        self.port, *ports = free_ports(1 + 2 * len(NAMES))
+        self.ports = dict(zip(NAMES, ports[: len(NAMES)], strict=True))
+        self.admins = dict(zip(NAMES, ports[len(NAMES) :], strict=True))
+        self._flags = flags
+        self._file = folder / "echod.toml"
+        self._file.write_text(fenced("/etc/echod/echod.toml"))
+        self._instances: dict[str, Daemon] = {}
+
+    def __getitem__(self, name: str) -> Daemon:
+        return self._instances[name]
+
+    def configuration(self) -> str:
+        """The page's HAProxy with the ports of these; it may not try again where a server refused."""
+        changes = {"127.0.0.1:7777": f"127.0.0.1:{self.port}", "retries 3": "retries 0"}
+        for number, name in enumerate(NAMES, 1):
+            changes[f"127.0.0.1:888{number} port 889{number}"] = (
+                f"127.0.0.1:{self.ports[name]} port {self.admins[name]}"
+            )
+        return replaced(fenced("/etc/haproxy/haproxy.cfg"), changes)
+
+    def on_data_ports(self) -> str:
+        """The same, but checks connect to the ports for clients, and that's all they do."""
+        configuration = self.configuration()
+        changes = {f"port {self.admins[name]}": f"port {self.ports[name]}" for name in NAMES}
+        return replaced(configuration, changes | {check_lines(configuration): ""})
+
+    def start(self, name: str) -> None:
+        """Serve; returns once it does."""
+        addresses = (f"127.0.0.1:{port[name]}" for port in (self.ports, self.admins))
+        environment = dict(zip(("ECHOD_LISTEN", "ECHOD_ADMIN_LISTEN"), addresses, strict=True))
+        self._instances[name] = Daemon("-c", str(self._file), *self._flags, environment=environment)
+        self[name].wait_for("ready")
+
+    def leave(self, name: str) -> float:
+        """Tell it to stop; when that was."""
+        began = time.monotonic()
+        self[name].send(signal.SIGTERM)
+        return began
+
+    def restart(self, name: str) -> None:
+        """A stop that nobody is cut off by, and a start."""
+        self.leave(name)
+        with self[name]:
+            assert self[name].exit_status() == 0
+        self.start(name)
+
+    def end(self) -> None:
+        """End what is still there, at once."""
+        for instance in self._instances.values():
+            with instance:
+                pass
+
+
+def check_lines(configuration: str) -> str:
+    """The lines that say how a server is checked."""
+    return "".join(line for line in configuration.splitlines(keepends=True) if re.search(r"\bhttp-?ch(ec)?k\b", line))
+
+
+@contextlib.contextmanager
+def balanced(
+    folder: Path, *flags: str, configuration: Callable[[Fleet], str] = Fleet.configuration
+) -> Iterator[tuple[Fleet, HAProxy]]:
+    """Three echods with these flags beside what the page says, and an HAProxy that has found them up."""
+    fleet = Fleet(folder, flags)
+    try:
+        for name in NAMES:
+            fleet.start(name)
+        with HAProxy(configuration(fleet), folder) as haproxy:
+            for name in NAMES:
+                haproxy.wait_for(name, "UP")
+            yield fleet, haproxy
+    finally:
+        fleet.end()

@@ -1,0 +1,50 @@
+"""A rolling restart behind HAProxy, under load."""
+
+from pathlib import Path
+
+from tests.support.daemon import settings
+from tests.support.report import Report
+from tests.system.balancer.fleet import NAMES, Fleet, balanced
+from tests.system.balancer.haproxy import HAProxy
+from tests.system.balancer.load import SILENT_S, WRONG, Load, coming
+
+ROUNDS = 5
+ROUNDS_WITHOUT = 3
+
+
+def restart_all(fleet: Fleet, haproxy: HAProxy) -> None:
+    """One after the other, the next one once HAProxy has found the one before up."""
+    for name in NAMES:
+        fleet.restart(name)
+        haproxy.wait_for(name, "UP")
+
+
+def figures(load: Load, rounds: int) -> dict[str, object]:
+    return {
+        "restarts": rounds * len(NAMES),
+        "served": load.served,
+        f"of_them_silent_for_{SILENT_S}_s": load.silent,
+        "failed": load.failures(),
+        "slowest_from_line_to_reply": f"{load.slowest_ms} ms",
+    }
+
+
+def test_a_rolling_restart_fails_nobody(tmp_path: Path, report: Report) -> None:
+    """Each client is answered, though HAProxy tries nothing twice and every second client is silent at first."""
+    with balanced(tmp_path) as (fleet, haproxy), coming(fleet.port) as load:
+        for _ in range(ROUNDS):
+            restart_all(fleet, haproxy)
+    report("rolling restart, lame_duck of docs/scaling.md", **figures(load, ROUNDS))
+    assert load.failures() == 0, load.failed
+    assert min(load.served - load.silent, load.silent) > 100
+    assert load.slowest_ms < 900  # nobody's SYN was lost, and sent again after a second
+
+
+def test_what_the_lame_duck_is_for(tmp_path: Path, report: Report) -> None:
+    """How many fail without it; even so nobody gets a wrong reply."""
+    with balanced(tmp_path, *settings(timeouts_lame_duck=0)) as (fleet, haproxy), coming(fleet.port) as load:
+        for _ in range(ROUNDS_WITHOUT):
+            restart_all(fleet, haproxy)
+    report("rolling restart, lame_duck 0", **figures(load, ROUNDS_WITHOUT), how=dict(load.failed))
+    assert load.served > 100
+    assert not [failure for failure in load.failed if WRONG in failure]

@@ -1,0 +1,69 @@
+"""The engine that the Docker suite runs on, the image."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Protocol
+
+import pytest
+
+from tests.system.docker.engine import PROJECT, Container, Engine
+
+
+class Start(Protocol):
+    """`docker run --detach OPTIONS` of the image under test."""
+
+    def __call__(self, *options: str, command: tuple[str, ...] = (), is_ready: bool = True) -> Container:
+        """Wait until it serves, unless `is_ready` is False."""
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """An engine, or the reason why there is none."""
+    if not shutil.which("docker"):
+        pytest.skip("no `docker` command: see CONTRIBUTING")
+    engine = Engine()
+    asked = engine.run("version", "--format", "{{.Server.Version}}")
+    if asked.returncode != 0:
+        pytest.skip(f"no engine answers `docker version`: {asked.stderr.strip()}; see CONTRIBUTING")
+    version = asked.stdout.strip()
+    if int(version.split(".")[0]) < 25:
+        pytest.skip(f"the engine is {version}, and --start-interval of a health check needs 25")
+    if not engine.socket_path():
+        pytest.skip("the engine is on another machine, where the tests don't reach its containers")
+    yield engine
+    engine.clean_up()
+
+
+def make_image(folder: object, tag: str) -> str:
+    """`make image` in a folder, as that tag; what the build said."""
+    command = ["make", "-C", str(folder), "image", f"IMAGE={tag}"]
+    environment = os.environ | {"BUILDKIT_PROGRESS": "plain", "MAKEFLAGS": ""}
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]} {done.stderr[-5000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def image(engine: Engine) -> Iterator[str]:
+    """The image, of this folder as it is."""
+    tag = f"echod-test:{os.getpid()}"
+    make_image(PROJECT, tag)
+    yield tag
+    engine.clean_up()
+    engine("image", "rm", "--force", tag)
+
+
+@pytest.fixture
+def start(engine: Engine, image: str) -> Iterator[Start]:
+    """Starts containers; they are gone after the test."""
+
+    def run(*options: str, command: tuple[str, ...] = (), is_ready: bool = True) -> Container:
+        container = engine.start(image, *options, command=command)
+        if is_ready:
+            container.wait_for("ready")
+        return container
+
+    yield run
+    engine.clean_up()

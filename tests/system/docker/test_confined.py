@@ -1,0 +1,75 @@
+"""It runs with nothing: a file system that it can't write to, no capability, another user, little memory."""
+
+import asyncio
+import json
+import resource
+
+from tests.support.clients import open_stream
+from tests.support.report import Report
+from tests.system.docker.conftest import Start
+from tests.system.docker.engine import Container, Engine
+
+CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+CONNECTIONS = 1000
+FOLDERS = ("/", "/etc", "/opt/echod", "/run", "/tmp", "/usr/local/lib", "/var/tmp")
+
+
+async def _crowd(container: Container) -> tuple[int, int]:
+    """The memory with nobody there, and with so many clients that have each been answered."""
+    alone = container.memory_bytes()
+    streams = await asyncio.gather(*(open_stream(container.address) for _ in range(CONNECTIONS)))
+    for _, writer in streams:
+        writer.write(b"Stra\xc3\x9fe\n")
+    assert {await reader.readline() for reader, _ in streams} == {b"STRASSE\n"}
+    crowded = container.memory_bytes()
+    for _, writer in streams:
+        writer.close()
+    return alone, crowded
+
+
+def test_it_serves_a_thousand_clients_in_64_megabytes_as_any_user(start: Start, report: Report) -> None:
+    """Read-only, without a capability, as a user that the image has never heard of."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4 * CONNECTIONS)), hard))
+    container = start(*CONFINED, "--user", "12345:12345", "--memory", "64m")
+    container.wait_until(lambda: container.health == "healthy", "not healthy")
+    alone, crowded = asyncio.run(_crowd(container))
+    container.kill("USR1")
+    stats = container.wait_for("stats")
+    container.stop()
+    assert (container.state["ExitCode"], container.state["OOMKilled"]) == (0, False)
+    assert crowded < 48e6
+    report(
+        "4 confined, 64 MB",
+        clients_answered=CONNECTIONS,
+        memory_alone_MB=f"{alone / 1e6:.1f}",
+        memory_with_them_MB=f"{crowded / 1e6:.1f}",
+        of_which_resident_MB=f"{stats['rss_bytes'] / 1e6:.1f}",
+        exit_status=0,
+    )
+
+
+def test_it_can_do_nothing_but_answer(start: Start, engine: Engine, report: Report) -> None:
+    """No capability, no new privileges, a seccomp filter, and not a file in its place that it could write to."""
+    container = start(*CONFINED)
+    script = f"""if 1:
+        import json, os
+        status = dict(line.split(":\\t") for line in open("/proc/1/status").read().splitlines() if ":\\t" in line)
+        print(json.dumps([status, [folder for folder in {FOLDERS} if os.access(folder, os.W_OK)]]))
+    """
+    status, writable = json.loads(engine("exec", container.name, "python", "-c", script))
+    assert status["Uid"].split() == ["10001"] * 4
+    capabilities = {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+    assert capabilities == {0}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert writable == []
+    report("4 confined", user=10001, capabilities="none", new_privileges="none", seccomp="on", writable_folders="none")
+
+
+def test_the_limit_of_open_files_is_kept(engine: Engine, image: str) -> None:
+    """The default of connections is lowered to what fits, with a warning; one that was set is refused."""
+    few = ("run", "--rm", "--ulimit", "nofile=1024:1024")
+    done = engine.run(*few, image, "check")
+    assert "connections = 958\n" in done.stdout
+    assert "lowered to 958" in done.stderr
+    assert engine.run(*few, "--env", "ECHOD_LIMITS_CONNECTIONS=1000", image).returncode == 78

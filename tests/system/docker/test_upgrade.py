@@ -1,0 +1,67 @@
+"""A live upgrade in a container: another program as process 1, and the engine has nothing to notice."""
+
+import asyncio
+import statistics
+from typing import Any
+
+from tests.support.clients import finished, pipeline
+from tests.support.daemon import read_line
+from tests.support.report import Report
+from tests.system.docker.conftest import Start
+from tests.system.docker.engine import Container, Engine
+
+ROUNDS = 10
+CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "12345:12345")
+PACKAGE = "/opt/echod/lib/python3*/site-packages/echod"
+
+
+def upgrade(container: Container, verdict: str = "upgrade done") -> dict[str, Any]:
+    """Ask for an upgrade as an operator does, and return its verdict."""
+    known = len(container.events(verdict))
+    container.kill("USR2")
+    found: dict[str, Any] = container.wait_until(lambda: container.events(verdict)[known:], f"no {verdict}")[0]
+    return found
+
+
+def test_10_upgrades_are_nothing_to_the_engine(start: Start, report: Report) -> None:
+    """Confined as it is meant to be: process 1 goes on, no restart, healthy, and every stream is byte-exact."""
+    container = start(*CONFINED)
+    container.wait_until(lambda: container.health == "healthy", "not healthy")
+    before = {name: container.state[name] for name in ("Pid", "StartedAt")}
+    with container.connect() as begun:
+        begun.sendall(b"begun")
+        gaps = asyncio.run(_stream_through_upgrades(container))
+        begun.sendall(b", ended\n")
+        assert read_line(begun) == b"BEGUN, ENDED\n"
+    assert {name: container.state[name] for name in before} == before
+    assert container.health == "healthy"
+    container.kill("USR1")
+    assert container.wait_for("stats")["upgrades"] == ROUNDS
+    container.stop()
+    assert container.state["ExitCode"] == 0
+    report(f"{ROUNDS} upgrades", same_process="yes", gap_ms=statistics.median(gaps), longest_ms=max(gaps), lost=0)
+
+
+async def _stream_through_upgrades(container: Container) -> list[float]:
+    clients = await pipeline(container.address, 20)
+    gaps = [(await asyncio.to_thread(upgrade, container))["gap_ms"] for _ in range(ROUNDS)]
+    await finished(clients)
+    return gaps
+
+
+def test_from_one_version_to_another(start: Start, engine: Engine) -> None:
+    """What is installed in the container takes the place of what runs; a broken one doesn't, and the log says why."""
+    container = start()
+
+    def change(module: str, text: str) -> None:
+        engine("exec", "--user", "0", container.name, "sh", "-c", f"echo {text!r} >>$(echo {PACKAGE})/{module}.py")
+
+    change("__init__", "__version__ = str(2)")
+    with container.connect() as begun:
+        begun.sendall(b"begun")
+        assert upgrade(container)["version"] == "2"
+        change("server", "def")
+        refused = upgrade(container, "upgrade refused")
+        assert "SyntaxError" in refused["errors"][0]
+        begun.sendall(b", ended\n")
+        assert read_line(begun) == b"BEGUN, ENDED\n"

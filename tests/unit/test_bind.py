@@ -1,0 +1,422 @@
+"""Listening sockets: what binds, what doesn't and why, and what the kernel still delivers while one is being closed."""
+
+import fcntl
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from echod.net import bind, socket_activation, sockets
+from echod.net.address import Address, HandedOver, TcpAddress, UnixAddress
+from echod.net.bind import Wanted
+from echod.net.socket_activation import Inherited
+from echod.process import lockfile
+from tests.support.daemon import DEADLINE_S
+
+Sockets = dict[sockets.Key, sockets.Bound | None]
+
+ANY = TcpAddress("127.0.0.1", 0)
+
+
+def wanted(*addresses: Address) -> list[Wanted]:
+    return [Wanted(address) for address in addresses]
+
+
+@pytest.fixture
+def opened() -> Iterator[Sockets]:
+    """A dict whose sockets are closed at the end."""
+    found: Sockets = {}
+    yield found
+    bind.discard(found)
+
+
+def _names(found: Sockets) -> list[str]:
+    return [sockets.peer_name(bound.socket.family, bound.socket.getsockname()) for bound in found.values() if bound]
+
+
+def test_several_free_ports_can_be_asked_for(opened: Sockets) -> None:
+    """Port 0 twice means two listeners; a kept one is not bound again."""
+    opened |= bind.bind_all(wanted(ANY, ANY))
+    assert len(set(_names(opened))) == 2
+    again = bind.bind_all(wanted(ANY, ANY, ANY), kept=opened)
+    try:
+        assert [bound is None for bound in again.values()] == [True, True, False]
+    finally:
+        bind.discard(again)
+
+
+def test_nobody_is_let_in_before_all_is_sure(opened: Sockets, tmp_path: Path) -> None:
+    """What is only bound refuses clients: were the rest to fail, those let in would be reset."""
+    opened |= bind.bind_all(wanted(ANY, UnixAddress(str(tmp_path / "sock"))))
+    for bound in opened.values():
+        assert bound
+        with socket.socket(bound.socket.family) as client, pytest.raises(ConnectionRefusedError):
+            client.connect(bound.socket.getsockname())
+        bound.listen()
+        with socket.socket(bound.socket.family) as client:
+            client.connect(bound.socket.getsockname())
+
+
+def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
+    """One address that can't be had leaves none bound, and each fault is named."""
+    path = tmp_path / "sock"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(bind.BindErrors) as raised:
+            bind.bind_all(wanted(UnixAddress(str(path)), TcpAddress("127.0.0.1", port), TcpAddress("192.0.2.1", 1)))
+    assert not path.exists()
+    assert [fault.partition("; ")[0] for fault in raised.value.faults] == [
+        f"127.0.0.1:{port}: address already in use",
+        "192.0.2.1:1: not an address of this machine",
+    ]
+
+
+def test_a_taken_port_comes_with_what_to_do() -> None:
+    """Who starts a second echod is told how several share a port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = TcpAddress("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(bind.BindErrors, match="several echods share one with reuse_port = true in each"):
+            bind.bind_all(wanted(address))
+
+
+def test_a_host_name_stands_for_each_of_its_addresses() -> None:
+    """`localhost` may be IPv4 and IPv6; an unknown host is a fault that says so."""
+    endpoints = bind.resolve(TcpAddress("localhost", 7))
+    assert endpoints
+    assert {str(endpoint) for endpoint in endpoints} <= {"127.0.0.1:7", "[::1]:7"}
+    with pytest.raises(bind.BindError, match=re.escape("no.such.host.invalid:7: unknown host")):
+        bind.resolve(TcpAddress("no.such.host.invalid", 7))
+    with pytest.raises(bind.BindError, match="unknown host"):
+        bind.resolve(TcpAddress("x" * 64 + ".invalid", 7))
+    with pytest.raises(bind.BindError, match="unknown host"):
+        bind.resolve(TcpAddress("fe80::1%ß", 7))
+
+
+def test_both_wildcards_can_be_listed(opened: Sockets) -> None:
+    """[::] means IPv6 alone, so 0.0.0.0 can be listed beside it."""
+    opened |= bind.bind_all(wanted(TcpAddress("0.0.0.0", 0)))
+    port = int(_names(opened)[0].rpartition(":")[2])
+    opened |= bind.bind_all(wanted(TcpAddress("::", port)))
+    assert len(opened) == 2
+
+
+def test_a_low_port_without_the_privilege_says_what_is_needed() -> None:
+    """A port below 1024 needs CAP_NET_BIND_SERVICE, and the message says so."""
+    unprivileged = (
+        "import os; from echod.net import bind; from echod.net.address import TcpAddress\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "try: bind.bind_all([bind.Wanted(TcpAddress('127.0.0.1', 7))])\n"
+        "except bind.BindErrors as error: print(error)"
+    )
+    if os.geteuid() != 0 or int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 7:
+        pytest.skip("needs root to give up, and low ports that are privileged")
+    done = subprocess.run([sys.executable, "-c", unprivileged], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert "127.0.0.1:7: permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE" in done.stdout, done.stderr
+
+
+def test_a_socket_file_that_another_is_binding_is_left_to_it(tmp_path: Path) -> None:
+    """Two that start at once can't both take a stale file for theirs."""
+    lock = lockfile.lock(f"{tmp_path}/sock.lock")
+    try:
+        with pytest.raises(bind.BindErrors, match="another process is binding there"):
+            bind.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    finally:
+        os.close(lock)
+    with pytest.raises(bind.BindErrors, match="no such file or directory"):
+        bind.bind_all(wanted(UnixAddress(str(tmp_path / "missing" / "sock"))))
+
+
+def test_who_binds_the_same_path_in_the_same_moment_is_waited_for(opened: Sockets, tmp_path: Path) -> None:
+    """The lock of another start lasts for a moment, and the file that one leaves when killed is no obstacle."""
+    lock = lockfile.lock(f"{tmp_path}/sock.lock")
+    done = threading.Timer(0.2, os.close, [lock])
+    done.start()
+    opened |= bind.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    done.join()
+    assert os.listdir(tmp_path) == ["sock"]
+
+
+def test_a_lock_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    """What is in the way is named, and what to do."""
+    (tmp_path / "sock.lock").symlink_to("nowhere")
+    with pytest.raises(bind.BindErrors, match=rf"{tmp_path}/sock.lock: .*; remove it if no echod is starting"):
+        bind.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    assert os.listdir(tmp_path) == ["sock.lock"]
+
+
+def test_nobody_keeps_us_from_binding_by_a_lock_on_the_directory(opened: Sockets, tmp_path: Path) -> None:
+    """Whoever can read a directory can lock it (flock(2)), so that lock says nothing."""
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        opened |= bind.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    finally:
+        os.close(directory)
+
+
+def test_of_many_that_start_at_once_one_gets_the_path(tmp_path: Path) -> None:
+    """Each finds the same stale file; one replaces it, and the others are told that the address is in use."""
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+    results: list[sockets.Bound | str] = []
+    together = threading.Barrier(8)
+
+    def start() -> None:
+        together.wait(DEADLINE_S)
+        try:
+            results.extend(bound for bound in bind.bind_all(wanted(UnixAddress(path))).values() if bound)
+        except bind.BindErrors as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    (bound,) = (result for result in results if isinstance(result, sockets.Bound))
+    others = [result for result in results if isinstance(result, str)]
+    assert others == [f"unix:{path}: address already in use; `ss -lxp` shows by whom"] * 7
+    bound.close()
+    assert os.listdir(tmp_path) == []
+
+
+# -- one address in two spellings --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spellings(tmp_path: Path) -> list[UnixAddress]:
+    """One path, written in four ways."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    names = ("real/q", "real//q", "link/q", "link/../real/./q")
+    return [UnixAddress(f"{tmp_path}/{name}") for name in names]
+
+
+@pytest.mark.parametrize("is_listening", [False, True])
+def test_a_live_socket_is_not_replaced_by_another_spelling(
+    is_listening: bool, opened: Sockets, spellings: list[UnixAddress]
+) -> None:
+    """Its file stays, whether it is listened on already or not."""
+    opened |= bind.bind_all(wanted(spellings[0]))
+    for bound in opened.values():
+        assert bound
+        if is_listening:
+            bound.listen()
+        for other in spellings:
+            with pytest.raises(bind.BindErrors, match="already in use"):
+                bind.bind_all(wanted(other))
+            assert sockets.identity(spellings[0].path) == bound.file
+        if is_listening:
+            with pytest.raises(BlockingIOError):  # and the question was no client
+                bound.socket.accept()
+
+
+def test_a_live_socket_of_a_real_path_too_long_is_not_replaced(opened: Sockets, tmp_path: Path) -> None:
+    """A path that is bound through a symbolic link because it is too long is known by its file all the same."""
+    real = tmp_path / ("x" * 100) / ("y" * 100)
+    real.mkdir(parents=True)
+    first, second = tmp_path / "1", tmp_path / "2"
+    for link in (first, second):
+        link.symlink_to(real)
+    opened |= bind.bind_all(wanted(UnixAddress(f"{first}/q")))
+    assert (real / "q").is_socket()
+    for link in (first, second):
+        with pytest.raises(bind.BindErrors, match="already in use"):
+            bind.bind_all(wanted(UnixAddress(f"{link}/q")))
+
+
+def test_another_spelling_is_the_listener_that_there_is(opened: Sockets, spellings: list[UnixAddress]) -> None:
+    """What a reload keeps is known by what it is."""
+    opened |= bind.bind_all(wanted(spellings[0], TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
+    ports = [int(name.rpartition(":")[2]) for name in _names(opened)[1:]]
+    (path, v4, v6) = opened
+    there: Sockets = {path: None}
+    there |= {(sockets.Endpoint(v4[0].family, ("127.0.0.1", ports[0])), 0): None}
+    there |= {(sockets.Endpoint(v6[0].family, ("::1", ports[1], 0, 0)), 0): None}
+    for unix in spellings:
+        for mapped in ("::ffff:127.0.0.1", "::FFFF:7f00:1"):
+            for loopback in ("::1", "0:0:0:0:0:0:0:1"):
+                addresses = wanted(unix, TcpAddress(mapped, ports[0]), TcpAddress(loopback, ports[1]))
+                assert bind.bind_all(addresses, kept=there) == there
+
+
+def test_two_spellings_of_one_address_are_a_fault(spellings: list[UnixAddress]) -> None:
+    """They can't both be listened on; nothing stays bound."""
+    for one, other in (
+        (spellings[0], spellings[2]),
+        (TcpAddress("127.0.0.1", 7), TcpAddress("::ffff:127.0.0.1", 7)),
+        (TcpAddress("127.0.0.1", 7), TcpAddress("LOCALHOST", 7)),
+    ):
+        with pytest.raises(bind.BindErrors, match=r"(/q|127\.0\.0\.1:7): listed twice"):
+            bind.bind_all(wanted(one, other))
+    assert not os.path.exists(spellings[0].path)
+
+
+def test_an_ipv4_mapped_address_is_the_ipv4_address(opened: Sockets) -> None:
+    """Bound as IPv6 alone, which [::] is here, the kernel refuses it."""
+    opened |= bind.bind_all(wanted(TcpAddress("::ffff:127.0.0.1", 0)))
+    assert [bound and bound.socket.family for bound in opened.values()] == [socket.AF_INET]
+
+
+def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
+    """A live socket file is an error, also when its owner is too busy to accept."""
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(path)
+        busy.listen(0)
+        waiting.connect(path)
+        with pytest.raises(bind.BindErrors, match="already in use"):
+            bind.bind_all(wanted(UnixAddress(path)))
+
+
+def test_instances_share_a_port(opened: Sockets) -> None:
+    """With reuse_port several sockets listen on one port; one without it can't join them."""
+    opened |= bind.bind_all([Wanted(ANY, reuse_port=True)])
+    port = int(_names(opened)[0].rpartition(":")[2])
+    second = bind.bind_all([Wanted(TcpAddress("127.0.0.1", port), reuse_port=True)])
+    try:
+        assert _names(second) == _names(opened)
+        for bound in opened.values():
+            assert bound
+            bound.listen()
+        with pytest.raises(bind.BindErrors, match="already in use"):
+            bind.bind_all(wanted(TcpAddress("127.0.0.1", port)))
+    finally:
+        bind.discard(second)
+
+
+# -- handed over -------------------------------------------------------------------------------------------------------
+
+
+def handed_over(name: str, path: str = "") -> bind.Heir:
+    """A socket that a service manager listens on, as it is handed over."""
+    sock = socket.socket(socket.AF_UNIX) if path else socket.socket()
+    sock.bind(path or ("127.0.0.1", 0))
+    sock.listen()
+    (heir,) = socket_activation.adopt([Inherited(name, sock.detach())])
+    return heir
+
+
+def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_too(
+    opened: Sockets, tmp_path: Path
+) -> None:
+    """An entry of its address or of its name takes it; what no entry wants comes behind; what is left over is bound."""
+    by_address, by_name, unwanted = handed_over("a"), handed_over("web", str(tmp_path / "web")), handed_over("b")
+    host, port = by_address.socket.getsockname()
+    entries = wanted(HandedOver("web"), TcpAddress(host, port), ANY)
+    opened |= bind.bind_all(entries, heirs=[by_address, by_name, unwanted])
+    bounds = [bound for bound in opened.values() if bound]
+    assert [bound.is_inherited for bound in bounds] == [True, True, False, True]
+    assert [bounds[0].socket, bounds[1].socket, bounds[3].socket] == [
+        by_name.socket,
+        by_address.socket,
+        unwanted.socket,
+    ]
+    assert set(bind.bind_all(entries, kept=opened, heirs=[by_address, by_name, unwanted]).values()) == {None}
+
+
+def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spellings: list[UnixAddress]) -> None:
+    """It is matched by what its address is."""
+    mapped = socket.create_server(("::ffff:127.0.0.1", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    port = mapped.getsockname()[1]
+    heirs = [handed_over("a", spellings[2].path), *socket_activation.adopt([Inherited("b", mapped.detach())])]
+    opened |= bind.bind_all(wanted(spellings[1], TcpAddress("127.0.0.1", port)), heirs=heirs)
+    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
+
+
+def test_several_sockets_of_one_name(opened: Sockets) -> None:
+    """All sockets of one unit bear its name unless it says otherwise: an entry takes each of them."""
+    heirs = [handed_over("echod.socket"), handed_over("echod.socket")]
+    opened |= bind.bind_all(wanted(HandedOver("echod.socket")), heirs=heirs)
+    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
+
+
+def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None:
+    """[::]:PORT means IPv6 alone; `ListenStream=PORT` is both, so only its name takes it."""
+    sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    port = sock.getsockname()[1]
+    (heir,) = socket_activation.adopt([Inherited("web", sock.detach())])
+    with closing(heir.socket):
+        with pytest.raises(bind.BindErrors, match="already in use"):
+            bind.bind_all(wanted(TcpAddress("::", port)), heirs=[heir])
+    (again,) = socket_activation.adopt(
+        [Inherited("web", socket.create_server(("::1", 0), family=socket.AF_INET6).detach())]
+    )
+    opened |= bind.bind_all(wanted(HandedOver("web")), heirs=[again])
+    assert [bound and bound.socket for bound in opened.values()] == [again.socket]
+
+
+def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
+    """The fault says which names there are."""
+    heir = handed_over("web")
+    with (
+        closing(heir.socket),
+        pytest.raises(bind.BindErrors, match=re.escape("systemd:wbe: no socket of that name")),
+    ):
+        bind.bind_all(wanted(HandedOver("wbe")), heirs=[heir])
+
+
+def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Path) -> None:
+    """Closing what was handed over removes no path: the socket is still listened on."""
+    path = tmp_path / "sock"
+    for bound in bind.bind_all([], heirs=[handed_over("a", str(path))]).values():
+        assert bound
+        bound.close()
+    assert path.exists()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_what_does_not_listen_is_a_fault(kind: socket.SocketKind) -> None:
+    """Accept=yes hands over connections, ListenDatagram= datagrams: neither can be served."""
+    descriptor = socket.socket(socket.AF_INET, kind).detach()
+    with pytest.raises(socket_activation.UnfitSocketError, match="systemd:web: no listening stream socket"):
+        socket_activation.adopt([Inherited("web", descriptor)])
+
+
+def test_a_descriptor_that_is_no_socket_is_a_fault() -> None:
+    """Whatever was put there."""
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(socket_activation.UnfitSocketError, match="systemd:web: socket operation on non-socket"):
+        socket_activation.adopt([Inherited("web", descriptor)])
+    os.close(descriptor)
+
+
+# -- the kernel's side -------------------------------------------------------------------------------------------------
+
+
+def test_a_unix_socket_that_doesn_t_listen_yet_is_alive(tmp_path: Path) -> None:
+    """Bound, and about to be listened on: its file isn't taken for a stale one; a dead one's is."""
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as starting:
+        starting.bind(path)
+        with pytest.raises(bind.BindErrors, match="already in use"):
+            bind.bind_all(wanted(UnixAddress(path)))
+    bind.discard(bind.bind_all(wanted(UnixAddress(path))))
+
+
+def test_names_of_peers() -> None:
+    """A socket address as people write it."""
+    assert sockets.peer_name(socket.AF_INET, ("10.0.0.1", 80)) == "10.0.0.1:80"
+    assert sockets.peer_name(socket.AF_INET6, ("::1", 80, 0, 0)) == "[::1]:80"
+    assert sockets.peer_name(socket.AF_UNIX, "") == "unix"
+    assert sockets.peer_name(socket.AF_UNIX, "/run/x") == "unix:/run/x"
+    assert sockets.peer_name(socket.AF_INET, None) == "unknown"
+
+
+def test_bytes_on_their_way_are_told() -> None:
+    """What has arrived and was not read (SIOCINQ), and what the peer's kernel acknowledged (SIOCOUTQ)."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        with closing(accepted):
+            client.sendall(b"12345")
+            accepted.recv(1, socket.MSG_PEEK)
+            assert sockets.unread_bytes(accepted.fileno()) == 5
+            assert sockets.unacknowledged_bytes(client.fileno()) in (0, 5)

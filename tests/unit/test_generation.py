@@ -1,0 +1,71 @@
+"""A generation that is prepared aside: nothing of one that isn't wanted any more is left."""
+
+import asyncio
+import os
+import threading
+from functools import partial
+from pathlib import Path
+
+from echod.config import loader
+from echod.config.sources import Setting
+from echod.lifecycle import generation
+from echod.lifecycle.generation import Generation
+from echod.process.worker_thread import aside
+from tests.support.daemon import DEADLINE_S
+
+
+def _load(folder: Path) -> loader.Loaded:
+    flags = [
+        Setting("test", "listen", f"unix:{folder}/sock"),
+        Setting("test", "log.file", f"{folder}/log"),
+        Setting("test", "admin.listen", f"unix:{folder}/admin"),
+    ]
+    return loader.load(None, {}, flags, 20_000)
+
+
+def test_a_generation_that_comes_too_late_is_discarded(tmp_path: Path) -> None:
+    """A stop that comes during a reload's preparation: its listeners, socket files and log are closed again."""
+    may_go_on = threading.Event()
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    def slow() -> generation.Generation:
+        may_go_on.wait(DEADLINE_S)
+        return generation.prepare(partial(_load, tmp_path))
+
+    async def scenario() -> None:
+        preparing = asyncio.ensure_future(aside(slow, Generation.discard))
+        await asyncio.sleep(0)
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)
+        may_go_on.set()
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "aside")
+        await asyncio.to_thread(thread.join)
+
+    asyncio.run(scenario())
+    assert not (tmp_path / "sock").exists()
+    assert not (tmp_path / "admin").exists()
+    assert (tmp_path / "log").exists(), "it was prepared"
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_generation_for_a_loop_that_is_closed_is_discarded(tmp_path: Path) -> None:
+    """The same when nobody is left to hear of it."""
+    may_go_on = threading.Event()
+
+    def slow() -> generation.Generation:
+        may_go_on.wait(DEADLINE_S)
+        return generation.prepare(partial(_load, tmp_path))
+
+    async def scenario() -> threading.Thread:
+        preparing = asyncio.ensure_future(aside(slow, Generation.discard))
+        await asyncio.sleep(0)
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "aside")
+        return thread
+
+    thread = asyncio.run(scenario())
+    may_go_on.set()
+    thread.join(DEADLINE_S)
+    assert not (tmp_path / "sock").exists()
+    assert not (tmp_path / "admin").exists()

@@ -1,0 +1,272 @@
+"""The sink: what is written arrives in order, and nothing that happens behind it stops the writer."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from echod.telemetry.log_writer import QUEUED_LINES, Sink
+from tests.support.daemon import DEADLINE_S
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe: read end, write end."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    for descriptor in (reader, writer):
+        with contextlib.suppress(OSError):  # the test closed it
+            os.close(descriptor)
+
+
+def _read_to_end(descriptor: int) -> bytes:
+    with open(descriptor, "rb", closefd=False) as stream:
+        return stream.read()
+
+
+def _wait_until(claim: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_lines_arrive_in_order_and_close_writes_what_is_queued(pipe: tuple[int, int]) -> None:
+    """`close` writes what is queued, and tells whether all of it was."""
+    reader, writer = pipe
+    sink = Sink(writer, is_owned=True)
+    lines = [f"line {number}\n".encode() for number in range(2000)]
+    for line in lines:
+        sink.write(line)
+    assert sink.close(DEADLINE_S)
+    assert _read_to_end(reader) == b"".join(lines)
+    assert sink.dropped == 0
+
+
+def test_who_waits_for_the_lines_waits_for_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer rests after a write, but not while a flush or a close waits for what is behind it."""
+    monkeypatch.setattr("echod.telemetry.log_writer._GATHER_S", 4 * DEADLINE_S)
+    file = tmp_path / "log"
+    sink = Sink(os.open(file, os.O_WRONLY | os.O_CREAT), is_owned=True)
+    several_writes = [b"x" * 1023 + b"\n"] * 200
+    sink.write(b"first\n")
+    _wait_until(lambda: file.read_bytes() == b"first\n")
+    for line in several_writes:
+        sink.write(line)
+    assert sink.flush(DEADLINE_S) == 0
+    for line in several_writes:
+        sink.write(line)
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"first\n" + 2 * b"".join(several_writes)
+
+
+def test_a_stalled_reader_blocks_nobody_and_the_lost_lines_are_counted(pipe: tuple[int, int]) -> None:
+    """The log's reader can stall: writing never blocks, the queue is bounded, the lost events are counted."""
+    reader, writer = pipe
+    sink = Sink(writer, is_owned=True)
+    line = b"x" * 1023 + b"\n"
+    started_at = time.monotonic()
+    for _ in range(3 * QUEUED_LINES):
+        sink.write(line)
+    assert time.monotonic() - started_at < DEADLINE_S / 4
+    assert QUEUED_LINES <= sink.dropped <= 2 * QUEUED_LINES
+    assert not sink.close(0.01), "still stalled"
+    received = _read_to_end(reader)  # it goes on: the sink writes what it kept
+    assert received == line * (3 * QUEUED_LINES - sink.dropped)
+
+
+def test_a_reader_that_vanished_is_survived_and_counted(pipe: tuple[int, int]) -> None:
+    """The log's reader can vanish."""
+    reader, writer = pipe
+    os.close(reader)
+    sink = Sink(writer, is_owned=True)
+    sink.write(b"one\n")
+    sink.write(b"two\n")
+    assert sink.close(DEADLINE_S)
+    assert sink.dropped == 2
+
+
+def test_a_full_disk_is_survived_and_counted(tmp_path: Path) -> None:
+    """The log's reader can fill its disk; what is written after a change of file arrives."""
+    sink = Sink(os.open("/dev/full", os.O_WRONLY), is_owned=True)
+    sink.write(b"lost\n")
+    _wait_until(lambda: sink.dropped == 1)
+    file = tmp_path / "log"
+    sink.redirect(os.open(file, os.O_WRONLY | os.O_CREAT), is_owned=True)
+    sink.write(b"kept\n")
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"kept\n"
+
+
+TORN = """
+import os, resource, sys
+from echod.telemetry.log_writer import Sink
+resource.setrlimit(resource.RLIMIT_FSIZE, (4, 100))
+sink = Sink(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT))
+sink.write(b"torn in the middle\\n")
+while not sink.dropped: pass
+sink.write(b"lost as a whole\\n")
+while sink.dropped < 2: pass
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+sink.write(b"whole\\n")
+assert sink.close(20) and sink.dropped == 2
+"""
+
+
+def test_a_line_torn_by_an_error_is_ended_before_the_next(tmp_path: Path) -> None:
+    """One object a line, also after an error in the middle of one: a file that may grow no more, and then may again.
+
+    A line lost after it is counted once, like any.
+    """
+    subprocess.run([sys.executable, "-c", TORN, str(tmp_path / "log")], check=True, timeout=DEADLINE_S)
+    assert (tmp_path / "log").read_bytes() == b"torn\nwhole\n"
+
+
+def test_an_error_that_tears_nothing_leaves_no_blank_line(tmp_path: Path) -> None:
+    """After a refused line the next begins as any."""
+    sink = Sink(descriptor := os.open("/dev/full", os.O_WRONLY))
+    sink.write(b"lost\n")
+    _wait_until(lambda: sink.dropped == 1)
+    file = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, descriptor)  # the same descriptor takes lines again
+    sink.write(b"whole\n")
+    assert sink.close(DEADLINE_S)
+    os.close(file)
+    os.close(descriptor)
+    assert (tmp_path / "log").read_bytes() == b"whole\n"
+
+
+def test_a_reader_that_is_stuck_doesn_t_keep_the_log_from_a_new_place(pipe: tuple[int, int], tmp_path: Path) -> None:
+    """The operator points the log elsewhere because its reader is stuck: it goes there, what is left is lost."""
+    reader, writer = pipe
+    sink = Sink(writer, is_owned=True)
+    for _ in range(200):
+        sink.write(b"x" * 999 + b"\n")
+    sink.redirect(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), is_owned=True)
+    sink.write(b"elsewhere\n")
+    _wait_until(lambda: (tmp_path / "log").read_bytes() == b"elsewhere\n")
+    assert sink.close(DEADLINE_S)
+    received = _read_to_end(reader)  # which was closed
+    assert set(received.splitlines(keepends=True)) == {b"x" * 999 + b"\n"}, "whole lines"
+    assert received.count(b"\n") + sink.dropped == 200
+
+
+def test_a_reader_that_is_stuck_leaks_no_thread_and_no_descriptor(pipe: tuple[int, int], tmp_path: Path) -> None:
+    """However often the log is reopened meanwhile: one thread, and the descriptors of the old and the newest place."""
+    reader, writer = pipe
+    sink = Sink(writer)
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(200):
+        sink.write(b"x" * 999 + b"\n")
+    for number in range(50):
+        sink.redirect(os.open(tmp_path / str(number), os.O_WRONLY | os.O_CREAT), is_owned=True)
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
+    sink.write(b"last\n")
+    assert sink.close(DEADLINE_S)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert (tmp_path / "49").read_bytes() == b"last\n"
+    os.close(writer)
+    assert _read_to_end(reader).count(b"\n") + sink.dropped == 200
+
+
+def test_standard_error_again_waits_for_no_reader(pipe: tuple[int, int]) -> None:
+    """A reload that leaves the log where it is, on a descriptor of somebody else's, loses no line of a slow reader."""
+    reader, writer = pipe
+    sink = Sink(writer)
+    for number in range(3):
+        sink.write(b"x" * 99_999 + b"\n")
+        sink.redirect(writer, is_owned=False)
+        sink.write(b"%d\n" % number)
+    time.sleep(1.2)  # longer than a new place would wait
+    reading = threading.Thread(target=sink.close, args=(DEADLINE_S,))
+    reading.start()
+    left = 3 * (100_000 + 2)
+    while left:
+        left -= len(os.read(reader, left))
+    reading.join()
+    assert sink.dropped == 0
+
+
+def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:
+    """Somebody else's O_NONBLOCK on the shared descriptor costs no line."""
+    reader, writer = pipe
+    os.set_blocking(writer, False)
+    sink = Sink(writer, is_owned=True)
+    received: list[bytes] = []
+    reading = threading.Thread(target=lambda: received.append(_read_to_end(reader)))
+    for _ in range(1000):
+        sink.write(b"y" * 999 + b"\n")
+    reading.start()
+    assert sink.close(DEADLINE_S)
+    reading.join()
+    assert received == [(b"y" * 999 + b"\n") * 1000]
+
+
+def test_lines_keep_their_order_when_a_file_is_reopened(tmp_path: Path) -> None:
+    """A reload reopens the same file: what was logged before stays before what is logged after."""
+    file = tmp_path / "log"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    sink = Sink(os.open(file, flags), is_owned=True)
+    lines = [f"line {number}\n".encode() for number in range(3000)]
+    for number, line in enumerate(lines):
+        sink.write(line)
+        if number % 100 == 0:
+            sink.redirect(os.open(file, flags), is_owned=True)
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"".join(lines)
+
+
+def test_no_line_of_another_thread_is_lost_when_a_file_is_reopened(tmp_path: Path) -> None:
+    """Who logs while the log is reopened has all of its lines in it, in order."""
+    file, flags = tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    sink = Sink(os.open(file, flags), is_owned=True)
+    lines: list[bytes] = []
+    is_over = threading.Event()
+
+    def write() -> None:
+        while not is_over.wait(0.0001):
+            for _ in range(10):
+                lines.append(b"%d\n" % len(lines))
+                sink.write(lines[-1])
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for _ in range(100):
+        sink.redirect(os.open(file, flags), is_owned=True)
+    is_over.set()
+    thread.join()
+    assert sink.close(DEADLINE_S)
+    assert sink.dropped == 0
+    assert file.read_bytes() == b"".join(lines)
+
+
+def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_path: Path) -> None:
+    """What was written before `redirect` goes to the old target, which is closed if it was the sink's own."""
+    reader, writer = pipe
+    sink = Sink(writer, is_owned=True)
+    sink.write(b"old\n")
+    sink.redirect(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), is_owned=True)
+    sink.write(b"new\n")
+    assert _read_to_end(reader) == b"old\n", "the end of the stream shows that it was closed"
+    assert sink.close(DEADLINE_S)
+    assert (tmp_path / "log").read_bytes() == b"new\n"
+
+
+def test_a_file_that_ends_in_the_middle_of_a_line_gets_its_end_first(tmp_path: Path) -> None:
+    """A full disk or a crash tore the last line; reopened, by a reload or the next echod, the file begins a new one."""
+    file = tmp_path / "log"
+    file.write_bytes(b"torn")
+    flags = os.O_WRONLY | os.O_APPEND
+    sink = Sink(os.open(file, flags), is_owned=True)
+    sink.write(b"one\n")
+    sink.redirect(os.open(file, flags), is_owned=True)
+    sink.write(b"two\n")
+    assert sink.close(DEADLINE_S)
+    assert file.read_bytes() == b"torn\none\ntwo\n"

@@ -1,0 +1,183 @@
+"""What has been counted, and the names under which the world sees it."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echod import __version__
+from echod.process import limits
+from echod.telemetry.stats import CLOSE_REASONS, REJECT_REASONS, Stats
+
+NAMES = {
+    "pid",
+    "version",
+    "fast_path",
+    "state",
+    "uptime_s",
+    "upgrades",
+    "config_generation",
+    "connections",
+    "lines",
+    "bytes_in",
+    "bytes_out",
+    "held_bytes",
+    "reloads",
+    "log_dropped",
+    "loop_lag_ms",
+    "rss_bytes",
+    "open_files",
+}
+REASONS = {
+    "client",
+    "reset",
+    "idle",
+    "line timeout",
+    "write timeout",
+    "line too long",
+    "invalid utf-8",
+    "drained",
+    "cut",
+}
+
+
+@dataclass
+class Carried:
+    """What a connection has carried."""
+
+    lines: int
+    bytes_in: int
+    bytes_out: int
+    held_bytes: int = 0
+
+
+counts = st.integers(0, 2**70)
+carried = st.builds(Carried, lines=counts, bytes_in=counts, bytes_out=counts, held_bytes=counts)
+closings = st.lists(st.tuples(st.sampled_from(CLOSE_REASONS), carried), max_size=20)
+
+
+def new_stats() -> Stats:
+    return Stats(dict.fromkeys(("log_dropped", "rss_bytes", "open_files"), lambda: 0))
+
+
+def snapshot(stats: Stats, *live: Carried) -> dict[str, Any]:
+    return stats.snapshot("serving", live)
+
+
+def test_names() -> None:
+    """A snapshot has the names of the contract, no fewer and no more."""
+    shown = snapshot(new_stats())
+    assert shown.keys() == NAMES
+    assert shown["connections"].keys() == {"open", "accepted", "rejected", "closed"}
+    assert shown["connections"]["closed"].keys() == REASONS
+    assert shown["reloads"].keys() == {"applied", "refused", "last_error"}
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["limit", "address"],
+)
+def test_names_of_rejections(reason: str) -> None:
+    """Why clients were rejected has the names of the contract, each from the start."""
+    assert snapshot(new_stats())["connections"]["rejected"][reason] == 0
+
+
+def test_all_starts_at_nothing() -> None:
+    """A new process has counted nothing, and serves its first configuration."""
+    shown = snapshot(new_stats())
+    assert shown["connections"] == {
+        "open": 0,
+        "accepted": 0,
+        "rejected": dict.fromkeys(REJECT_REASONS, 0),
+        "closed": dict.fromkeys(REASONS, 0),
+    }
+    assert [shown[name] for name in ("lines", "bytes_in", "bytes_out", "upgrades", "log_dropped")] == [0] * 5
+    assert shown["reloads"] == {"applied": 0, "refused": 0, "last_error": ""}
+    assert shown["config_generation"] == 1
+
+
+@given(closings, st.lists(carried, max_size=20))
+def test_sums(closed: list[tuple[str, Carried]], live: list[Carried]) -> None:
+    """Lines and bytes are those of the closed connections and of the live ones, at this moment."""
+    stats = new_stats()
+    for reason, traffic in closed:
+        stats.close(reason, traffic)
+    everyone = [*[traffic for _, traffic in closed], *live]
+    shown = snapshot(stats, *live)
+    assert shown["lines"] == sum(each.lines for each in everyone)
+    assert shown["bytes_in"] == sum(each.bytes_in for each in everyone)
+    assert shown["bytes_out"] == sum(each.bytes_out for each in everyone)
+    assert shown["connections"]["closed"] == {
+        reason: [other for other, _ in closed].count(reason) for reason in CLOSE_REASONS
+    }
+
+
+@given(closings, st.lists(carried, max_size=20), st.integers(0, 9))
+def test_accepted_is_open_and_closed(closed: list[tuple[str, Carried]], live: list[Carried], rejected: int) -> None:
+    """Accepted = open + closed; a rejected client is in neither."""
+    stats = new_stats()
+    stats.accepted = len(closed) + len(live)
+    stats.rejected["limit"] += rejected
+    for reason, traffic in closed:
+        stats.close(reason, traffic)
+    connections = snapshot(stats, *live)["connections"]
+    assert connections["open"] == len(live)
+    assert connections["accepted"] == connections["open"] + sum(connections["closed"].values())
+    assert connections["rejected"]["limit"] == rejected
+
+
+def test_a_snapshot_does_not_change_and_changes_nothing() -> None:
+    """A snapshot is a picture of one moment: later counts don't show in it, and taking it counts nothing."""
+    stats = new_stats()
+    before = snapshot(stats, Carried(1, 2, 3))
+    assert before["lines"] == snapshot(stats, Carried(1, 2, 3))["lines"] == 1
+    as_text = json.dumps(before)
+    stats.accepted += 1
+    stats.rejected["limit"] += 1
+    stats.close("client", Carried(1, 2, 3))
+    assert json.dumps(before) == as_text
+
+
+def test_an_unknown_reason_is_no_silent_count() -> None:
+    """A connection can only be closed for a reason that the contract names."""
+    with pytest.raises(KeyError):
+        new_stats().close("whim", Carried(0, 0, 0))
+
+
+def test_what_others_count_is_passed_on() -> None:
+    """Lost log lines, reloads, the generation and the loop's lag show as they are when the snapshot is taken."""
+    dropped = iter([7, 8])
+    stats = Stats({"log_dropped": lambda: next(dropped)})
+    stats.reloads_applied, stats.reloads_refused, stats.reload_error = 2, 1, "no"
+    stats.config_generation, stats.loop_lag_s = 3, 0.0123456
+    shown = stats.snapshot("draining", [])
+    assert shown["state"] == "draining"
+    assert shown["reloads"] == {"applied": 2, "refused": 1, "last_error": "no"}
+    assert (shown["log_dropped"], shown["config_generation"], shown["loop_lag_ms"]) == (7, 3, 12.346)
+    assert snapshot(stats)["log_dropped"] == 8
+
+
+def real_stats() -> Stats:
+    return Stats({"rss_bytes": limits.rss_bytes, "open_files": limits.open_files})
+
+
+def test_the_process() -> None:
+    """The process tells its pid, version, age, memory and open files as they are."""
+    stats = real_stats()
+    shown = snapshot(stats)
+    assert (shown["pid"], shown["version"], shown["state"]) == (os.getpid(), __version__, "serving")
+    assert 0 <= shown["uptime_s"] <= snapshot(stats)["uptime_s"]
+    assert shown["rss_bytes"] > 1_000_000
+    with open(os.devnull, "rb"), open(os.devnull, "rb"):
+        assert snapshot(stats)["open_files"] == shown["open_files"] + 2
+    assert snapshot(stats)["open_files"] == shown["open_files"]
+
+
+def test_json() -> None:
+    """A snapshot is JSON, and survives it."""
+    shown = snapshot(new_stats(), Carried(1, 2, 3))
+    assert json.loads(json.dumps(shown)) == shown
