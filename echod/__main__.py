@@ -19,12 +19,12 @@ from echod.process import limits
 
 if TYPE_CHECKING:
     from echod.service import Tell
-    from echod.upgrade.snapshot import Legacy
+    from echod.upgrade.snapshot import Predecessor
 
 OK = 0
 COULD_NOT_START = 1
 NO_ANSWER = 1  # of a running daemon, or one that refuses
-CUT_OFF = 3
+ABORTED = 3
 BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 
 
@@ -85,12 +85,12 @@ def _detach(serve: Serve) -> int:
     from echod.process.daemonize import DetachError, detach
 
     try:
-        folder = limits.working_directory()
+        directory = limits.working_directory()
         caller = detach(partial(_end_by, (_signal.SIGTERM, _signal.SIGINT)), silent_end=COULD_NOT_START)
     except (OSError, DetachError) as error:
         return _refuse(_tell_here, [str(error)])
     try:
-        status = _serve(serve, caller.tell, folder)
+        status = _serve(serve, caller.tell, directory)
     except Exception as error:
         _refuse(caller.tell, [repr(error)])
         raise
@@ -109,12 +109,12 @@ def _tell_here(status: int, lines: Sequence[str]) -> bool:
     return True
 
 
-def _refuse(tell: "Tell", faults: Sequence[str]) -> int:
-    tell(COULD_NOT_START, [f"echod: could not start: {fault}" for fault in faults])
+def _refuse(tell: "Tell", errors: Sequence[str]) -> int:
+    tell(COULD_NOT_START, [f"echod: could not start: {message}" for message in errors])
     return COULD_NOT_START
 
 
-def _serve(serve: Serve, tell: "Tell", folder: str = "") -> int:
+def _serve(serve: Serve, tell: "Tell", directory: str = "") -> int:
     # Imported here, for the other commands don't need them.
     from echod.lifecycle import generation
     from echod.net import socket_activation
@@ -124,36 +124,36 @@ def _serve(serve: Serve, tell: "Tell", folder: str = "") -> int:
     if not _is_upgraded() and signals.stop_is_pending():
         return OK
     try:
-        return _start(serve, tell, folder)
+        return _start(serve, tell, directory)
     except generation.PrepareError as error:
         if not error.is_configuration:
-            return _refuse(tell, error.faults)
-        tell(BAD_CONFIG, error.faults)
+            return _refuse(tell, error.errors)
+        tell(BAD_CONFIG, error.errors)
         return BAD_CONFIG
     except pidfile.PidFileError as error:
         return _refuse(tell, [f"--pidfile: {error}"])
-    except (privileges.PrivilegeError, socket_activation.UnfitSocketError, state_file.HandoverError) as error:
+    except (privileges.PrivilegeError, socket_activation.UnusableSocketError, state_file.HandoverError) as error:
         return _refuse(tell, [str(error)])
 
 
-def _start(serve: Serve, tell: "Tell", folder: str) -> int:
+def _start(serve: Serve, tell: "Tell", directory: str) -> int:
     from echod import service
     from echod.upgrade.exec import command_line
 
     # Ignored, as whoever started us may have left it, the kernel forgets how a child ended (wait(2)), and Python then
     # takes a preflight that failed for one that went well.
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
-    legacy = _legacy()
-    folder = (legacy.state.process.folder if legacy else folder) or limits.working_directory()
+    predecessor = _legacy()
+    directory = (predecessor.state.process.directory if predecessor else directory) or limits.working_directory()
     arguments = sys.argv[1:]
     start = service.Start(
         serve,
         os.environ,
-        folder,
-        service.Statuses(OK, COULD_NOT_START, CUT_OFF),
+        directory,
+        service.ExitStatuses(OK, COULD_NOT_START, ABORTED),
         tell,
-        legacy,
-        command_line(sys.orig_argv, arguments, sys.executable, folder),
+        predecessor,
+        command_line(sys.orig_argv, arguments, sys.executable, directory),
         os.execve,
     )
     return service.serve(start)
@@ -165,12 +165,12 @@ def _is_upgraded() -> bool:
     return bool(os.environ.get(state_file.VARIABLE))
 
 
-def _legacy() -> "Legacy | None":
+def _legacy() -> "Predecessor | None":
     from echod.upgrade import snapshot, state_file
 
     left = state_file.received(os.environ, os.getpid())
     os.environ.pop(state_file.VARIABLE, None)  # not meant for children
-    return snapshot.legacy(*left) if left else None
+    return snapshot.predecessor(*left) if left else None
 
 
 def _rehearse(serve: Serve) -> int:
@@ -184,9 +184,9 @@ def _rehearse(serve: Serve) -> int:
         if not left:
             return _refuse(_tell_here, ["preflight is for an upgrade alone, which USR2 asks for"])
         del os.environ[state_file.VARIABLE]
-        service.rehearse(serve, os.environ, left[0])
+        service.preflight(serve, os.environ, left[0])
     except generation.PrepareError as error:
-        complain(error.faults)
+        complain(error.errors)
         return BAD_CONFIG if error.is_configuration else COULD_NOT_START
     except state_file.HandoverError as error:
         return _refuse(_tell_here, [str(error)])

@@ -20,13 +20,13 @@ from echod.config.schema import Config, Log
 from echod.config.sources import Serve
 from echod.lifecycle import generation, run
 from echod.lifecycle.generation import Generation, Given, Kept
-from echod.lifecycle.reload import Prepare, Reloads
+from echod.lifecycle.reload import Prepare, Reloader
 from echod.net import socket_activation
 from echod.net.sockets import ListenError
 from echod.process import limits, pidfile, privileges, signals
-from echod.process.force_exit import LAST_WORDS_S, Guard
+from echod.process.force_exit import LAST_WORDS_S, ForcedExit
 from echod.process.sd_notify import Notifier, watchdog_s
-from echod.process.signals import Command, Delivery, Mailbox, Order
+from echod.process.signals import Action, Delivery, SignalEvent, SignalQueue
 from echod.server import fastpath
 from echod.server.server import Server
 from echod.telemetry import logs as log_files
@@ -34,8 +34,8 @@ from echod.telemetry.greeting import greeting
 from echod.telemetry.logs import STANDARD_ERROR, Logs
 from echod.telemetry.stats import Stats
 from echod.upgrade import snapshot
-from echod.upgrade.exec import Moment, Successor
-from echod.upgrade.snapshot import Legacy
+from echod.upgrade.exec import Moment, Replacement
+from echod.upgrade.snapshot import Predecessor
 from echod.upgrade.state_file import Process, State
 
 LOG_FLUSH_S = 1.0
@@ -47,12 +47,12 @@ Tell = Callable[[int, Sequence[str]], bool]
 """Says how the start went, to whoever asked for it: a status and lines to show. False if nobody waits any more."""
 
 
-class Statuses(Struct, frozen=True):
+class ExitStatuses(Struct, frozen=True):
     """How the process ends: the exit statuses."""
 
     ok: int
     could_not_start: int
-    cut_off: int
+    aborted: int
 
 
 class Start(Struct, frozen=True):
@@ -60,11 +60,11 @@ class Start(Struct, frozen=True):
 
     options: Serve
     environment: MutableMapping[str, str]
-    folder: str
+    directory: str
     """Where relative paths are meant from."""
-    statuses: Statuses
+    statuses: ExitStatuses
     tell: Tell
-    legacy: Legacy | None
+    predecessor: Predecessor | None
     """What the program before us in this process has left, if there was one."""
     command: tuple[tuple[str, ...], tuple[str, ...]]
     """How the next program in this process is started: command, arguments."""
@@ -72,13 +72,13 @@ class Start(Struct, frozen=True):
     """os.execve."""
 
 
-def rehearse(options: Serve, environment: MutableMapping[str, str], left: State) -> None:
+def preflight(options: Serve, environment: MutableMapping[str, str], left: State) -> None:
     """Do all that a program does that takes over, but serve; raises PrepareError, and whatever an import raises."""
     import uvloop
 
-    load = reader(options.sources, environment, limits.raise_open_files(), left.process.folder)
+    load = reader(options.sources, environment, limits.raise_open_files(), left.process.directory)
     there = snapshot.outline(left)
-    given = Given(there.heirs, runtime_admin(environment))
+    given = Given(there.inherited, runtime_admin(environment))
     prepared = generation.prepare(load, given, Kept(there.listeners, there.admin))
     try:
         prepared.try_listening()
@@ -93,8 +93,8 @@ class _Parts(Struct, frozen=True):
     """What there is beside a generation."""
 
     start: Start
-    mailbox: Mailbox
-    guard: Guard
+    signal_queue: SignalQueue
+    guard: ForcedExit
     delivery: Delivery
     belongings: Process
     prepare: Prepare
@@ -102,60 +102,64 @@ class _Parts(Struct, frozen=True):
 
 def serve(start: Start) -> int:
     """Serve until told to stop; return the exit status. Raises what keeps a service from starting."""
-    load = reader(start.options.sources, start.environment, limits.raise_open_files(), start.folder)
-    mailbox = Mailbox()
-    guard = Guard(mailbox.put, unserved=start.statuses.ok, cut_off=start.statuses.cut_off)
-    if start.legacy:  # whose clients are served, but for a moment
-        _take_orders(start.legacy, guard)
+    load = reader(start.options.sources, start.environment, limits.raise_open_files(), start.directory)
+    signal_queue = SignalQueue()
+    guard = ForcedExit(signal_queue.put, unserved=start.statuses.ok, aborted=start.statuses.aborted)
+    if start.predecessor:  # whose clients are served, but for a moment
+        _take_orders(start.predecessor, guard)
     # Around all, for who hears that there is no daemon may start the next one at once.
     with signals.delivered(guard.deliver, guard.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
         if lock:
             at_end.callback(lock.release)
-        heirs = start.legacy.heirs if start.legacy else socket_activation.inherit(start.environment, os.getpid())
-        prepare = partial(generation.prepare, load, Given(heirs, runtime_admin(start.environment)))
+        inherited = (
+            start.predecessor.inherited
+            if start.predecessor
+            else socket_activation.inherit(start.environment, os.getpid())
+        )
+        prepare = partial(generation.prepare, load, Given(inherited, runtime_admin(start.environment)))
         belongings = Process(
             pid=os.getpid(),
             version=__version__,
             left_at=0.0,
-            folder=start.folder,
-            heirs=[(heir.name, heir.socket.fileno()) for heir in heirs],
+            directory=start.directory,
+            inherited=[(heir.name, heir.socket.fileno()) for heir in inherited],
             pidfile=(lock.path, lock.descriptor) if lock else None,
-            log_dropped=start.legacy.state.process.log_dropped if start.legacy else 0,
+            log_dropped=start.predecessor.state.process.log_dropped if start.predecessor else 0,
         )
-        return _run(_first(start, prepare), _Parts(start, mailbox, guard, delivery, belongings, prepare))
+        return _run(_first(start, prepare), _Parts(start, signal_queue, guard, delivery, belongings, prepare))
 
 
-def _take_orders(legacy: Legacy, guard: Guard) -> None:
+def _take_orders(predecessor: Predecessor, guard: ForcedExit) -> None:
     """Follow what the program before us didn't, before what the kernel has kept; a stop may take as long as any."""
-    stop_s = _stop_s(legacy.config)
+    stop_s = _stop_s(predecessor.config)
     guard.serving(lambda: stop_s, last_words=lambda: None)
-    for order in filter(None, (signals.order(*each) for each in legacy.state.process.orders)):
+    for order in filter(None, (signals.order(*each) for each in predecessor.state.process.orders)):
         guard.deliver(order)
 
 
 def _lock(start: Start) -> pidfile.PidFile | None:
-    if start.legacy and (left := start.legacy.state.process.pidfile):
+    if start.predecessor and (left := start.predecessor.state.process.pidfile):
         os.set_inheritable(left[1], False)
         return pidfile.PidFile(*left)
     name = start.options.pidfile
-    return None if name is None else pidfile.acquire(os.path.join(start.folder, name))
+    return None if name is None else pidfile.acquire(os.path.join(start.directory, name))
 
 
 def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
-    if start.legacy is None:
+    if start.predecessor is None:
         return _prepare_as(privileges.find(start.options.user, start.options.group), prepare)
     # What fails now has become so since the preflight: clients have to be served all the same.
-    kept = Kept(start.legacy.listeners, start.legacy.admin)
+    kept = Kept(start.predecessor.listeners, start.predecessor.admin)
     try:
         first = prepare(kept)
     except generation.PrepareError as error:
-        return generation.unchanged(start.legacy.config, kept, start.legacy.proxied, error.faults)
+        return generation.unchanged(start.predecessor.config, kept, start.predecessor.proxied, error.errors)
     try:
         first.listen()
     except ListenError as error:
         first.discard()
-        return generation.unchanged(start.legacy.config, kept, start.legacy.proxied, [f"listen: {error}"])
+        return generation.unchanged(start.predecessor.config, kept, start.predecessor.proxied, [f"listen: {error}"])
     return first
 
 
@@ -191,24 +195,24 @@ def _run(first: Generation, parts: _Parts) -> int:
         limits.rss_bytes()  # opens what it needs as long as there are descriptors
     logs = Logs(first.config.log, first.log_descriptor)
     notifier = Notifier(start.environment.get("NOTIFY_SOCKET"))
-    around = run.Surroundings(
-        parts.mailbox,
+    around = run.Runtime(
+        parts.signal_queue,
         lambda: parts.guard.stop_began_at,
         parts.prepare,
         logs,
-        _stats(logs, start.legacy),
+        _stats(logs, start.predecessor),
         limits.allowed_open_files(),
         notifier,
         watchdog_s(start.environment, os.getpid()),
         _successor(parts, logs),
-        start.legacy,
+        start.predecessor,
         partial(_on_serving, first, parts, logs),
     )
     status = start.statuses.could_not_start
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             outcome = runner.run(run.run(first, around))
-        status = start.statuses.cut_off if outcome is run.Outcome.CUT_OFF else start.statuses.ok
+        status = start.statuses.aborted if outcome is run.Outcome.ABORTED else start.statuses.ok
     except ListenError as error:
         start.tell(status, [f"echod: could not start: listen: {error}"])
     except Exception:
@@ -221,8 +225,8 @@ def _run(first: Generation, parts: _Parts) -> int:
     return status
 
 
-def _stats(logs: Logs, legacy: Legacy | None) -> Stats:
-    lost_before = legacy.state.process.log_dropped if legacy else 0
+def _stats(logs: Logs, predecessor: Predecessor | None) -> Stats:
+    lost_before = predecessor.state.process.log_dropped if predecessor else 0
     stats = Stats(
         {
             "log_dropped": lambda: lost_before + logs.sink.dropped,
@@ -231,25 +235,25 @@ def _stats(logs: Logs, legacy: Legacy | None) -> Stats:
         },
         is_fast_path=fastpath.IS_COMPILED,
     )
-    if legacy:
-        stats.resume(legacy.state.service.stats)
+    if predecessor:
+        stats.resume(predecessor.state.service.stats)
         stats.upgrades += 1
         stats.config_generation += 1
     return stats
 
 
-def _successor(parts: _Parts, logs: Logs) -> Successor:
+def _successor(parts: _Parts, logs: Logs) -> Replacement:
     start = parts.start
-    moment = Moment(parts.delivery, parts.mailbox, logs.sink)
-    return Successor(*start.command, start.environment, parts.belongings, moment, start.execute)
+    moment = Moment(parts.delivery, parts.signal_queue, logs.sink)
+    return Replacement(*start.command, start.environment, parts.belongings, moment, start.execute)
 
 
-def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, reloads: Reloads) -> None:
+def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, reloads: Reloader) -> None:
     start = parts.start
     gc.freeze()  # what is there now stays: it needn't be looked at again and again
     gc.enable()
     parts.guard.serving(lambda: _stop_s(reloads.config), last_words=lambda: logs.sink.close(LAST_WORDS_S))
-    if start.legacy:
+    if start.predecessor:
         return
     if logs.is_at_terminal:
         logs.sink.write(greeting(server.addresses, os.getpid()).encode())
@@ -258,7 +262,7 @@ def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, re
     warnings = (*first.warnings, *_warnings_of_a_daemon(start, first.config))
     if not start.tell(start.statuses.ok, [f"warning: {warning}" for warning in warnings]):
         structlog.get_logger().warning("start called off", why="whoever asked for it doesn't wait any more")
-        parts.mailbox.put(Order(Command.STOP, "PIPE", 0))
+        parts.signal_queue.put(SignalEvent(Action.STOP, "PIPE", 0))
 
 
 def _stop_s(config: Config) -> float:

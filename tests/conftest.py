@@ -22,11 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A folder as `tmp_path`, but one that every user can look into: pytest keeps its own to itself."""
+    """A directory as `tmp_path`, but one that every user can look into: pytest keeps its own to itself."""
     with tempfile.TemporaryDirectory(prefix="echod-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        yield folder
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
 
 
 @pytest.fixture

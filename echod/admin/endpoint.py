@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from echod.admin.cpu_share import CpuShare
 from echod.admin.http import Answer, Exchange, Request
-from echod.net.listener_set import Listeners
+from echod.net.listener_set import ListenerSet
 from echod.net.sockets import Bound, Key, SockAddr
 from echod.process.worker_thread import NoThreadError, aside
 
@@ -56,19 +56,19 @@ END_S = 0.25
 log = structlog.get_logger()
 
 
-class Verdict(Struct, frozen=True):
+class ReloadResult(Struct, frozen=True):
     """What a reload came to: the keys that it changed, or every fault for which nothing has changed."""
 
     changed: tuple[str, ...] = ()
     restart_needed: tuple[str, ...] = ()
     """The keys whose configured values need a restart to take effect, changed by this reload or an earlier one."""
-    faults: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 class Endpoint:
     """Answers on the listeners that `apply` gives it; made and used inside a running loop."""
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], reload: Callable[[], Awaitable[Verdict]]) -> None:
+    def __init__(self, snapshot: Callable[[], dict[str, Any]], reload: Callable[[], Awaitable[ReloadResult]]) -> None:
         self._snapshot = snapshot
         self._reload = reload
         self._pages: dict[str, Callable[[], Answer | Awaitable[Answer]]] = {
@@ -216,8 +216,8 @@ class Endpoint:
 
     async def _verdict(self) -> Answer:
         verdict = await self._reload()
-        if verdict.faults:
-            return _json(409, {"errors": verdict.faults})
+        if verdict.errors:
+            return _json(409, {"errors": verdict.errors})
         return _json(200, {"changed": verdict.changed, "restart_needed": verdict.restart_needed})
 
     # -- clients come and go ---------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class _Side:
         is_local: bool,
     ) -> None:
         self.is_local = is_local
-        self.listeners = Listeners(self._on_accept, on_starved)
+        self.listeners = ListenerSet(self._on_accept, on_starved)
         self._exchanges = exchanges
         self._admit = admit
         self._share = CpuShare(share, self._pause, self._resume)

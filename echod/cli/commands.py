@@ -43,7 +43,7 @@ def _check(sources: "Sources", environment: Environment) -> bool:
     try:
         loaded = loader.reader(sources, environment, limits.allowed_open_files())()
     except loader.ConfigError as error:
-        complain(error.faults)
+        complain(error.errors)
         return False
     complain([f"warning: {warning}" for warning in loaded.warnings])
     show(toml.render(loaded.config))
@@ -56,7 +56,7 @@ def _show_defaults(environment: Environment) -> bool:
     try:
         show(toml.render(loader.defaults(environment), with_comments=True))
     except loader.ConfigError as error:
-        complain(error.faults)
+        complain(error.errors)
         return False
     return True
 
@@ -85,9 +85,9 @@ def _ask(question: args.AskStats | args.AskReload, environment: Environment) -> 
                 if waiting:
                     show_line(f"not in force before a restart or an upgrade: {', '.join(waiting)}")
     except loader.ConfigError as error:
-        complain(error.faults)
+        complain(error.errors)
     except admin.RefusedError as error:
-        complain([f"echod: reload refused: {fault}" for fault in error.faults])
+        complain([f"echod: reload refused: {message}" for message in error.errors])
     except admin.UnansweredError as error:
         complain([f"echod: {error}"])
     else:

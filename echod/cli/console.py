@@ -29,8 +29,8 @@ def show_line(text: str) -> None:
     show(f"{text}\n")
 
 
-def complain(faults: Sequence[str]) -> None:
+def complain(errors: Sequence[str]) -> None:
     """Each on a line of its own."""
-    text = "".join(f"{fault}\n" for fault in faults)
+    text = "".join(f"{message}\n" for message in errors)
     with suppress(OSError):  # nobody reads standard error: the exit status says it all the same
         os.write(2, text.encode(errors="backslashreplace"))

@@ -25,9 +25,9 @@ class UnansweredError(Exception):
 class RefusedError(Exception):
     """Every fault for which a reload was refused."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("; ".join(faults))
-        self.faults = tuple(faults)
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__("; ".join(errors))
+        self.errors = tuple(errors)
 
 
 class _NobodyThereError(Exception):
@@ -58,8 +58,8 @@ def reload(addresses: Sequence[Address]) -> tuple[list[str], list[str]]:
     match _ask(addresses, "POST", "/reload", RELOAD_S):
         case _, 200, {"changed": list(changed), "restart_needed": list(waiting)}:
             return [*map(str, changed)], [*map(str, waiting)]
-        case _, 409, {"errors": list(faults)}:
-            raise RefusedError([str(fault) for fault in faults])
+        case _, 409, {"errors": list(errors)}:
+            raise RefusedError([str(message) for message in errors])
         case address, status, answer:
             raise _strange(address, status, answer)
 

@@ -50,19 +50,19 @@ def _looked_up_within(target: TcpAddress, wait_s: float) -> Found:
     import threading
 
     found: Found = []
-    faults = [f"no answer from the name server within {wait_s:g} s"]
+    errors = [f"no answer from the name server within {wait_s:g} s"]
 
     def look_up() -> None:
         try:
             found.extend(_looked_up(target, 0))
         except OSError as error:
-            faults[:] = [words(error)]
+            errors[:] = [words(error)]
 
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()
     thread.join(wait_s)
     if not found:
-        raise UnknownHostError(f"{target.host}: {faults[0]}")
+        raise UnknownHostError(f"{target.host}: {errors[0]}")
     return found
 
 
@@ -71,14 +71,14 @@ def connect(found: Found, end: float) -> tuple[socket.socket, SocketAddress]:
 
     Raises UnreachableError.
     """
-    faults = []
+    errors = []
     for left, (family, address) in zip(range(len(found), 0, -1), found, strict=True):
         now = time.monotonic()
         try:
             return _connect_one(family, address, now + left_s(end) / left), address
         except OSError as error:
-            faults.append(f"{name(address)}: {words(error)}")
-    raise UnreachableError("; ".join(faults))
+            errors.append(f"{name(address)}: {words(error)}")
+    raise UnreachableError("; ".join(errors))
 
 
 def _connect_one(family: int, address: SocketAddress, end: float) -> socket.socket:

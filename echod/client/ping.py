@@ -119,7 +119,7 @@ class _Client:
             connected.sendall(line)
         reply = self._reply(connected, end)
         time_ns = time.perf_counter_ns() - start
-        if fault := probe.fault(text, reply):
+        if fault := probe.mismatch(text, reply):
             raise LostError(f"{self.peer}: {fault}")
         return time_ns
 

@@ -41,7 +41,7 @@ def text(sequence: int, size: int) -> str:
     return cut + "." * (size - len(cut.encode()))
 
 
-def fault(said: str, reply: bytes) -> str | None:
+def mismatch(said: str, reply: bytes) -> str | None:
     """What is wrong with a reply, with all that came along with it; None if it is right."""
     right = f"{said.upper()}\n".encode()
     if reply == right:

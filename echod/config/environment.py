@@ -24,6 +24,6 @@ def warnings_of(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def runtime_admin(environment: Mapping[str, str]) -> str | None:
-    """The admin endpoint that there is whatever the configuration says: in the folder that systemd makes for us."""
-    folder = environment.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-    return f"unix:{folder}/admin" if folder else None
+    """The admin endpoint that there is whatever the configuration says: in the directory that systemd makes for us."""
+    directory = environment.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return f"unix:{directory}/admin" if directory else None

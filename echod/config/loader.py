@@ -36,9 +36,9 @@ DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
 class ConfigError(Exception):
     """Every fault of a configuration, each as `SOURCE: key.path: what is wrong (got VALUE)`."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(map(_printable, faults))
-        super().__init__("\n".join(self.faults))
+    def __init__(self, errors: Sequence[str]) -> None:
+        self.errors = tuple(map(_printable, errors))
+        super().__init__("\n".join(self.errors))
 
 
 def _printable(text: str) -> str:
@@ -60,15 +60,15 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
 
     `open_files` is how many descriptors this process may have. Raises ConfigError with every fault of every source.
     """
-    faults: list[str] = []
-    settings = [*_packed(environment), *_from_file(file, faults), *_from_environment(environment, faults), *flags]
+    errors: list[str] = []
+    settings = [*_packed(environment), *_from_file(file, errors), *_from_environment(environment, errors), *flags]
     values: dict[str, Any] = {}
     last: dict[str, Setting] = {}
     for setting in settings:
         last[setting.key] = setting
-        _convert(setting, values, faults)
-    if faults:
-        raise ConfigError(faults)
+        _convert(setting, values, errors)
+    if errors:
+        raise ConfigError(errors)
     config = Config(
         listen=values.get("listen", Config().listen),
         limits=Limits(**_section(values, "limits")),
@@ -85,18 +85,18 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
 Load = Callable[[], Loaded]
 
 
-def reader(sources: Sources, environment: Mapping[str, str], open_files: int, folder: str = "") -> Load:
-    """What reads the configuration, again and again; relative paths are meant from `folder`."""
+def reader(sources: Sources, environment: Mapping[str, str], open_files: int, directory: str = "") -> Load:
+    """What reads the configuration, again and again; relative paths are meant from `directory`."""
     file = (environment.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
-    path = os.path.join(folder, file) if file else file
-    return partial(_read, folder, partial(load, path, environment, sources.flags, open_files))
+    path = os.path.join(directory, file) if file else file
+    return partial(_read, directory, partial(load, path, environment, sources.flags, open_files))
 
 
-def _read(folder: str, load_once: Load) -> Loaded:
+def _read(directory: str, load_once: Load) -> Loaded:
     loaded = load_once()
     log = loaded.config.log
     if log.file:
-        log = msgspec.structs.replace(log, file=os.path.join(folder, log.file))
+        log = msgspec.structs.replace(log, file=os.path.join(directory, log.file))
     return Loaded(msgspec.structs.replace(loaded.config, log=log), loaded.warnings, loaded.is_listen_set)
 
 
@@ -114,7 +114,7 @@ def _packed(environment: Mapping[str, str]) -> list[Setting]:
     return [Setting(DEFAULT_LISTEN, "listen", default)] if default else []
 
 
-def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
+def _from_file(file: str | None, errors: list[str]) -> Iterator[Setting]:
     if file is None:
         return
     from echod.config import toml
@@ -122,15 +122,15 @@ def _from_file(file: str | None, faults: list[str]) -> Iterator[Setting]:
     try:
         document = toml.parse(files.read_bounded(file))
     except (files.FileError, toml.TomlError) as error:
-        faults.append(f"{file}: {error}")
+        errors.append(f"{file}: {error}")
         return
     for name, value in document.items():
         if name == "listen":
             yield Setting(file, name, value, is_text=False)
         elif name not in SECTIONS:
-            faults.append(f"{file}: {name}: unknown key{_nearest(name, [*SECTIONS, 'listen'])}{_got(value)}")
+            errors.append(f"{file}: {name}: unknown key{_nearest(name, [*SECTIONS, 'listen'])}{_got(value)}")
         elif not isinstance(value, dict):
-            faults.append(f"{file}: {name}: expected a table{_got(value)}")
+            errors.append(f"{file}: {name}: expected a table{_got(value)}")
         else:
             yield from (Setting(file, f"{name}.{key}", item, is_text=False) for key, item in value.items())
 
@@ -139,7 +139,7 @@ _NO_KEYS = ("ECHOD_CONFIG", "ECHOD_FASTPATH")
 """Variables of ours that set no key."""
 
 
-def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iterator[Setting]:
+def _from_environment(environment: Mapping[str, str], errors: list[str]) -> Iterator[Setting]:
     known = {f"ECHOD_{key.replace('.', '_').upper()}": key for key in [*KEYS, "listen"]}
     for name, value in environment.items():
         if name in known:
@@ -151,57 +151,57 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> Iter
             meant = re.sub("^ECHOD_CONFIG_(FILE|PATH)$", "ECHOD_CONFIG", name)
             nearest = _nearest(meant, [*known, *_NO_KEYS], cutoff=0.8)
             if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in {*SECTIONS, "listen"}:
-                faults.append(f"{name}: unknown key{nearest}{_got(value)}")
+                errors.append(f"{name}: unknown key{nearest}{_got(value)}")
 
 
 # -- one setting -------------------------------------------------------------------------------------------------------
 
 
-def _convert(setting: Setting, values: dict[str, Any], faults: list[str]) -> None:
-    """Add the setting's value to `values`, or what is wrong with it to `faults`."""
+def _convert(setting: Setting, values: dict[str, Any], errors: list[str]) -> None:
+    """Add the setting's value to `values`, or what is wrong with it to `errors`."""
     if setting.key == "listen":
-        values["listen"] = tuple(_listens(setting, faults))
+        values["listen"] = tuple(_listens(setting, errors))
         return
     if setting.key not in KEYS:
-        faults.append(f"{setting.source}: {setting.key}: unknown key{_nearest_key(setting.key)}{_got(setting.value)}")
+        errors.append(f"{setting.source}: {setting.key}: unknown key{_nearest_key(setting.key)}{_got(setting.value)}")
         return
     if wrong := _unfit_text(setting.value):
-        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        errors.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
         return
     try:
         value = as_number(setting.value, KEYS[setting.key])
         values[setting.key] = msgspec.convert(value, KEYS[setting.key], strict=not setting.is_text)
     except msgspec.ValidationError as error:
         wrong = _explain(KEYS[setting.key], setting.value, error)
-        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        errors.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
         return
     if setting.key == "admin.listen" and setting.value and (wrong := _wrong_address(setting.value, set())):
-        faults.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
+        errors.append(f"{setting.source}: {setting.key}: {wrong}{_got(setting.value)}")
 
 
-def _listens(setting: Setting, faults: list[str]) -> Iterator[Listen]:
+def _listens(setting: Setting, errors: list[str]) -> Iterator[Listen]:
     if setting.is_text:
         texts = setting.value if isinstance(setting.value, list) else setting.value.split(",")
         entries: Any = [{"address": text.strip()} for text in texts]
     else:
         entries = setting.value
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        faults.append(f"{setting.source}: listen: expected tables, each headed [[listen]]{_got(entries)}")
+        errors.append(f"{setting.source}: listen: expected tables, each headed [[listen]]{_got(entries)}")
         return
     if not entries:
-        faults.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
+        errors.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
     seen: set[str] = set()
     for index, entry in enumerate(entries):
         path = f"{setting.source}: listen[{index}]"
         for key in entry.keys() - LISTEN_KEYS:
-            faults.append(f"{path}.{key}: unknown key{_nearest(key, LISTEN_KEYS)}{_got(entry[key])}")
+            errors.append(f"{path}.{key}: unknown key{_nearest(key, LISTEN_KEYS)}{_got(entry[key])}")
         address = entry.get("address")
         wrong = _wrong_address(address, seen) if "address" in entry else "missing"
         if wrong:
-            faults.append(f"{path}.address: {wrong}{_got(address) if 'address' in entry else ''}")
+            errors.append(f"{path}.address: {wrong}{_got(address) if 'address' in entry else ''}")
         flags = {key: value for key, value in entry.items() if key in LISTEN_KEYS - {"address"}}
         unfit = [key for key, value in flags.items() if not isinstance(value, bool)]
-        faults += [f"{path}.{key}: expected bool{_got(flags[key])}" for key in unfit]
+        errors += [f"{path}.{key}: expected bool{_got(flags[key])}" for key in unfit]
         if not wrong and not unfit:
             yield Listen(address=address, **flags)
 

@@ -15,8 +15,8 @@ from msgspec import Struct
 from echod.admin.endpoint import Endpoint
 from echod.config.schema import Timeouts
 from echod.process.sd_notify import Notifier
-from echod.process.signals import Command, Mailbox, Order
-from echod.server.server import PROGRESS_S, Drained, Server
+from echod.process.signals import Action, SignalEvent, SignalQueue
+from echod.server.server import PROGRESS_S, DrainResult, Server
 
 EXTENSION_S = 3.0
 """The extension that a running drain requests from the service manager once a second; its end takes up to 2 s."""
@@ -30,11 +30,11 @@ class Means(Struct, frozen=True):
     server: Server
     endpoint: Endpoint
     notifier: Notifier
-    orders: Mailbox
+    orders: SignalQueue
     dump_stats: Callable[[], None]
 
 
-async def drain(stop: Order, began_at: float, timeouts: Timeouts, means: Means) -> Drained:
+async def drain(stop: SignalEvent, began_at: float, timeouts: Timeouts, means: Means) -> DrainResult:
     """Wait out the lame-duck time, drain the server, and close the admin endpoint; return how the drain ended.
 
     Signals that arrive meanwhile are handled as their phase allows. `began_at` (time.monotonic) is when the stop was
@@ -52,11 +52,11 @@ async def drain(stop: Order, began_at: float, timeouts: Timeouts, means: Means) 
         for task in (following, cutting):
             task.cancel()
         await asyncio.gather(following, cutting, return_exceptions=True)
-        if any(order.command is Command.DUMP_STATS for order in means.orders.take()):
+        if any(order.command is Action.DUMP_STATS for order in means.orders.take()):
             means.dump_stats()
 
 
-async def _lame_duck(stop: Order, end: float, means: Means, cutting: "asyncio.Future[Literal[True]]") -> None:
+async def _lame_duck(stop: SignalEvent, end: float, means: Means, cutting: "asyncio.Future[Literal[True]]") -> None:
     """Keep accepting while `/readyz` reports draining, until `end` or a second signal."""
     server, notifier = means.server, means.notifier
     seconds = round(max(0.0, end - time.monotonic()), 1)
@@ -69,8 +69,8 @@ async def _lame_duck(stop: Order, end: float, means: Means, cutting: "asyncio.Fu
 
 
 async def _drain(
-    stop: Order, drain_s: float, deadline: float, means: Means, cutting: "asyncio.Future[Literal[True]]"
-) -> Drained:
+    stop: SignalEvent, drain_s: float, deadline: float, means: Means, cutting: "asyncio.Future[Literal[True]]"
+) -> DrainResult:
     server = means.server
     server.is_leaving = True
     log.info("drain started", **stop.origin, connections=server.open_connections, seconds_left=drain_s)
@@ -80,12 +80,12 @@ async def _drain(
     either: set[asyncio.Future[Any]] = {draining, cutting}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if cutting.done():
-        server.cut_off()
+        server.abort_all()
     drained, _ = await asyncio.gather(draining, closing)
     return drained
 
 
-async def _close(endpoint: Endpoint, draining: "asyncio.Future[Drained]", deadline: float) -> None:
+async def _close(endpoint: Endpoint, draining: "asyncio.Future[DrainResult]", deadline: float) -> None:
     """Close the admin endpoint when the drain has finished, or at its deadline, while the last clients close."""
     await asyncio.wait({draining}, timeout=max(0.0, deadline - time.monotonic()))
     await endpoint.close()
@@ -100,14 +100,14 @@ async def _follow(means: Means, is_cut: asyncio.Event) -> None:
     while True:
         order = await means.orders.get()
         match order.command:
-            case Command.STOP:
+            case Action.STOP:
                 log.warning("drain cut short", **order.origin)
                 is_cut.set()
-            case Command.RELOAD:
+            case Action.RELOAD:
                 log.info("reload ignored", why="draining")
-            case Command.DUMP_STATS:
+            case Action.DUMP_STATS:
                 means.dump_stats()
-            case Command.UPGRADE:
+            case Action.UPGRADE:
                 log.warning("upgrade refused", errors=["draining"])
             case _:
                 assert_never(order.command)

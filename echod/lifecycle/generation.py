@@ -21,9 +21,9 @@ from echod.telemetry import logs
 class PrepareError(Exception):
     """Why there is no new generation: every fault found, and whether they are the configuration's."""
 
-    def __init__(self, faults: Sequence[str], *, is_configuration: bool = False) -> None:
-        super().__init__("; ".join(faults))
-        self.faults = tuple(faults)
+    def __init__(self, errors: Sequence[str], *, is_configuration: bool = False) -> None:
+        super().__init__("; ".join(errors))
+        self.errors = tuple(errors)
         self.is_configuration = is_configuration
 
 
@@ -84,7 +84,7 @@ class Generation(Struct, frozen=True):
 class Given(Struct, frozen=True):
     """What the process was given at its start, whatever the configuration says."""
 
-    heirs: Sequence[bind.Heir] = ()
+    inherited: Sequence[bind.InheritedSocket] = ()
     """Listening sockets that a service manager handed over."""
     runtime_admin: str | None = None
     """Where the admin endpoint answers, too."""
@@ -114,7 +114,7 @@ def prepare(
     try:
         loaded = load()
     except ConfigError as error:
-        raise PrepareError(error.faults, is_configuration=True) from error
+        raise PrepareError(error.errors, is_configuration=True) from error
     config = loaded.config
     try:
         descriptor = open_log(config.log)
@@ -123,40 +123,40 @@ def prepare(
     with ExitStack() as undo:
         if descriptor is not None:
             undo.callback(os.close, descriptor)
-        faults: list[str] = []
+        errors: list[str] = []
         wanted: dict[sockets.Key, bind.Wanted] = {}
-        bind_listeners = partial(bind.bind_all, heirs=given.heirs, wanted=wanted)
-        listeners = _bound("listen", partial(_wanted, loaded, given.heirs), kept.listeners, faults, bind_listeners)
+        bind_listeners = partial(bind.bind_all, inherited=given.inherited, wanted=wanted)
+        listeners = _bound("listen", partial(_wanted, loaded, given.inherited), kept.listeners, errors, bind_listeners)
         undo.callback(bind.discard, listeners)
-        admin = _admin(config.admin.listen, given.runtime_admin, kept.admin, faults)
+        admin = _admin(config.admin.listen, given.runtime_admin, kept.admin, errors)
         undo.callback(bind.discard, admin)
-        if faults:
-            raise PrepareError(faults)
+        if errors:
+            raise PrepareError(errors)
         undo.pop_all()
     proxied = frozenset(key for key, how in wanted.items() if how.proxy_protocol)
     return Generation(config, loaded.warnings, listeners, admin, proxied, descriptor, wanted)
 
 
-def unchanged(config: Config, kept: Kept, proxied: frozenset[sockets.Key], faults: Sequence[str]) -> Generation:
-    """What goes on with a configuration that was in force, because of the faults of the one that was to be."""
+def unchanged(config: Config, kept: Kept, proxied: frozenset[sockets.Key], errors: Sequence[str]) -> Generation:
+    """What goes on with a configuration that was in force, because of the errors of the one that was to be."""
     try:
         descriptor = logs.open_file(config.log)
     except OSError as error:
-        faults = [*faults, f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]
+        errors = [*errors, f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]
         descriptor = None
-    warnings = tuple(f"the configuration of before goes on: {fault}" for fault in faults)
+    warnings = tuple(f"the configuration of before goes on: {message}" for message in errors)
     return Generation(config, warnings, dict.fromkeys(kept.listeners), dict.fromkeys(kept.admin), proxied, descriptor)
 
 
 Sockets = dict[sockets.Key, sockets.Bound | None]
 
 
-def _wanted(loaded: Loaded, heirs: Sequence[bind.Heir]) -> list[bind.Wanted]:
+def _wanted(loaded: Loaded, inherited: Sequence[bind.InheritedSocket]) -> list[bind.Wanted]:
     """What to listen on; who was handed sockets and is told of no address wants just those, not the default too.
 
     The default may be all addresses, and means those that there can be.
     """
-    if heirs and not loaded.is_listen_set:
+    if inherited and not loaded.is_listen_set:
         return []
     wanted = [
         bind.Wanted(parse_address(entry.address), entry.reuse_port, entry.proxy_protocol, name=f"listen[{index}]")
@@ -166,15 +166,15 @@ def _wanted(loaded: Loaded, heirs: Sequence[bind.Heir]) -> list[bind.Wanted]:
 
 
 def _admin(
-    configured: str, runtime: str | None, kept: Mapping[sockets.Key, sockets.Bound | None], faults: list[str]
+    configured: str, runtime: str | None, kept: Mapping[sockets.Key, sockets.Bound | None], errors: list[str]
 ) -> Sockets:
     bound: Sockets = {}
     if configured:
-        bound |= _bound("admin.listen", partial(_private, configured), kept, faults)
+        bound |= _bound("admin.listen", partial(_private, configured), kept, errors)
     if runtime:
         # It may be the one configured, written in another way.
         there = {**kept, **bound}
-        more = _bound("$RUNTIME_DIRECTORY", partial(_private, runtime), there, faults)
+        more = _bound("$RUNTIME_DIRECTORY", partial(_private, runtime), there, errors)
         bound |= {key: each for key, each in more.items() if key not in bound}
     if bound:
         import h11  # noqa: F401 (17 ms; here a reload takes them aside, and not clients from the loop)
@@ -192,14 +192,14 @@ def _bound(
     name: str,
     wanted: Callable[[], list[bind.Wanted]],
     kept: Mapping[sockets.Key, sockets.Bound | None],
-    faults: list[str],
+    errors: list[str],
     bind_all: Callable[..., Sockets] = bind.bind_all,
 ) -> Sockets:
-    """The sockets of what is wanted; what is wrong goes to `faults`, under the name of who wants them."""
+    """The sockets of what is wanted; what is wrong goes to `errors`, under the name of who wants them."""
     try:
         return bind_all(wanted(), kept)
     except ValueError as error:
-        faults.append(f"{name}: {error}")  # no key of the configuration, for that is valid
+        errors.append(f"{name}: {error}")  # no key of the configuration, for that is valid
     except bind.BindErrors as error:
-        faults += [f"{name}: {fault}" for fault in error.faults]
+        errors += [f"{name}: {message}" for message in error.errors]
     return {}

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from msgspec import Struct
 
-from echod.admin.endpoint import Endpoint, Verdict
+from echod.admin.endpoint import Endpoint, ReloadResult
 from echod.config.schema import changed_keys
 from echod.lifecycle.generation import Generation, Kept, PrepareError
 from echod.net.sockets import ListenError
@@ -23,7 +23,7 @@ from echod.telemetry.stats import Stats
 
 Prepare = Callable[[Kept], Generation]
 
-DRAINING = Verdict(faults=("draining",))
+DRAINING = ReloadResult(errors=("draining",))
 """What is told to who asks for a reload once a stop has begun, or whose reload it has interrupted."""
 
 REST_S = 0.1
@@ -44,7 +44,7 @@ class Parts(Struct, frozen=True):
         return Kept(dict.fromkeys(self.server.listening), dict.fromkeys(self.endpoint.listening))
 
 
-class Reloads:
+class Reloader:
     """Owns the configuration in force from the first generation on."""
 
     def __init__(self, first: Generation, prepare: Prepare, parts: Parts, stats: Stats) -> None:
@@ -60,7 +60,7 @@ class Reloads:
         self._idle = asyncio.Event()
         self._idle.set()
         self._origin: dict[str, Any] = {}
-        self._asked: list[asyncio.Future[Verdict]] = []
+        self._asked: list[asyncio.Future[ReloadResult]] = []
         self._is_closing = False
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="reloads")
 
@@ -80,11 +80,11 @@ class Reloads:
         """Return when no reload is under way or asked for."""
         await self._idle.wait()
 
-    async def verdict(self) -> Verdict:
+    async def verdict(self) -> ReloadResult:
         """Reload as `request` does, and return what came of it."""
         if self._is_closing:
             return DRAINING
-        asked: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        asked: asyncio.Future[ReloadResult] = asyncio.get_running_loop().create_future()
         self._asked.append(asked)
         self.request(by="admin endpoint")
         return await asked
@@ -115,29 +115,29 @@ class Reloads:
                     self._idle.set()
             await asyncio.sleep(REST_S)
 
-    async def _reload(self) -> Verdict:
+    async def _reload(self) -> ReloadResult:
         try:
             return await self._put_in_force(await aside(lambda: self._prepare(self._parts.kept()), Generation.discard))
         except PrepareError as error:
-            return self._refuse(error.faults)
+            return self._refuse(error.errors)
         except ListenError as error:
             return self._refuse([f"listen: {error}"])
         except NoThreadError as error:
             return self._refuse([str(error)])
         except asyncio.CancelledError:
-            self._refuse(DRAINING.faults)
+            self._refuse(DRAINING.errors)
             raise
         except Exception as error:  # whatever it is, the old configuration serves on
             log.exception("reload failed")
             return self._refuse([repr(error)])
 
-    def _refuse(self, faults: Collection[str]) -> Verdict:
+    def _refuse(self, errors: Collection[str]) -> ReloadResult:
         self._stats.reloads_refused += 1
-        self._stats.reload_error = "; ".join(faults)
-        log.error("reload refused", errors=[*faults])
-        return Verdict(faults=tuple(faults))
+        self._stats.reload_error = "; ".join(errors)
+        log.error("reload refused", errors=[*errors])
+        return ReloadResult(errors=tuple(errors))
 
-    async def _put_in_force(self, generation: Generation) -> Verdict:
+    async def _put_in_force(self, generation: Generation) -> ReloadResult:
         try:
             generation.listen()
             self._parts.endpoint.apply(generation.admin)
@@ -158,10 +158,10 @@ class Reloads:
             await asyncio.gather(self._parts.server.retired(), self._parts.endpoint.retired())
         addresses = self._parts.server.addresses
         log.info("reload applied", changed=changed, restart_needed=self.restart_needed, listen=addresses)
-        return Verdict(changed=tuple(changed), restart_needed=self.restart_needed)
+        return ReloadResult(changed=tuple(changed), restart_needed=self.restart_needed)
 
 
-def _tell(asked: Iterable["asyncio.Future[Verdict]"], verdict: Verdict) -> None:
+def _tell(asked: Iterable["asyncio.Future[ReloadResult]"], verdict: ReloadResult) -> None:
     for each in asked:
         if not each.done():  # who asked may be gone
             each.set_result(verdict)

@@ -16,24 +16,24 @@ import structlog
 from msgspec import Struct
 
 from echod import __version__
-from echod.admin.endpoint import Endpoint, Verdict
+from echod.admin.endpoint import Endpoint, ReloadResult
 from echod.config.schema import Config
 from echod.lifecycle.drain import Means, connections, drain
 from echod.lifecycle.generation import Generation
-from echod.lifecycle.reload import Parts, Prepare, Reloads
+from echod.lifecycle.reload import Parts, Prepare, Reloader
 from echod.lifecycle.watchdog import supervise
 from echod.net.sockets import ListenError
 from echod.process.sd_notify import Notifier
-from echod.process.signals import Command, Mailbox, Order
-from echod.process.stall_detector import BEAT_S, Watch
+from echod.process.signals import Action, SignalEvent, SignalQueue
+from echod.process.stall_detector import BEAT_S, StallDetector
 from echod.server.server import Server
 from echod.telemetry.logs import Logs
 from echod.telemetry.stats import Stats
 from echod.upgrade import snapshot
-from echod.upgrade.coordinator import SETTLE_S, Steps, Upgrades
-from echod.upgrade.exec import Successor
+from echod.upgrade.coordinator import SETTLE_S, Steps, Upgrader
+from echod.upgrade.exec import Replacement
 from echod.upgrade.preflight import PreflightError
-from echod.upgrade.snapshot import Legacy
+from echod.upgrade.snapshot import Predecessor
 from echod.upgrade.state_file import Process, Service
 
 DUMP_REST_S = 0.01
@@ -49,13 +49,13 @@ class Outcome(Enum):
     """How a run ended."""
 
     STOPPED = "every client got what it was owed"
-    CUT_OFF = "some client was cut off"
+    ABORTED = "some client was cut off"
 
 
-class Surroundings(Struct, frozen=True):
+class Runtime(Struct, frozen=True):
     """What a run is given: orders to follow, a way to reload, logs to write, whom to tell that clients are served."""
 
-    orders: Mailbox
+    orders: SignalQueue
     stop_began_at: Callable[[], float]
     """When the current stop began (time.monotonic); its lame-duck time and its drain are measured from then."""
     prepare: Prepare
@@ -65,15 +65,15 @@ class Surroundings(Struct, frozen=True):
     notifier: Notifier
     watchdog_s: float | None
     """How often the service manager wants a sign of life."""
-    successor: Successor
-    legacy: Legacy | None
+    successor: Replacement
+    predecessor: Predecessor | None
     """What the program before us in this process has left, if there was one."""
-    on_serving: Callable[[Server, Reloads], None]
+    on_serving: Callable[[Server, Reloader], None]
 
 
-async def run(first: Generation, around: Surroundings) -> Outcome:
+async def run(first: Generation, around: Runtime) -> Outcome:
     """Serve the first generation until an order to stop, then drain."""
-    watch = Watch()
+    watch = StallDetector()
     beating = asyncio.ensure_future(_beat(watch))
     try:
         with watch.listening():
@@ -83,16 +83,16 @@ async def run(first: Generation, around: Surroundings) -> Outcome:
         await asyncio.gather(beating, return_exceptions=True)
 
 
-async def _beat(watch: Watch) -> None:
+async def _beat(watch: StallDetector) -> None:
     while True:
         watch.beat()
         await asyncio.sleep(BEAT_S)
 
 
-async def _run(first: Generation, around: Surroundings) -> Outcome:
+async def _run(first: Generation, around: Runtime) -> Outcome:
     server = Server(first.config, around.stats, around.open_files)
 
-    async def reload() -> Verdict:
+    async def reload() -> ReloadResult:
         log.debug("reload requested", by="admin endpoint")
         return await reloads.verdict()
 
@@ -102,8 +102,8 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     except ListenError:
         first.discard()
         raise
-    if around.legacy:
-        _adopt(around.legacy, first.config, server, endpoint)
+    if around.predecessor:
+        _adopt(around.predecessor, first.config, server, endpoint)
     endpoint.apply(first.admin)
     server.apply(first.config, first.listeners, first.proxied)
     notifier = around.notifier
@@ -111,17 +111,17 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     def status() -> str:
         return _status(server, around.stats, reloads.restart_needed)
 
-    reloads = Reloads(first, around.prepare, Parts(server, endpoint, around.logs), around.stats)
+    reloads = Reloader(first, around.prepare, Parts(server, endpoint, around.logs), around.stats)
     reloads.on_begin, reloads.on_end = notifier.reloading, lambda: notifier.ready(status())
     for warning in first.warnings:
         log.warning("configuration", warning=warning)
-    if around.legacy:
-        _tell_upgrade(around.legacy.state.process, server)
+    if around.predecessor:
+        _tell_upgrade(around.predecessor.state.process, server)
     else:
         log.info("ready", listen=server.addresses, pid=os.getpid())
         notifier.ready(status())
     around.on_serving(server, reloads)
-    upgrades = Upgrades(_steps(server, endpoint, reloads, around))
+    upgrades = Upgrader(_steps(server, endpoint, reloads, around))
     supervising = asyncio.ensure_future(supervise(notifier, around.watchdog_s, status, server.is_well))
     try:
         stop = await _serve(server, reloads, upgrades, around)
@@ -134,15 +134,15 @@ async def _run(first: Generation, around: Surroundings) -> Outcome:
     means = Means(server, endpoint, notifier, around.orders, partial(_dump_stats, server, around))
     drained = await drain(stop, around.stop_began_at(), reloads.config.timeouts, means)
     log.info("drain finished", clean=drained.clean, cut=drained.cut, unacknowledged=drained.unacknowledged)
-    return Outcome.CUT_OFF if drained.cut else Outcome.STOPPED
+    return Outcome.ABORTED if drained.cut else Outcome.STOPPED
 
 
-def _adopt(legacy: Legacy, config: Config, server: Server, endpoint: Endpoint) -> None:
+def _adopt(predecessor: Predecessor, config: Config, server: Server, endpoint: Endpoint) -> None:
     """Go on where the program before us stopped: with its listeners first, whatever the configuration says now."""
-    server.clients.selfcheck.expect(legacy.ourselves)
-    endpoint.apply(legacy.admin)
-    server.apply(config, legacy.listeners, legacy.proxied)
-    for descriptor, peer, past in legacy.clients:
+    server.clients.self_probe.expect(predecessor.ourselves)
+    endpoint.apply(predecessor.admin)
+    server.apply(config, predecessor.listeners, predecessor.proxied)
+    for descriptor, peer, past in predecessor.clients:
         server.clients.adopt(descriptor, peer, past)
 
 
@@ -158,14 +158,14 @@ def _tell_upgrade(before: Process, server: Server) -> None:
     )
 
 
-def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroundings) -> Steps:
+def _steps(server: Server, endpoint: Endpoint, reloads: Reloader, around: Runtime) -> Steps:
     def service() -> Service:
         return Service(
             listeners=snapshot.listening(server.listening, server.proxied),
             admin=snapshot.listening(endpoint.listening),
             config=snapshot.config(reloads.config),
             stats=around.stats.past(),
-            ourselves=[snapshot.address_of(name) for name in server.clients.selfcheck.names],
+            ourselves=[snapshot.address_of(name) for name in server.clients.self_probe.names],
         )
 
     async def prove() -> str:
@@ -192,39 +192,39 @@ def _steps(server: Server, endpoint: Endpoint, reloads: Reloads, around: Surroun
         server.clients.look()  # the next sweep is of the next program
         pasts = chain(
             (snapshot.past(connection, is_counted=is_counted) for connection, is_counted in server.clients.each()),
-            map(snapshot.past_of_prelude, server.clients.preludes),
+            map(snapshot.state_of_handshake, server.clients.handshakes),
         )
         descriptors = [connection.descriptor for connection, _ in server.clients.each()]
-        descriptors += [prelude.sock.fileno() for prelude in server.clients.preludes]
-        again = [Order(Command.UPGRADE, "USR2", 0)] if is_wanted_again else []
+        descriptors += [prelude.sock.fileno() for prelude in server.clients.handshakes]
+        again = [SignalEvent(Action.UPGRADE, "USR2", 0)] if is_wanted_again else []
         around.successor.replace(service(), pasts, descriptors, again)
 
     return Steps(prove, settle, endpoint.wake, replace)
 
 
-async def _serve(server: Server, reloads: Reloads, upgrades: Upgrades, around: Surroundings) -> Order:
+async def _serve(server: Server, reloads: Reloader, upgrades: Upgrader, around: Runtime) -> SignalEvent:
     """Follow orders until one says to stop; return it."""
     while True:
         order = await around.orders.get()
         match order.command:
-            case Command.STOP:
+            case Action.STOP:
                 return order
-            case Command.RELOAD:
+            case Action.RELOAD:
                 reloads.request(**order.origin)
-            case Command.DUMP_STATS:
+            case Action.DUMP_STATS:
                 _dump_stats(server, around)
-            case Command.UPGRADE:
+            case Action.UPGRADE:
                 log.info("upgrade started", **order.origin)
                 upgrades.request()
             case _:
                 assert_never(order.command)
 
 
-def _dump_stats(server: Server, around: Surroundings) -> None:
+def _dump_stats(server: Server, around: Runtime) -> None:
     began = time.perf_counter()
     around.logs.always("stats", **server.snapshot())
     cost_s = time.perf_counter() - began
-    around.orders.rest(Command.DUMP_STATS, max(DUMP_REST_S, DUMP_BREATH * cost_s))
+    around.orders.rest(Action.DUMP_STATS, max(DUMP_REST_S, DUMP_BREATH * cost_s))
 
 
 def _status(server: Server, stats: Stats, restart_needed: Sequence[str]) -> str:

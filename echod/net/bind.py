@@ -30,9 +30,9 @@ class BindError(Exception):
 class BindErrors(Exception):
     """Every address that can't be listened on, with its reason."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("; ".join(faults))
-        self.faults = tuple(faults)
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__("; ".join(errors))
+        self.errors = tuple(errors)
 
 
 class Wanted(Struct, frozen=True):
@@ -47,7 +47,7 @@ class Wanted(Struct, frozen=True):
     """What the configuration calls it: `listen[0]`."""
 
 
-class Heir(Struct, frozen=True):
+class InheritedSocket(Struct, frozen=True):
     """A listening socket that was handed over, under the name that its unit gives it."""
 
     name: str
@@ -61,18 +61,18 @@ NONE_KEPT: Mapping[Key, Bound | None] = {}
 def bind_all(
     entries: Iterable[Wanted],
     kept: Mapping[Key, Bound | None] = NONE_KEPT,
-    heirs: Sequence[Heir] = (),
+    inherited: Sequence[InheritedSocket] = (),
     wanted: dict[Key, Wanted] | None = None,
 ) -> dict[Key, Bound | None]:
     """A bound socket for every endpoint of the entries, in order, but None for those that are `kept`.
 
-    An heir is taken for the endpoint it listens on; heirs that no entry wants come behind, for who waits in them waits
-    for us. Of a kept one that comes with its socket the options are changed too. The entry of each goes to `wanted`.
+    An inherited socket serves the entry whose endpoint it has. Those that no entry wants follow, because clients may
+    wait in their backlogs. A kept one that comes with its socket gets its options changed. Each entry goes to `wanted`.
     All or nothing: raises BindErrors with every fault, and nothing stays bound then.
     """
     sockets: dict[Key, Bound | None] = {}
-    unclaimed = list(heirs)
-    faults: list[str] = []
+    unclaimed = list(inherited)
+    errors: list[str] = []
 
     def add(endpoint: Endpoint, how: Wanted | None = None) -> None:
         heir = next((heir for heir in unclaimed if heir.endpoint == endpoint), None)
@@ -89,15 +89,15 @@ def bind_all(
 
     for entry in entries:
         try:
-            for endpoint in _endpoints(entry.address, heirs):
+            for endpoint in _endpoints(entry.address, inherited):
                 add(endpoint, entry)
         except BindError as error:
-            faults.append(str(error))
+            errors.append(str(error))
     for heir in [*unclaimed]:
         add(heir.endpoint)
-    if faults:
+    if errors:
         discard(sockets)
-        raise BindErrors(faults)
+        raise BindErrors(errors)
     return sockets
 
 
@@ -118,12 +118,12 @@ def _adapt(bound: Bound | None, how: Wanted | None) -> None:
         share_port(bound.socket, is_shared=how.reuse_port)
 
 
-def _endpoints(address: Address, heirs: Sequence[Heir]) -> list[Endpoint]:
+def _endpoints(address: Address, inherited: Sequence[InheritedSocket]) -> list[Endpoint]:
     if not isinstance(address, HandedOver):
         return resolve(address)
-    found = [heir.endpoint for heir in heirs if heir.name == address.name]
+    found = [heir.endpoint for heir in inherited if heir.name == address.name]
     if not found:
-        names = ", ".join(sorted({heir.name for heir in heirs})) or "none"
+        names = ", ".join(sorted({heir.name for heir in inherited})) or "none"
         raise BindError(f"{address}: no socket of that name was handed over; FileDescriptorName= sets it (got {names})")
     return found
 

@@ -16,7 +16,7 @@ TELL_STARVED_S = 10.0
 """At most this often the owner hears that clients wait for want of descriptors or memory: each pause is only 0.2 s."""
 
 
-class Listeners:
+class ListenerSet:
     """Hands the descriptor and address of each client that any of them accepts to `on_accept`, which must not raise."""
 
     def __init__(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, MutableMapping
 from msgspec import Struct
 
 from echod.net.address import normal_host
-from echod.net.bind import Heir, unix_endpoint
+from echod.net.bind import InheritedSocket, unix_endpoint
 from echod.net.sockets import Endpoint, SockAddr
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
@@ -20,7 +20,7 @@ class Inherited(Struct, frozen=True):
     descriptor: int
 
 
-def take_sockets(environment: MutableMapping[str, str], pid: int) -> tuple[Inherited, ...]:
+def take_descriptors(environment: MutableMapping[str, str], pid: int) -> tuple[Inherited, ...]:
     """The sockets handed over to this process; their variables are removed, and no child inherits them.
 
     What is meant for another process is left alone but for its variables. Raises ValueError if the count is no number,
@@ -38,24 +38,24 @@ def take_sockets(environment: MutableMapping[str, str], pid: int) -> tuple[Inher
     return tuple(taken)
 
 
-class UnfitSocketError(Exception):
+class UnusableSocketError(Exception):
     """Why a descriptor that was handed over can't be served."""
 
 
-def inherit(environment: MutableMapping[str, str], pid: int) -> tuple[Heir, ...]:
-    """The sockets that a service manager handed over to this process; raises UnfitSocketError."""
+def inherit(environment: MutableMapping[str, str], pid: int) -> tuple[InheritedSocket, ...]:
+    """The sockets that a service manager handed over to this process; raises UnusableSocketError."""
     try:
-        return adopt(take_sockets(environment, pid))
+        return adopt(take_descriptors(environment, pid))
     except (ValueError, OSError) as error:
-        raise UnfitSocketError(f"LISTEN_FDS: {error}: not the descriptors of a service manager") from error
+        raise UnusableSocketError(f"LISTEN_FDS: {error}: not the descriptors of a service manager") from error
 
 
-def adopt(handed: Iterable[Inherited]) -> tuple[Heir, ...]:
-    """The sockets behind the descriptors; raises UnfitSocketError if one is none to accept stream clients from."""
+def adopt(handed: Iterable[Inherited]) -> tuple[InheritedSocket, ...]:
+    """The sockets behind the descriptors; raises UnusableSocketError if one is none to accept stream clients from."""
     return tuple(_adopt(each) for each in handed)
 
 
-def _adopt(handed: Inherited) -> Heir:
+def _adopt(handed: Inherited) -> InheritedSocket:
     try:
         sock = socket.socket(fileno=handed.descriptor)
         is_known = sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
@@ -63,14 +63,14 @@ def _adopt(handed: Inherited) -> Heir:
             is_known and sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         )
     except OSError as error:
-        raise UnfitSocketError(f"systemd:{handed.name}: {(error.strerror or str(error)).lower()}") from error
+        raise UnusableSocketError(f"systemd:{handed.name}: {(error.strerror or str(error)).lower()}") from error
     if not is_fit:
         sock.close()
-        raise UnfitSocketError(
+        raise UnusableSocketError(
             f"systemd:{handed.name}: no listening stream socket; its unit needs ListenStream= and Accept=no"
         )
     sock.setblocking(False)
-    return Heir(handed.name, _endpoint(sock), sock)
+    return InheritedSocket(handed.name, _endpoint(sock), sock)
 
 
 def _endpoint(sock: socket.socket) -> Endpoint:

@@ -45,7 +45,7 @@ class Caller(Struct):
 
 
 def detach(before_waiting: Callable[[], object], *, silent_end: int) -> Caller:
-    """Return in the daemon: no terminal, folder /, umask 027, no core dumps, every descriptor but /dev/null closed.
+    """Return in the daemon: no terminal, directory /, umask 027, no core dumps, every descriptor but /dev/null closed.
 
     The process that called ends in here, with what the daemon tells, or with status `silent_end` if it ends without a
     word; `before_waiting` is called in it. No thread, loop or open file may be there yet. Raises DetachError, there.

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import structlog
 
-from echod.process.signals import Command, Order
+from echod.process.signals import Action, SignalEvent
 
 STARTING_S = 5.0
 """How long a stop may take if it begins before clients are served."""
@@ -29,7 +29,7 @@ TICK_S = 0.25
 """How often the guard checks the time during a stop."""
 
 
-class Guard:
+class ForcedExit:
     """Ends the process when a stop is overdue.
 
     The signal thread calls `deliver` and `seconds_left`; the main thread calls the rest. The time during which the
@@ -37,11 +37,11 @@ class Guard:
     slept much longer than requested, the guard subtracts the excess from its clock.
     """
 
-    def __init__(self, put: Callable[[Order], None], *, unserved: int, cut_off: int) -> None:
-        """`put` receives the orders; `unserved` and `cut_off` are the exit statuses before and after serving begins."""
+    def __init__(self, put: Callable[[SignalEvent], None], *, unserved: int, aborted: int) -> None:
+        """`put` receives events; `unserved` and `aborted` are the exit statuses before and after serving begins."""
         self._put = put
         self._status = unserved
-        self._cut_off = cut_off
+        self._aborted = aborted
         self._stops: list[float] = []  # the first two, by the guard's clock
         self._paused_s = 0.0
         self._looked_at = 0.0
@@ -53,7 +53,7 @@ class Guard:
         """Note that clients are served: a stop may take `stop_s()` plus END_S; an overdue one calls `last_words`."""
         self._stop_s = stop_s
         self._last_words = last_words
-        self._status = self._cut_off
+        self._status = self._aborted
         self._serving_since = self._now()
 
     def ended(self, status: int) -> None:
@@ -65,9 +65,9 @@ class Guard:
         """When the current stop began (time.monotonic); the present time if there is none."""
         return self._began() + self._paused_s if self._stops else time.monotonic()
 
-    def deliver(self, order: Order) -> None:
+    def deliver(self, order: SignalEvent) -> None:
         """Pass the order on, and record when a stop was requested."""
-        if order.command is Command.STOP and len(self._stops) < 2:
+        if order.command is Action.STOP and len(self._stops) < 2:
             if not self._stops:
                 self._looked_at = time.monotonic()
             self._stops.append(self._now())

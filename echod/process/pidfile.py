@@ -32,7 +32,7 @@ class PidFile(Struct, frozen=True):
         if lockfile.is_at(self.path, self.descriptor):
             try:
                 os.unlink(self.path)
-            except OSError:  # privileges were dropped, and the folder isn't the new user's
+            except OSError:  # privileges were dropped, and the directory isn't the new user's
                 with suppress(OSError):
                     os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)

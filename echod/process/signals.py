@@ -1,4 +1,4 @@
-"""Signals as data: one table from signal to command, one thread that waits for them, one mailbox they end in.
+"""Signals as data: one table from signal to command, one thread that waits for them, one signal_queue they end in.
 
 No handler is ever installed. The signals are blocked from the first statement of `__main__` on, so the kernel holds
 them until the thread takes them with sigwaitinfo(2); nothing is lost while Python imports, while no loop runs yet or
@@ -15,7 +15,7 @@ from enum import Enum
 from msgspec import Struct
 
 
-class Command(Enum):
+class Action(Enum):
     """What a signal asks for."""
 
     STOP = "stop"
@@ -25,11 +25,11 @@ class Command(Enum):
 
 
 TABLE = {
-    signal.SIGTERM: Command.STOP,
-    signal.SIGINT: Command.STOP,
-    signal.SIGHUP: Command.RELOAD,
-    signal.SIGUSR1: Command.DUMP_STATS,
-    signal.SIGUSR2: Command.UPGRADE,
+    signal.SIGTERM: Action.STOP,
+    signal.SIGINT: Action.STOP,
+    signal.SIGHUP: Action.RELOAD,
+    signal.SIGUSR1: Action.DUMP_STATS,
+    signal.SIGUSR2: Action.UPGRADE,
 }
 
 _WAKE = signal.SIGRTMIN
@@ -42,10 +42,10 @@ _SHORTEST_S = 0.001
 """A timer of 0 s would never end."""
 
 
-class Order(Struct, frozen=True):
+class SignalEvent(Struct, frozen=True):
     """A command, the signal that brought it and who sent it (pid 0: the kernel, as for Ctrl-C)."""
 
-    command: Command
+    command: Action
     signal: str
     sender_pid: int
 
@@ -55,13 +55,13 @@ class Order(Struct, frozen=True):
         return {"signal": self.signal} | ({"sender_pid": self.sender_pid} if self.sender_pid else {})
 
 
-def order(name: str, sender_pid: int) -> Order | None:
+def order(name: str, sender_pid: int) -> SignalEvent | None:
     """The order that a signal brings, by its name without SIG; None if it brings none."""
     number = getattr(signal, f"SIG{name}", None)
-    return Order(TABLE[number], name, sender_pid) if number in TABLE else None
+    return SignalEvent(TABLE[number], name, sender_pid) if number in TABLE else None
 
 
-class Mailbox:
+class SignalQueue:
     """A queue of orders from the signal thread to the event loop.
 
     As in the kernel, a command that is already pending is not added again, so no sender can fill the queue. Only stops
@@ -69,14 +69,14 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._orders: list[Order] = []
-        self._resting: dict[Command, float] = {}
+        self._orders: list[SignalEvent] = []
+        self._resting: dict[Action, float] = {}
         self._lock = threading.Lock()
         self._wake: Callable[[], object] | None = None
 
-    def put(self, order: Order) -> None:
+    def put(self, order: SignalEvent) -> None:
         """Add an order, unless the same command is already pending (two stops may be); callable from any thread."""
-        most = 2 if order.command is Command.STOP else 1
+        most = 2 if order.command is Action.STOP else 1
         with self._lock:
             if sum(waiting.command is order.command for waiting in self._orders) >= most:
                 return
@@ -86,17 +86,17 @@ class Mailbox:
             with suppress(RuntimeError):  # the loop is closed: nobody reads orders any more
                 wake()
 
-    def take(self) -> list[Order]:
+    def take(self) -> list[SignalEvent]:
         """Remove and return all pending orders."""
         with self._lock:
             orders, self._orders = self._orders, []
         return orders
 
-    def rest(self, command: Command, seconds: float) -> None:
+    def rest(self, command: Action, seconds: float) -> None:
         """Hold orders with this command back for so many seconds; others overtake them. Call it in the event loop."""
         self._resting[command] = asyncio.get_running_loop().time() + seconds
 
-    async def get(self) -> Order:
+    async def get(self) -> SignalEvent:
         """Wait for the next order, in order of arrival; only one reader at a time.
 
         First let the event loop run one full iteration, so that a flood of signals does not starve the clients.
@@ -118,7 +118,7 @@ class Mailbox:
         finally:
             self._wake = None
 
-    def _next(self, now: float) -> tuple[Order | None, float | None]:
+    def _next(self, now: float) -> tuple[SignalEvent | None, float | None]:
         """Take the first order whose command does not rest; if there is none, after how many seconds there may be."""
         with self._lock:
             for index, order in enumerate(self._orders):
@@ -131,7 +131,7 @@ class Mailbox:
 class Delivery:
     """The thread that hands each signal of TABLE to `deliver`, with pauses in which the kernel keeps them."""
 
-    def __init__(self, deliver: Callable[[Order], object], seconds_left: Callable[[], float | None]) -> None:
+    def __init__(self, deliver: Callable[[SignalEvent], object], seconds_left: Callable[[], float | None]) -> None:
         self._deliver = deliver
         self._seconds_left = seconds_left
         self._resume()
@@ -161,7 +161,7 @@ class Delivery:
 
 
 @contextmanager
-def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], float | None]) -> Iterator[Delivery]:
+def delivered(deliver: Callable[[SignalEvent], object], seconds_left: Callable[[], float | None]) -> Iterator[Delivery]:
     """Hand each signal of TABLE to `deliver`, from a thread of its own, as long as the context is open.
 
     The thread calls `seconds_left` after each signal, and again after the seconds that it returned (None: no limit). So
@@ -178,11 +178,11 @@ def delivered(deliver: Callable[[Order], object], seconds_left: Callable[[], flo
 
 def stop_is_pending() -> bool:
     """Whether a signal to stop has arrived that the kernel still holds."""
-    return any(TABLE.get(number) is Command.STOP for number in signal.sigpending())
+    return any(TABLE.get(number) is Action.STOP for number in signal.sigpending())
 
 
 def _wait(
-    deliver: Callable[[Order], object], seconds_left: Callable[[], float | None], closing: threading.Event
+    deliver: Callable[[SignalEvent], object], seconds_left: Callable[[], float | None], closing: threading.Event
 ) -> None:
     while True:
         left_s = seconds_left()
@@ -192,7 +192,7 @@ def _wait(
         received = signal.sigwaitinfo({*TABLE, _WAKE, _ALARM})
         number = signal.Signals(received.si_signo)
         if number in TABLE:
-            deliver(Order(TABLE[number], number.name.removeprefix("SIG"), received.si_pid))
+            deliver(SignalEvent(TABLE[number], number.name.removeprefix("SIG"), received.si_pid))
         elif number == _WAKE and closing.is_set():  # otherwise another process sent it: keep waiting
             signal.setitimer(signal.ITIMER_REAL, 0.0)  # the timer would survive execve(2)
             return

@@ -21,7 +21,7 @@ STUCK_S = 1.0
 log = structlog.get_logger()
 
 
-class Watch:
+class StallDetector:
     """The heartbeat of one event loop and the thread that listens to it; made in the loop's own thread."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ SLICE_LINES = 1024
 """A larger chunk is costly if it holds more lines than this, or text that is not ASCII."""
 
 
-class Fault(Enum):
+class LineError(Enum):
     """What makes a line unanswerable; it is the last line of its connection that gets a reply."""
 
     LINE_TOO_LONG = "line too long"
@@ -43,13 +43,13 @@ class Echo:
     all of it. Do not call `receive` before that.
     """
 
-    __slots__ = ("_kept", "_kept_from", "_unfinished", "answered", "fault", "line_bytes")
+    __slots__ = ("_kept", "_kept_from", "_unfinished", "answered", "error", "line_bytes")
 
     def __init__(self, line_bytes: int, unfinished: bytes = b"", answered: int = 0) -> None:
         """`unfinished` and `answered`: where an earlier one of the same connection was left."""
         self.line_bytes = line_bytes
         self.answered = answered
-        self.fault: Fault | None = None
+        self.error: LineError | None = None
         self._unfinished: bytes | bytearray = b""
         self._kept = b""
         self._kept_from = 0
@@ -66,7 +66,7 @@ class Echo:
     @property
     def is_clean(self) -> bool:
         """Whether everything received has been answered, without an error."""
-        return not (self._unfinished or self._kept or self.fault)
+        return not (self._unfinished or self._kept or self.error)
 
     @property
     def unfinished_bytes(self) -> int:
@@ -84,8 +84,8 @@ class Echo:
         return self._kept[self._kept_from :] if self._kept else bytes(self._unfinished)
 
     def receive(self, chunk: bytes) -> bytes:
-        """Take what has arrived; return every reply that it completes, ending with an error line if `fault` is set."""
-        if self._unfinished or self.fault or not 0 < len(chunk) <= self.line_bytes:
+        """Take what has arrived; return every reply that it completes, ending with an error line if `error` is set."""
+        if self._unfinished or self.error or not 0 < len(chunk) <= self.line_bytes:
             return self._receive_carefully(chunk)
         if chunk.find(b"\n") == len(chunk) - 1 and chunk.isascii():
             # One whole line of ASCII, as from a client that waits for each reply: half the time of the general way.
@@ -99,7 +99,7 @@ class Echo:
         return self._receive_carefully(chunk)
 
     def _receive_carefully(self, chunk: bytes) -> bytes:
-        if self.fault:
+        if self.error:
             return b""
         end = chunk.rfind(b"\n") + 1
         if not end:
@@ -132,7 +132,7 @@ class Echo:
 
     def finish(self) -> bytes:
         """Take the client's end of stream; return the reply to its unterminated last line, if there is one."""
-        if self.fault or not self._unfinished:
+        if self.error or not self._unfinished:
             return b""
         lines = bytes(self._unfinished) + b"\n"
         self._unfinished = b""
@@ -150,7 +150,7 @@ class Echo:
         if end == len(lines) and len(self._unfinished) <= self.line_bytes:
             return self._answer(lines) if lines else b""
         replies = self._answer(lines[:end]) if end else b""
-        return replies if self.fault else replies + self._fail(Fault.LINE_TOO_LONG)
+        return replies if self.error else replies + self._fail(LineError.LINE_TOO_LONG)
 
     def _answer(self, lines: bytes) -> bytes:
         # Decoding, stripping and upper-casing whole chunks is exact: LF is part of no UTF-8 sequence, and mapping to
@@ -161,7 +161,7 @@ class Echo:
             texts = lines.decode().split("\n")
         except UnicodeDecodeError as error:
             end = lines.rfind(b"\n", 0, error.start) + 1
-            return (self._answer(lines[:end]) if end else b"") + self._fail(Fault.INVALID_UTF8)
+            return (self._answer(lines[:end]) if end else b"") + self._fail(LineError.INVALID_UTF8)
         self.answered += len(texts) - 1
         return "\n".join(map(str.strip, texts)).upper().encode()
 
@@ -172,14 +172,14 @@ class Echo:
             return lines.upper()
         return b""
 
-    def _fail(self, fault: Fault) -> bytes:
-        self.fault = fault
+    def _fail(self, error: LineError) -> bytes:
+        self.error = error
         self._unfinished = self._kept = b""
         self._kept_from = 0
-        match fault:
-            case Fault.LINE_TOO_LONG:
+        match error:
+            case LineError.LINE_TOO_LONG:
                 return error_line(f"line longer than {self.line_bytes} bytes")
-            case Fault.INVALID_UTF8:
+            case LineError.INVALID_UTF8:
                 return error_line("invalid utf-8")
 
 

@@ -7,7 +7,7 @@ is told the time and the figures; connections, sockets and the configuration are
 from collections.abc import Mapping
 
 
-class Pace:
+class Activity:
     """What one client's last look saw, and since when it has been so; times in seconds of the owner's clock."""
 
     __slots__ = ("_bytes_in", "_lines", "_taken", "line_since", "owed", "quiet_since", "taken_since")

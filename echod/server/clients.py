@@ -17,9 +17,9 @@ from echod.server.admission import TELL_S, Admission
 from echod.server.connection import Connection
 from echod.server.memory import Memory
 from echod.server.parking import Parking
-from echod.server.proxy_handshake import Preludes
-from echod.server.scheduler import Turns
-from echod.server.self_probe import SelfCheck
+from echod.server.proxy_handshake import ProxyHandshakes
+from echod.server.scheduler import Scheduler
+from echod.server.self_probe import SelfProbe
 from echod.server.state import ConnectionState
 from echod.telemetry.stats import Stats
 
@@ -32,7 +32,7 @@ class Clients:
     def __init__(self, limits: Limits, stats: Stats, open_files: int) -> None:
         """`open_files` is the process's limit of descriptors."""
         self.loop = asyncio.get_running_loop()
-        self.turns = Turns()
+        self.turns = Scheduler()
         self.memory = Memory(self._on_memory_full)
         self.limits = limits
         self.served: set[Connection] = set()
@@ -41,9 +41,9 @@ class Clients:
         """The served connections that are sampled regularly; the others are parked."""
         self._parking = Parking[Connection]()
         self.admission = Admission(stats, open_files)
-        self.preludes = Preludes(self._admit, self._on_bad_header)
+        self.handshakes = ProxyHandshakes(self._admit, self._on_bad_header)
         """The clients whose PROXY header is not complete yet; they hold a place but are not in the statistics."""
-        self.selfcheck = SelfCheck()
+        self.self_probe = SelfProbe()
         self.emptied = asyncio.Event()
         """Set when the last connection has closed."""
         self.unacknowledged = 0
@@ -56,7 +56,7 @@ class Clients:
 
     def __len__(self) -> int:
         """How many places are in use, including clients that may still be rejected after their PROXY header."""
-        return len(self.served) + len(self.preludes)
+        return len(self.served) + len(self.handshakes)
 
     @property
     def are_any(self) -> bool:
@@ -82,12 +82,12 @@ class Clients:
         if refusal := self.admission.refusal(None, len(self), self.limits):
             self._reject(descriptor, peer, _is_unix(peer), *refusal)
         else:
-            self.preludes.begin(descriptor, peer, self.loop.time())
+            self.handshakes.begin(descriptor, peer, self.loop.time())
 
     def adopt(self, descriptor: int, peer: SockAddr, past: ConnectionState) -> None:
         """Continue to serve a client of the predecessor, regardless of limits; it is in the statistics already."""
         if past.header is not None:
-            self.preludes.begin(descriptor, peer, past.opened_at, past.header)
+            self.handshakes.begin(descriptor, peer, past.opened_at, past.header)
             return
         connection = self._connection(descriptor, peer, past.family == socket.AF_UNIX, is_counted=past.is_counted)
         connection.resume(past)
@@ -99,7 +99,7 @@ class Clients:
 
     def _is_self_probe(self, descriptor: int, peer: SockAddr) -> bool:
         """Serve the client and return True if it is a self-check, known by its socket address: a header could lie."""
-        is_ours = self.selfcheck.is_ours(peer)
+        is_ours = self.self_probe.is_ours(peer)
         if is_ours:
             connection = self._connection(descriptor, peer, _is_unix(peer), is_counted=False)
             self.admission.keep(connection)

@@ -2,7 +2,7 @@
 
 An ordinary line passes through `HotPath.__call__` and `_receive` only: it creates no task or timer, writes no log line
 and does not read the clock. Readiness is level-triggered, so each readable client gets one bounded read per iteration
-of the event loop. If very many clients have input, their reads are queued (`Turns`). The owner samples progress
+of the event loop. If very many clients have input, their reads are queued (`Scheduler`). The owner samples progress
 periodically with `look` and enforces the timeouts. This module knows nothing of other connections, signals or the
 server; it reports the end of a connection through `Owner.on_closed`.
 """
@@ -16,10 +16,10 @@ from typing import Protocol
 
 from echod.net import sockets
 from echod.protocol.echo import Echo, error_line
-from echod.server.activity import Pace
+from echod.server.activity import Activity
 from echod.server.fastpath import CHUNK_BYTES, HotPath
 from echod.server.memory import SPARE_BYTES, UNREAD_BYTES, Memory
-from echod.server.scheduler import Turns
+from echod.server.scheduler import Scheduler
 from echod.server.state import ConnectionState
 
 LEAST_CHUNK_BYTES = 16_384
@@ -52,7 +52,7 @@ class Owner(Protocol):
     """What a connection needs from the object that owns it."""
 
     loop: asyncio.AbstractEventLoop
-    turns: Turns
+    turns: Scheduler
     memory: Memory
 
     def on_active(self, connection: "Connection") -> None:
@@ -116,7 +116,7 @@ class Connection(HotPath):
         self.is_anonymous = False
         """Whether the PROXY header names no client, as in a health check by the balancer itself."""
         self.echo = Echo(line_bytes)
-        self.pace = Pace(now)
+        self.pace = Activity(now)
         self.opened_at = now
         self.state = State.OPEN
         self.reason: str | None = None
@@ -246,8 +246,8 @@ class Connection(HotPath):
         if self.parked_until is not None:
             self._owner.on_active(self)
         self._count_held()
-        if self.echo.fault:
-            self.finish(self.echo.fault.value)
+        if self.echo.error:
+            self.finish(self.echo.error.value)
             return
         if self.echo.has_more and not self._pending:
             self._owner.turns.add(self)
@@ -259,7 +259,7 @@ class Connection(HotPath):
         self._watch()
         self._check_hot()
 
-    def take_turn(self) -> bool:
+    def take_step(self) -> bool:
         """Answer a slice of costly input; return whether more of it can be answered now."""
         if self.state is not State.OPEN or self._pending:
             return False
@@ -271,8 +271,8 @@ class Connection(HotPath):
             return True
         if self.state is State.OPEN and not self._pending:
             self._after_unusual(is_answered=True)
-        elif self.echo.fault:
-            self.finish(self.echo.fault.value)
+        elif self.echo.error:
+            self.finish(self.echo.error.value)
         return False
 
     def _send(self, replies: bytes) -> None:
@@ -405,7 +405,7 @@ class Connection(HotPath):
             self.close()
         elif self.state is State.OPEN:
             replies = self.echo.finish()
-            self.reason = self.echo.fault.value if self.echo.fault else "client"
+            self.reason = self.echo.error.value if self.echo.error else "client"
             self.is_hot = False
             self.state = State.FLUSHING
             if replies:

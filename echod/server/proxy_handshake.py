@@ -16,7 +16,7 @@ HEADER_S = 5.0
 """How long a header may take; a balancer sends it at once."""
 
 
-class Prelude:
+class ProxyHandshake:
     """One client whose PROXY header is not complete yet.
 
     `end` is called once: with the client's address, None if the header names none, or the error in the header.
@@ -30,7 +30,7 @@ class Prelude:
         peer: SockAddr,
         began_at: float,
         header: bytes,
-        end: Callable[["Prelude", SockAddr | ProxyError | None], None],
+        end: Callable[["ProxyHandshake", SockAddr | ProxyError | None], None],
     ) -> None:
         self.sock = sock
         self.peer = peer
@@ -88,7 +88,7 @@ class Prelude:
         self._end(self, result)
 
 
-class Preludes:
+class ProxyHandshakes:
     """All of them: hands each descriptor on when its header has come or has failed.
 
     `on_ready` gets it with the client's address and whether the header names none, `on_failed` with the peer's and why
@@ -102,13 +102,13 @@ class Preludes:
     ) -> None:
         self._on_ready = on_ready
         self._on_failed = on_failed
-        self._under_way: set[Prelude] = set()
+        self._under_way: set[ProxyHandshake] = set()
 
     def __len__(self) -> int:
         """How many there are."""
         return len(self._under_way)
 
-    def __iter__(self) -> Iterator[Prelude]:
+    def __iter__(self) -> Iterator[ProxyHandshake]:
         """Each of them."""
         return iter(self._under_way)
 
@@ -116,7 +116,7 @@ class Preludes:
         """Wait for the header of a client, the beginning of which may have been read before."""
         sock = socket.socket(fileno=descriptor)
         sock.setblocking(False)
-        prelude = Prelude(sock, peer, began_at, header, self._end)
+        prelude = ProxyHandshake(sock, peer, began_at, header, self._end)
         self._under_way.add(prelude)
         prelude.begin()
 
@@ -125,7 +125,7 @@ class Preludes:
         for prelude in [*self._under_way]:
             prelude.fail("the end of the drain")
 
-    def _end(self, prelude: Prelude, result: SockAddr | ProxyError | None) -> None:
+    def _end(self, prelude: ProxyHandshake, result: SockAddr | ProxyError | None) -> None:
         self._under_way.discard(prelude)
         is_unix = prelude.sock.family == socket.AF_UNIX
         descriptor = prelude.sock.detach()

@@ -18,7 +18,7 @@ READ_S = 0.015
 class Worker(Protocol):
     """A connection whose costly input is answered in small steps."""
 
-    def take_turn(self) -> bool:
+    def take_step(self) -> bool:
         """Do one step; return whether more work is left."""
 
 
@@ -29,7 +29,7 @@ class Reader(Protocol):
         """Do the postponed read."""
 
 
-class Turns:
+class Scheduler:
     """A round-robin queue of workers, each of which does one step at a time, and a queue of postponed reads."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Turns:
     def _work(self, end: float) -> None:
         while self._queue:
             worker = self._queue.popleft()
-            if worker.take_turn():
+            if worker.take_step():
                 self._queue.append(worker)
             if time.monotonic() >= end:
                 break

@@ -25,7 +25,7 @@ _PREDECESSORS_S = 5.0
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (a key to look up, not an address to bind)
 
 
-class SelfCheck:
+class SelfProbe:
     """Requests an echo from the service, as a client would.
 
     An accepted connection is a self-check if its peer address is that of a socket that we hold open and that was not

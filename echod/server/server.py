@@ -13,7 +13,7 @@ import structlog
 from msgspec import Struct
 
 from echod.config.schema import Config, Timeouts
-from echod.net.listener_set import Listeners
+from echod.net.listener_set import ListenerSet
 from echod.net.sockets import Bound, Key
 from echod.process.limits import allowed_memory_bytes
 from echod.server import timeouts
@@ -34,7 +34,7 @@ MEMORY_SHARE = 4
 log = structlog.get_logger()
 
 
-class Drained(Struct, frozen=True):
+class DrainResult(Struct, frozen=True):
     """How a drain ended: connections that got what they were owed, and that were cut off."""
 
     clean: int
@@ -52,7 +52,7 @@ class Server:
         self._stats = stats
         self._loop = asyncio.get_running_loop()
         self.clients = Clients(config.limits, stats, open_files)
-        self._listeners = Listeners(self.clients.accept, self.clients.admission.starved, acceptor)
+        self._listeners = ListenerSet(self.clients.accept, self.clients.admission.starved, acceptor)
         self.proxied: frozenset[Key] = frozenset()
         """The listeners whose clients come with a PROXY header."""
         self.is_leaving = False
@@ -85,7 +85,7 @@ class Server:
         listener = self._listeners.open_socket
         if self.clients.is_draining or listener is None or len(self.clients) >= self._config.limits.connections:
             return True
-        return await self.clients.selfcheck.passes(listener, deadline_s)
+        return await self.clients.self_probe.passes(listener, deadline_s)
 
     # -- a configuration -------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Server:
             for part in _slices(self.clients.active):
                 now = self._loop.time()
                 for connection in part:
-                    timeouts.tend(connection, now, self._config.timeouts)
+                    timeouts.enforce_timeouts(connection, now, self._config.timeouts)
                     if connection.is_silent(now):
                         self.clients.park(connection, self._config.timeouts.idle)
                 await asyncio.sleep(0)
@@ -132,7 +132,7 @@ class Server:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    async def drain(self, report: Callable[[int, float], None], deadline: float) -> Drained:
+    async def drain(self, report: Callable[[int, float], None], deadline: float) -> DrainResult:
         """Stop accepting, finish each connection until the deadline, and return when all are closed.
 
         The deadline is one of time.monotonic; what is left then has one second more to end its stream.
@@ -149,11 +149,11 @@ class Server:
         await asyncio.gather(self._sweeper, return_exceptions=True)
         return self._drained(before)
 
-    def cut_off(self) -> None:
+    def abort_all(self) -> None:
         """End a drain now: close the listeners and abort each client that is still owed a reply."""
         self._is_cutting = True
         self._listeners.close_now()
-        self.clients.preludes.give_up()
+        self.clients.handshakes.give_up()
         for connection in self.clients.connections:
             connection.end_now()
         self.clients.emptied.set()
@@ -169,7 +169,7 @@ class Server:
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
                 await asyncio.sleep(0)  # one full iteration: answer input that arrived in time
-                self.clients.preludes.give_up()
+                self.clients.handshakes.give_up()
                 for connection in self.clients.connections:
                     timeouts.end_at_line_boundary(connection)
             if now - reported_at >= PROGRESS_S:
@@ -185,15 +185,15 @@ class Server:
         for part in _slices(self.clients.served):
             now = self._loop.time()
             for connection in part:
-                timeouts.tend(connection, now, limits)
+                timeouts.enforce_timeouts(connection, now, limits)
                 timeouts.settle(connection, now, limits.drain_quiet)
             await asyncio.sleep(0)
         self.clients.memory.retry()
 
-    def _drained(self, before: Mapping[str, int]) -> Drained:
+    def _drained(self, before: Mapping[str, int]) -> DrainResult:
         ended = {reason: count - before[reason] for reason, count in self._stats.closed.items()}
         cut = ended["cut"] + ended["write timeout"]
-        return Drained(sum(ended.values()) - cut, cut, self.clients.unacknowledged)
+        return DrainResult(sum(ended.values()) - cut, cut, self.clients.unacknowledged)
 
 
 def _sweep_interval(timeouts: Timeouts) -> float:

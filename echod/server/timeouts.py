@@ -8,7 +8,7 @@ from echod.net import sockets
 from echod.server.connection import Connection, State
 
 
-def tend(connection: Connection, now: float, timeouts: Timeouts) -> None:
+def enforce_timeouts(connection: Connection, now: float, timeouts: Timeouts) -> None:
     """End the connection if a timeout is over; to be called again and again while serving."""
     if connection.state is State.CLOSED:
         return

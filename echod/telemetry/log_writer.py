@@ -28,7 +28,7 @@ _LOOK_S = 0.05
 """How often the writer checks whether to abandon a destination that accepts nothing."""
 
 
-class Sink:
+class LogWriter:
     """The destination of log lines; it can be replaced while lines are being written.
 
     One thread writes to all successive destinations, and at most one new destination waits for it. So the sink has one

@@ -17,7 +17,7 @@ import structlog
 from structlog.typing import EventDict, ProcessorReturnValue
 
 from echod.config.schema import Log
-from echod.telemetry.log_writer import Sink
+from echod.telemetry.log_writer import LogWriter
 
 Renderer = Callable[[Any, str, EventDict], ProcessorReturnValue]
 
@@ -80,8 +80,8 @@ def open_path(file: str, more_flags: int = 0) -> int:
     return descriptor
 
 
-def _sink(descriptor: int | None) -> Sink:
-    return Sink(STANDARD_ERROR) if descriptor is None else Sink(descriptor, is_owned=True)
+def _sink(descriptor: int | None) -> LogWriter:
+    return LogWriter(STANDARD_ERROR) if descriptor is None else LogWriter(descriptor, is_owned=True)
 
 
 # -- rendering ---------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _as_line(rendered: Any) -> bytes:
 class _InForce:
     """What every logger is bound to, once and for all; what a new configuration changes, changes in here."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: LogWriter) -> None:
         self.level = logging.INFO
         self.renderer: Renderer = render_json
         self._sink = sink

@@ -37,7 +37,7 @@ class Steps(Struct, frozen=True):
     replace: Replace
 
 
-class Upgrades:
+class Upgrader:
     """Owns the upgrade under way."""
 
     def __init__(self, steps: Steps) -> None:
@@ -65,7 +65,7 @@ class Upgrades:
             try:
                 await self._upgrade()
             except PreflightError as error:
-                _refuse(*error.faults)
+                _refuse(*error.errors)
             except TimeoutError:
                 _refuse(f"a reload or a listener that is to be closed doesn't come to its end within {SETTLE_S:g} s")
             except OSError as error:
@@ -85,5 +85,5 @@ class Upgrades:
             self._steps.go_on()
 
 
-def _refuse(*faults: str) -> None:
-    log.error("upgrade refused", errors=[*faults])
+def _refuse(*errors: str) -> None:
+    log.error("upgrade refused", errors=[*errors])

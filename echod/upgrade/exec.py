@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from msgspec import Struct
 from msgspec.structs import replace
 
-from echod.process.signals import Delivery, Mailbox, Order
+from echod.process.signals import Delivery, SignalEvent, SignalQueue
 from echod.server.state import ConnectionState
-from echod.telemetry.log_writer import Sink
+from echod.telemetry.log_writer import LogWriter
 from echod.upgrade import preflight, state_file
 from echod.upgrade.state_file import Process, Service, State
 
@@ -23,15 +23,15 @@ FLUSH_S = 0.2
 
 
 def command_line(
-    original: Sequence[str], arguments: Sequence[str], interpreter: str, folder: str
+    original: Sequence[str], arguments: Sequence[str], interpreter: str, directory: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """How to start what is installed now as this program was started: the command, and its `arguments`.
 
     `original` is sys.orig_argv. A script is run by itself, for its first line names the interpreter that it is
-    installed for. A module is looked for without regard to the current folder, from where anything could be imported.
+    installed for. A module is looked for without regard to the current directory, which could hold anything.
     """
     head = original[: len(original) - len(arguments)]
-    script = os.path.join(folder, head[-1])
+    script = os.path.join(directory, head[-1])
     if head[-2:-1] == ["-m"] or not os.path.isfile(script):
         flags = [flag for flag in head[1:-2] if flag != "-P"]  # of the upgrade before
         return (interpreter, *flags, "-P", "-m", "echod"), tuple(arguments)
@@ -43,11 +43,11 @@ class Moment(Struct, frozen=True):
     """What has to stand still in the moment of the change."""
 
     delivery: Delivery
-    mailbox: Mailbox
-    sink: Sink
+    signal_queue: SignalQueue
+    sink: LogWriter
 
 
-class Successor(Struct, frozen=True):
+class Replacement(Struct, frozen=True):
     """Proves itself in a child, and then takes this program's place."""
 
     command: tuple[str, ...]
@@ -74,7 +74,7 @@ class Successor(Struct, frozen=True):
         service: Service,
         clients: Iterable[ConnectionState],
         descriptors: Collection[int],
-        more: Sequence[Order] = (),
+        more: Sequence[SignalEvent] = (),
     ) -> None:
         """Give it the clients, on these descriptors, the orders that wait, and `more`; doesn't return.
 
@@ -82,7 +82,7 @@ class Successor(Struct, frozen=True):
         """
         left_at = time.monotonic()
         with self.moment.delivery.paused():
-            orders = self.moment.mailbox.take()
+            orders = self.moment.signal_queue.take()
             try:
                 lost = self.moment.sink.flush(FLUSH_S) + self.moment.sink.dropped
                 left = replace(
@@ -94,7 +94,7 @@ class Successor(Struct, frozen=True):
                 self._execute(State(left, service), clients, descriptors)
             finally:
                 for order in orders:
-                    self.moment.mailbox.put(order)
+                    self.moment.signal_queue.put(order)
 
     def _execute(self, state: State, clients: Iterable[ConnectionState], descriptors: Collection[int]) -> None:
         saved = state_file.save(state, clients)
@@ -113,7 +113,7 @@ def _listening(service: Service) -> list[int]:
 
 
 def _held(process: Process) -> list[int]:
-    return [descriptor for _, descriptor in (*process.heirs, *([process.pidfile] if process.pidfile else []))]
+    return [descriptor for _, descriptor in (*process.inherited, *([process.pidfile] if process.pidfile else []))]
 
 
 @contextmanager

@@ -24,9 +24,9 @@ _REASON_BYTES = 400
 class PreflightError(Exception):
     """Why the program as it is installed now can't take over."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("; ".join(faults))
-        self.faults = tuple(faults)
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__("; ".join(errors))
+        self.errors = tuple(errors)
 
 
 async def prove(command: Sequence[str], environment: Mapping[str, str], descriptors: Collection[int]) -> str:

@@ -14,15 +14,15 @@ import msgspec
 from msgspec import Struct
 
 from echod.config.schema import Config
-from echod.net.bind import Heir
-from echod.net.socket_activation import Inherited, UnfitSocketError, adopt
+from echod.net.bind import InheritedSocket
+from echod.net.socket_activation import Inherited, UnusableSocketError, adopt
 from echod.net.sockets import Bound, Endpoint, Key, SockAddr
 from echod.server.connection import Connection
-from echod.server.proxy_handshake import Prelude
+from echod.server.proxy_handshake import ProxyHandshake
 from echod.server.state import ConnectionState, SavedAddress
 from echod.upgrade.state_file import HandoverError, Listening, State
 
-Listeners = dict[Key, Bound]
+ListenerSet = dict[Key, Bound]
 
 
 # -- what is left to the next program ----------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def past(connection: Connection, *, is_counted: bool) -> ConnectionState:
     )
 
 
-def past_of_prelude(prelude: Prelude) -> ConnectionState:
+def state_of_handshake(prelude: ProxyHandshake) -> ConnectionState:
     """Everything about a client whose PROXY header isn't there yet."""
     return ConnectionState(
         descriptor=prelude.sock.fileno(),
@@ -88,15 +88,15 @@ def address_of(sockaddr: SockAddr) -> SavedAddress:
 # -- what the program before has left ----------------------------------------------------------------------------------
 
 
-class Legacy(Struct, frozen=True):
+class Predecessor(Struct, frozen=True):
     """What the program before us in this process has left: its state, with sockets for descriptors."""
 
     state: State
-    listeners: Listeners
-    admin: Listeners
+    listeners: ListenerSet
+    admin: ListenerSet
     proxied: frozenset[Key]
     """The listeners whose clients come with a PROXY header."""
-    heirs: tuple[Heir, ...]
+    inherited: tuple[InheritedSocket, ...]
     clients: Iterable[tuple[int, SockAddr, ConnectionState]]
     """To be gone through once."""
 
@@ -114,18 +114,18 @@ class Legacy(Struct, frozen=True):
         return [sockaddr_of(address) for address in self.state.service.ourselves]
 
 
-def legacy(state: State, clients: Iterable[ConnectionState]) -> Legacy:
+def predecessor(state: State, clients: Iterable[ConnectionState]) -> Predecessor:
     """Take the sockets over, each client's when it is asked for; raises HandoverError."""
     try:
-        for _, descriptor in state.process.heirs:
+        for _, descriptor in state.process.inherited:
             os.set_inheritable(descriptor, False)
-        heirs = adopt(Inherited(name, descriptor) for name, descriptor in state.process.heirs)
-        known = {heir.socket.fileno(): heir.socket for heir in heirs}
+        inherited = adopt(Inherited(name, descriptor) for name, descriptor in state.process.inherited)
+        known = {heir.socket.fileno(): heir.socket for heir in inherited}
         listeners, admin = (_bound(each, known) for each in (state.service.listeners, state.service.admin))
-    except (OSError, UnfitSocketError) as error:
+    except (OSError, UnusableSocketError) as error:
         raise HandoverError(f"a listening socket: {error}") from error
     proxied = frozenset(_key(each) for each in state.service.listeners if each.is_proxied)
-    return Legacy(state, listeners, admin, proxied, heirs, _clients(clients))
+    return Predecessor(state, listeners, admin, proxied, inherited, _clients(clients))
 
 
 class Outline(Struct, frozen=True):
@@ -133,7 +133,7 @@ class Outline(Struct, frozen=True):
 
     listeners: dict[Key, None]
     admin: dict[Key, None]
-    heirs: tuple[Heir, ...]
+    inherited: tuple[InheritedSocket, ...]
     """With a closed socket each: they are listened on already, so nobody needs another."""
 
 
@@ -141,15 +141,17 @@ def outline(state: State) -> Outline:
     """What a program has to know of the listeners to prepare what it would do with them."""
     endpoints = {each.descriptor: _key(each)[0] for each in state.service.listeners}
     with socket.socket() as closed:
-        heirs = tuple(Heir(name, endpoints[descriptor], closed) for name, descriptor in state.process.heirs)
+        inherited = tuple(
+            InheritedSocket(name, endpoints[descriptor], closed) for name, descriptor in state.process.inherited
+        )
     listeners, admin = (
         {_key(each): None for each in described} for described in (state.service.listeners, state.service.admin)
     )
-    return Outline(listeners, admin, heirs)
+    return Outline(listeners, admin, inherited)
 
 
-def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -> Listeners:
-    bound: Listeners = {}
+def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -> ListenerSet:
+    bound: ListenerSet = {}
     for each in described:
         sock = known.get(each.descriptor) or _socket(each.descriptor)
         bound[_key(each)] = Bound(sock, each.file, each.is_inherited)

@@ -57,9 +57,9 @@ class Process(Struct, kw_only=True, omit_defaults=True):
     """Of the program that wrote it."""
     left_at: float
     """When clients were left, to be served by the next program."""
-    folder: str = ""
+    directory: str = ""
     """Where it was started: relative paths are meant from there."""
-    heirs: list[tuple[str, int]] = []
+    inherited: list[tuple[str, int]] = []
     """Sockets of a service manager: name and descriptor."""
     pidfile: tuple[str, int] | None = None
     """Path, and the descriptor that holds the lock."""

@@ -37,11 +37,11 @@ def main() -> int:
     is_written = options.write and not is_partial
     if is_written:
         report.replaced(DOCUMENT.read_text(), "")  # fails now rather than after the measurement
-    with tempfile.TemporaryDirectory(prefix="echod-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="echod-bench-") as directory:
         try:
-            harness = Harness(Path(folder))
+            harness = Harness(Path(directory))
             command = shlex.split(options.echod) or (CONSOLE_SCRIPT,)
-            peers, missing = everyone(Path(folder), command, options.peers)
+            peers, missing = everyone(Path(directory), command, options.peers)
         except MissingError as error:
             print(f"make bench: {error}", file=sys.stderr)
             return 1

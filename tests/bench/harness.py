@@ -96,11 +96,11 @@ class Running:
 class Harness:
     """Runs servers and puts loads on them."""
 
-    def __init__(self, folder: Path) -> None:
-        """Build the load generator in the folder; raises MissingError."""
+    def __init__(self, directory: Path) -> None:
+        """Build the load generator in the directory; raises MissingError."""
         self.cores = cores()
-        self._folder = folder
-        self.program = compiled(Path(__file__).with_name("load.c"), folder)
+        self._folder = directory
+        self.program = compiled(Path(__file__).with_name("load.c"), directory)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for the servers, which inherit it
 

@@ -63,23 +63,23 @@ def key_of(name: str) -> str:
     return name.lower().replace(",", "").replace(" ", "-")
 
 
-def compiled(source: Path, folder: Path) -> str:
-    """Compile a C program into the folder and return its path; raises MissingError."""
+def compiled(source: Path, directory: Path) -> str:
+    """Compile a C program into the directory and return its path; raises MissingError."""
     compiler = shutil.which("cc")
     if not compiler:
         raise MissingError("no C compiler: apt-get install gcc libc6-dev")
-    program = folder / source.stem
+    program = directory / source.stem
     # -O3: without it gcc does not vectorize the limit's loop over the bytes, and the limit would be none.
     subprocess.run([compiler, "-O3", "-Wall", "-Wextra", "-Werror", "-o", program, source], check=True)
     return str(program)
 
 
-def limit(folder: Path) -> Peer:
+def limit(directory: Path) -> Peer:
     """The practical limit; raises MissingError without a C compiler."""
     return Peer(
         name="C",
         about="an epoll loop that upper-cases bytes: the practical limit",
-        command=(compiled(SERVERS / "limit.c", folder), PORT),
+        command=(compiled(SERVERS / "limit.c", directory), PORT),
         knows_utf8=False,
     )
 
@@ -102,14 +102,14 @@ def echod_python(command: Sequence[str] = (CONSOLE_SCRIPT,)) -> Peer:
     return Peer(name=PYTHON, about=about, command=_serve(command), environment={"ECHOD_FASTPATH": "0"})
 
 
-def everyone(folder: Path, command: Sequence[str], keys: Sequence[str] = ()) -> tuple[list[Peer], dict[str, str]]:
-    """Return the peers (all if no key is given) that can be had here, built into the folder, and why others can't."""
+def everyone(directory: Path, command: Sequence[str], keys: Sequence[str] = ()) -> tuple[list[Peer], dict[str, str]]:
+    """Return the peers (all if no key is given) available here, built into the directory, and why others are not."""
     peers: list[Peer] = []
     missing: dict[str, str] = {}
     for name, make in _MAKERS.items():
         if not keys or key_of(name) in keys:
             try:
-                peers.append(make(folder, command))
+                peers.append(make(directory, command))
             except MissingError as error:
                 missing[name] = str(error)
     return peers, missing
@@ -128,9 +128,9 @@ def _needed(program: str, package: str) -> None:
         raise MissingError(f"not installed: apt-get install {package}")
 
 
-def _go(folder: Path) -> Peer:
+def _go(directory: Path) -> Peer:
     _needed("go", "golang-go")
-    program = folder / "go-server"
+    program = directory / "go-server"
     subprocess.run(["go", "build", "-o", program, SERVERS / "server.go"], check=True)
     return Peer(name="Go", about="a goroutine for each connection", command=(str(program), PORT))
 
@@ -158,7 +158,7 @@ def _twisted() -> Peer:
         name="Twisted",
         about="its line protocol, on epoll",
         command=_python("twisted_lines.py"),
-        # It is in a folder of its own, which only this server sees: structlog imports Twisted where it finds it.
+        # It is in a directory of its own, which only this server sees: structlog imports Twisted where it finds it.
         environment={"PYTHONPATH": str(Path(found.origin).parents[1])},
         keeps_rates=False,
     )
@@ -175,11 +175,11 @@ def _memcached() -> Peer:
     )
 
 
-def _redis(folder: Path) -> Peer:
+def _redis(directory: Path) -> Peer:
     _needed("redis-server", "redis-server")
     # Its protected mode takes 127.0.0.2, from where the load comes too, for another machine.
     safe = ("--bind", "127.0.0.1", "--protected-mode", "no")
-    options = (*safe, "--save", "", "--appendonly", "no", "--dir", str(folder))
+    options = (*safe, "--save", "", "--appendonly", "no", "--dir", str(directory))
     return Peer(
         name="Redis",
         about="one I/O thread, no persistence; `ECHO`",
@@ -189,19 +189,19 @@ def _redis(folder: Path) -> Peer:
 
 
 _MAKERS: Mapping[str, Callable[[Path, Sequence[str]], Peer]] = {
-    "C": lambda folder, _command: limit(folder),
+    "C": lambda directory, _command: limit(directory),
     "bare": lambda _folder, _command: bare(),
     COMPILED: lambda _folder, command: echod(command),
     PYTHON: lambda _folder, command: echod_python(command),
-    "Go": lambda folder, _command: _go(folder),
+    "Go": lambda directory, _command: _go(directory),
     "Node": lambda _folder, _command: _node(),
     "uvloop streams": lambda _folder, _command: _uvloop_streams(),
     "asyncio streams": lambda _folder, _command: _asyncio_streams(),
     "Twisted": lambda _folder, _command: _twisted(),
     "memcached": lambda _folder, _command: _memcached(),
-    "Redis": lambda folder, _command: _redis(folder),
+    "Redis": lambda directory, _command: _redis(directory),
 }
-"""By name; each is given a folder to build into and the command of echod."""
+"""By name; each is given a directory to build into and the command of echod."""
 
 KEYS = tuple(map(key_of, _MAKERS))
 """The peers as an option takes them."""

@@ -34,9 +34,9 @@ class Workload:
         make = _mixed_line if self.is_mixed else _ascii_line
         return [make(number, self.line_bytes - 1) for number in range(self.depth)]
 
-    def write(self, folder: Path, dialect: Dialect = UPPER) -> tuple[Path, Path]:
+    def write(self, directory: Path, dialect: Dialect = UPPER) -> tuple[Path, Path]:
         """Write the requests of one block, and the replies to them, into two files."""
-        request, reply = (folder / f"{self.name}.{dialect.name}.{kind}" for kind in ("request", "reply"))
+        request, reply = (directory / f"{self.name}.{dialect.name}.{kind}" for kind in ("request", "reply"))
         pairs = [dialect.ask(line) for line in self.lines]
         request.write_bytes(b"".join(asked for asked, _ in pairs))
         reply.write_bytes(b"".join(answered for _, answered in pairs))

@@ -40,7 +40,7 @@ FAULTS = {
     "timeouts.drain_quiet = -1": "expected number >= 0",
     "listen 127.0.0.1:{taken}": "address already in use",
     "listen 192.0.2.1:9": "not an address of this machine",
-    "listen unix:{folder}/in-the-way": "a file that is no socket is in the way",
+    "listen unix:{directory}/in-the-way": "a file that is no socket is in the way",
     "log.file = '/no/such/folder/log'": "no such file or directory",
 }
 """What can be wrong with a configuration ("": there is none), and what is said of it."""
@@ -51,7 +51,7 @@ class Operator:
     """Changes the configuration file and sends signals, as its random numbers have it."""
 
     rng: random.Random
-    folder: Path
+    directory: Path
     extra_port: int
     taken_port: int
     log_levels: Sequence[str]
@@ -60,12 +60,12 @@ class Operator:
 
     @property
     def file(self) -> Path:
-        return self.folder / "echod.toml"
+        return self.directory / "echod.toml"
 
     @property
     def extras(self) -> list[str]:
         """The addresses that come and go."""
-        return [f"127.0.0.1:{self.extra_port}", f"unix:{self.folder}/visitors", f"unix:{self.folder}/pipeliners"]
+        return [f"127.0.0.1:{self.extra_port}", f"unix:{self.directory}/visitors", f"unix:{self.directory}/pipeliners"]
 
     def play(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -85,7 +85,7 @@ class Operator:
 
     def reload_badly(self) -> None:
         self.acts["HUP, bad"] += 1
-        fault = self.rng.choice([*FAULTS]).format(taken=self.taken_port, folder=self.folder)
+        fault = self.rng.choice([*FAULTS]).format(taken=self.taken_port, directory=self.directory)
         self.write(fault)
         if not fault:
             self.file.unlink()
@@ -162,7 +162,7 @@ def test_chaos(company: str, seed: str, tmp_path: Path, report: Callable[[Figure
 
 
 def _begin(operator: Operator) -> None:
-    (operator.folder / "in-the-way").touch()
+    (operator.directory / "in-the-way").touch()
     addresses = ("127.0.0.1:0", *operator.extras)
     operator.file.write_text("".join(f"[[listen]]\naddress = '{address}'\n" for address in addresses))
 

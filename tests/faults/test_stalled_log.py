@@ -1,4 +1,4 @@
-"""A log that nobody takes: its reader is stuck or gone, its disk is full, its folder has vanished."""
+"""A log that nobody takes: its reader is stuck or gone, its disk is full, its directory has vanished."""
 
 import asyncio
 import contextlib
@@ -57,12 +57,12 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 16 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", folder]).returncode:
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", directory]).returncode:
         pytest.skip("no disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    yield directory
+    subprocess.run(["umount", directory], check=True)
 
 
 @contextlib.contextmanager
@@ -347,21 +347,21 @@ def test_a_disk_that_fills_up(disk: Path, config: Path, report: Report) -> None:
     it.assert_bystander_unaffected()
 
 
-# -- the folder --------------------------------------------------------------------------------------------------------
+# -- the directory -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["vanished", "read-only"])
 def test_a_folder_that_can_t_be_reopened_in(what: str, config: Path, tmp_path: Path, report: Report) -> None:
     """A reload that can't reopen the log is refused; the old file goes on and no line is lost, until all is well."""
-    folder, old = tmp_path / "folder", tmp_path / "old"
-    log = folder / "log"
-    folder.mkdir()
+    directory, old = tmp_path / "folder", tmp_path / "old"
+    log = directory / "log"
+    directory.mkdir()
     command = (*WITHOUT_PRIVILEGE, sys.executable, "-m", "echod")
     with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS, command=command) as echod, visited(echod) as tally:
         _log_to(str(log), config, echod)
         _wait_for("reload applied", log)
-        with scene(f"log's folder {what}", echod) as it:
-            with _spoiled(folder, old, what) as fault:
+        with scene(f"log's directory {what}", echod) as it:
+            with _spoiled(directory, old, what) as fault:
                 echod.send(signal.SIGHUP)
                 assert _wait_for("reload refused", old)["errors"] == [f"log.file: {log}: {fault}"]
                 _wait_for_visits(tally, 2000)
@@ -379,14 +379,14 @@ def test_a_folder_that_can_t_be_reopened_in(what: str, config: Path, tmp_path: P
 
 
 @contextlib.contextmanager
-def _spoiled(folder: Path, old: Path, what: str) -> Iterator[str]:
+def _spoiled(directory: Path, old: Path, what: str) -> Iterator[str]:
     """Take the log away, and the way to a new one; the system's words for that."""
-    (folder / "log").rename(old)
+    (directory / "log").rename(old)
     if what == "vanished":
-        folder.rmdir()
+        directory.rmdir()
         yield "no such file or directory"
-        folder.mkdir()
+        directory.mkdir()
     else:
-        folder.chmod(0o500)
+        directory.chmod(0o500)
         yield "permission denied"
-        folder.chmod(0o700)
+        directory.chmod(0o700)

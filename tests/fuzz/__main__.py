@@ -76,12 +76,12 @@ def _atheris(name: str, seconds: int) -> str:
 
 
 def _corpus(name: str) -> str:
-    folder = os.path.join(FOLDER, name)
-    os.makedirs(folder, exist_ok=True)
+    directory = os.path.join(FOLDER, name)
+    os.makedirs(directory, exist_ok=True)
     for number, seed in enumerate(TARGETS[name].seeds):
-        with open(os.path.join(folder, f"seed-{number}"), "wb") as file:
+        with open(os.path.join(directory, f"seed-{number}"), "wb") as file:
             file.write(seed)
-    return folder
+    return directory
 
 
 def _dictionary(name: str) -> str:

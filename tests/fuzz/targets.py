@@ -55,11 +55,11 @@ def protocol(data: bytes) -> None:
         seen += chunk
         replies += receive(echo, chunk)
         assert replies == reference(seen, line_bytes, is_ended=False)
-        assert echo.unfinished_bytes == (0 if echo.fault else len(seen.rpartition(b"\n")[2]))
+        assert echo.unfinished_bytes == (0 if echo.error else len(seen.rpartition(b"\n")[2]))
     replies += echo.finish()
     assert replies == reference(seen, line_bytes, is_ended=True)
     assert replies == told([seen], line_bytes) == told(bytewise(seen), line_bytes)
-    assert echo.answered == replies.count(b"\n") - bool(echo.fault)
+    assert echo.answered == replies.count(b"\n") - bool(echo.error)
     assert echo.unfinished_bytes == 0
 
 
@@ -78,7 +78,7 @@ def settings(data: bytes) -> None:
     try:
         loaded = load(_file(file), environment, flags, OPEN_FILES)
     except ConfigError as error:
-        faults = error.faults
+        faults = error.errors
     else:
         assert load(_file(render(loaded.config).encode()), {}, (), OPEN_FILES).config == loaded.config
         return

@@ -145,14 +145,14 @@ def test_a_reload_over_tcp_is_refused_with_words() -> None:
 def test_where_the_address_comes_from(daemon: Daemon, file: Path, local: str) -> None:
     """--admin, else admin.listen as FILE, ECHOD_CONFIG or ECHOD_ADMIN_LISTEN tell it, else $RUNTIME_DIRECTORY."""
     nowhere = {"ECHOD_ADMIN_LISTEN": "unix:/no/such/socket", "ECHOD_CONFIG": "/no/such/file"}
-    folder = local.removeprefix("unix:").removesuffix("/admin")
+    directory = local.removeprefix("unix:").removesuffix("/admin")
     for arguments, more in [
         (["--admin", local], nowhere),
         (["-c", str(file)], {}),
         ([], {"ECHOD_CONFIG": str(file)}),
         ([], {"ECHOD_ADMIN_LISTEN": local}),
-        ([], {"RUNTIME_DIRECTORY": folder}),
-        ([], {"RUNTIME_DIRECTORY": folder, "ECHOD_ADMIN_LISTEN": "unix:/no/such/socket"}),
+        ([], {"RUNTIME_DIRECTORY": directory}),
+        ([], {"RUNTIME_DIRECTORY": directory, "ECHOD_ADMIN_LISTEN": "unix:/no/such/socket"}),
     ]:
         done = command("stats", "--json", *arguments, more=more)
         assert (done.returncode, done.stderr) == (0, ""), (arguments, more)
@@ -168,15 +168,15 @@ def test_how_many_files_the_shell_may_open_is_nothing_to_them(daemon: Daemon, fi
 def test_candidates() -> None:
     """The configuration's address first; but a reload, not taken over TCP, goes to a Unix socket if there is one."""
     tcp, unix, runtime = TcpAddress("::1", 9), UnixAddress("/a"), UnixAddress("/run/admin")
-    for configured, folder, for_stats, for_reload in [
+    for configured, directory, for_stats, for_reload in [
         ("[::1]:9", "unix:/run/admin", [tcp, runtime], [runtime]),
         ("unix:/a", "unix:/run/admin", [unix, runtime], [unix, runtime]),
         ("[::1]:9", None, [tcp], [tcp]),
         ("", "unix:/run/admin", [runtime], [runtime]),
         ("", None, [], []),
     ]:
-        assert admin.candidates(configured, folder, for_reload=False) == for_stats
-        assert admin.candidates(configured, folder, for_reload=True) == for_reload
+        assert admin.candidates(configured, directory, for_reload=False) == for_stats
+        assert admin.candidates(configured, directory, for_reload=True) == for_reload
 
 
 def test_the_endpoint_has_moved_but_the_daemon_is_still_at_its_runtime_directory(tmp_path: Path) -> None:

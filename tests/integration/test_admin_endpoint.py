@@ -95,8 +95,8 @@ def admin_on(address: str) -> Iterator[tuple[Daemon, str]]:
 @pytest.fixture(scope="module", params=["tcp", "unix"])
 def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, str]]:
     """A daemon and its endpoint, on TCP and on a Unix socket."""
-    folder = tmp_path_factory.mktemp("admin")
-    with admin_on("127.0.0.1:0" if request.param == "tcp" else f"unix:{folder}/admin") as found:
+    directory = tmp_path_factory.mktemp("admin")
+    with admin_on("127.0.0.1:0" if request.param == "tcp" else f"unix:{directory}/admin") as found:
         yield found
 
 
@@ -254,9 +254,9 @@ def test_runtime_directory(listen: str, tmp_path: Path) -> None:
         ("/" + "x" * 120, "path longer than 107 bytes"),
     ],
 )
-def test_a_runtime_directory_that_is_none(folder: str, words: str) -> None:
+def test_a_runtime_directory_that_is_none(directory: str, words: str) -> None:
     """A $RUNTIME_DIRECTORY that can't be used fails the start, and is named."""
-    with Daemon("-l", "127.0.0.1:0", environment={"RUNTIME_DIRECTORY": folder}) as echod:
+    with Daemon("-l", "127.0.0.1:0", environment={"RUNTIME_DIRECTORY": directory}) as echod:
         assert echod.process.wait(DEADLINE_S) == 1
     [line] = echod.other_lines
     assert line.startswith("echod: could not start: $RUNTIME_DIRECTORY: ")
@@ -307,13 +307,13 @@ class Slow:
 
     echod: Daemon
     address: str
-    folder: Path
+    directory: Path
     gate: Gate
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[], None]]:
         """A reload is under way until it is released, and is to be refused."""
-        (self.folder / "bad").write_text("nonsense = 1\n")
+        (self.directory / "bad").write_text("nonsense = 1\n")
         self.point_to("bad")
         self.gate.shut()
         known = len(self.echod.events)
@@ -332,8 +332,8 @@ class Slow:
             assert reply.status == 409
 
     def point_to(self, name: str) -> None:
-        (self.folder / "new").symlink_to(self.folder / name)
-        (self.folder / "new").rename(self.folder / "echod.toml")
+        (self.directory / "new").symlink_to(self.directory / name)
+        (self.directory / "new").rename(self.directory / "echod.toml")
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_a_stop_answers_who_waits_for_a_verdict(slow: Slow) -> None:
 def test_a_long_verdict_arrives_whole(slow: Slow) -> None:
     """An answer that the kernel doesn't take at once is sent as the client reads it."""
     faults = [f"{number:03}_{'x' * 2000} = 1" for number in range(200)]
-    (slow.folder / "bad").write_text("\n".join(faults))
+    (slow.directory / "bad").write_text("\n".join(faults))
     slow.point_to("bad")
     with reach(slow.address) as client:
         client.sendall(b"POST /reload HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -40,12 +40,12 @@ NOBODY = pwd.getpwnam("nobody")
 
 
 class Scene:
-    """A folder with the pid file and the log of a daemon that never outlives its test."""
+    """A directory with the pid file and the log of a daemon that never outlives its test."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pidfile = folder / "echod.pid"
-        self.log = folder / "log"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.pidfile = directory / "echod.pid"
+        self.log = directory / "log"
 
     def arguments(self, *more: str) -> list[str]:
         """Those of a daemon on a free port, with its log and its pid file here."""
@@ -149,7 +149,7 @@ def test_the_caller_returns_when_clients_are_served(scene: Scene) -> None:
 
 def test_a_daemon_has_left_everything(scene: Scene) -> None:
     """A process of init's, in a session that it doesn't lead, in /, with umask 027, no core dumps and no terminal."""
-    with (scene.folder / "open").open("w") as inherited:
+    with (scene.directory / "open").open("w") as inherited:
         done = scene.start(pass_fds=[inherited.fileno()])
         assert done.returncode == 0
         pid = scene.pid
@@ -166,7 +166,7 @@ def test_a_daemon_has_left_everything(scene: Scene) -> None:
         assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
         assert {descriptors[name] for name in "012"} == {os.devnull}
         assert list(descriptors.values()).count(os.devnull) == 3
-        assert str(scene.folder / "open") not in descriptors.values()
+        assert str(scene.directory / "open") not in descriptors.values()
     assert scene.log.stat().st_mode & 0o777 == 0o640
     scene.stop()
 
@@ -279,7 +279,7 @@ def test_a_stale_pid_file_is_no_obstacle(scene: Scene) -> None:
 @contextlib.contextmanager
 def starting(scene: Scene) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], None]]]:
     """A caller that waits for a daemon that is reading its configuration, and what lets it go on."""
-    gate, file = Gate(scene.folder / "gate"), scene.folder / "echod.toml"
+    gate, file = Gate(scene.directory / "gate"), scene.directory / "echod.toml"
     file.write_text("[limits]\nconnections = 7\n")
     gate.shut()
     with scene.begin("-c", str(file), more=gate.environment) as caller:
@@ -376,14 +376,14 @@ def test_a_caller_with_a_fault_of_its_own_does_not_say_that_all_is_well() -> Non
 
 def test_relative_paths_are_meant_from_where_it_was_called(scene: Scene) -> None:
     """-c, --pidfile and log.file hold after the daemon has gone to /, at a reload too."""
-    file = scene.folder / "echod.toml"
+    file = scene.directory / "echod.toml"
     file.write_text('[log]\nfile = "log"\n')
     arguments = ["-l", "127.0.0.1:0", "-c", "echod.toml", "--pidfile", "echod.pid"]
-    done = run([*COMMAND, *arguments], cwd=scene.folder)
+    done = run([*COMMAND, *arguments], cwd=scene.directory)
     assert (done.returncode, done.stderr) == (0, "")
     file.write_text('[log]\nfile = "later"\n')
     os.kill(scene.pid, signal.SIGHUP)
-    scene.log = scene.folder / "later"
+    scene.log = scene.directory / "later"
     assert scene.event("reload applied")["changed"] == ["log.file"]
     scene.stop()
     assert not scene.pidfile.exists()
@@ -391,19 +391,19 @@ def test_relative_paths_are_meant_from_where_it_was_called(scene: Scene) -> None
 
 def test_relative_path_in_the_variable(scene: Scene) -> None:
     """ECHOD_CONFIG names a file as -c does."""
-    (scene.folder / "echod.toml").write_text("[limits]\nconnections = 0\n")
-    done = scene.start(more={"ECHOD_CONFIG": "echod.toml"}, cwd=scene.folder)
+    (scene.directory / "echod.toml").write_text("[limits]\nconnections = 0\n")
+    done = scene.start(more={"ECHOD_CONFIG": "echod.toml"}, cwd=scene.directory)
     assert done.returncode == 78
-    assert f"{scene.folder}/echod.toml: limits.connections" in done.stderr
+    assert f"{scene.directory}/echod.toml: limits.connections" in done.stderr
 
 
 def test_the_log_is_reopened_as_logrotate_expects(scene: Scene) -> None:
     """After the file was renamed, HUP makes a new one."""
     assert scene.start().returncode == 0
-    scene.log.rename(scene.folder / "log.1")
+    scene.log.rename(scene.directory / "log.1")
     os.kill(scene.pid, signal.SIGHUP)
     scene.event("reload applied")
-    assert '"ready"' in (scene.folder / "log.1").read_text()
+    assert '"ready"' in (scene.directory / "log.1").read_text()
     scene.stop()
 
 
@@ -412,7 +412,7 @@ def test_the_log_is_reopened_as_logrotate_expects(scene: Scene) -> None:
 
 @pytest.fixture
 def open_scene(open_path: Path) -> Iterator[Scene]:
-    """A scene in a folder of root's that anybody can look into."""
+    """A scene in a directory of root's that anybody can look into."""
     scene = Scene(open_path)
     yield scene
     scene.clean_up()
@@ -420,7 +420,7 @@ def open_scene(open_path: Path) -> Iterator[Scene]:
 
 @needs_root
 def test_root_binds_a_low_port_and_is_nobody_from_then_on(open_scene: Scene) -> None:
-    """Port 7 and a log in root's folder, served by nobody: every thread, every group, no capability."""
+    """Port 7 and a log in root's directory, served by nobody: every thread, every group, no capability."""
     address = f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.7:7"
     done = open_scene.start("--user", "nobody", "-l", address, more=UNMEASURED)
     assert (done.returncode, done.stderr) == (0, "")
@@ -458,10 +458,10 @@ def test_the_group_is_the_one_asked_for(open_scene: Scene) -> None:
 
 @needs_root
 def test_logrotate_after_the_drop(open_scene: Scene) -> None:
-    """In root's folder logrotate's `create` gives the new file to the old one's owner, and HUP opens it."""
+    """In root's directory logrotate's `create` gives the new file to the old one's owner, and HUP opens it."""
     assert open_scene.start("--user", "nobody", more=UNMEASURED).returncode == 0
     owner = open_scene.log.stat()
-    open_scene.log.rename(open_scene.folder / "log.1")
+    open_scene.log.rename(open_scene.directory / "log.1")
     open_scene.log.touch(0o640)
     os.chown(open_scene.log, owner.st_uid, owner.st_gid)
     os.kill(open_scene.pid, signal.SIGHUP)
@@ -473,18 +473,18 @@ def test_logrotate_after_the_drop(open_scene: Scene) -> None:
 def test_logrotate_without_create_in_root_s_folder(open_scene: Scene) -> None:
     """Nobody can make a file there: the reload is refused with the reason, and the log goes on where it was."""
     assert open_scene.start("--user", "nobody", more=UNMEASURED).returncode == 0
-    rotated = open_scene.folder / "log.1"
+    rotated = open_scene.directory / "log.1"
     open_scene.log.rename(rotated)
     os.kill(open_scene.pid, signal.SIGHUP)
     open_scene.log = rotated
-    assert open_scene.event("reload refused")["errors"] == [f"log.file: {open_scene.folder}/log: permission denied"]
+    assert open_scene.event("reload refused")["errors"] == [f"log.file: {open_scene.directory}/log: permission denied"]
     open_scene.stop()
 
 
 @needs_root
 def test_in_a_folder_of_its_own_a_user_leaves_nothing(open_scene: Scene) -> None:
-    """Pid file, log and Unix socket in the user's folder: rotated, reloaded and removed by the user."""
-    home = open_scene.folder / "home"
+    """Pid file, log and Unix socket in the user's directory: rotated, reloaded and removed by the user."""
+    home = open_scene.directory / "home"
     home.mkdir()
     os.chown(home, NOBODY.pw_uid, NOBODY.pw_gid)
     scene = Scene(home)
@@ -513,7 +513,7 @@ def test_in_a_folder_of_its_own_a_user_leaves_nothing(open_scene: Scene) -> None
 @needs_root
 def test_a_fault_of_the_drop_reaches_the_caller(open_scene: Scene) -> None:
     """What the user may not do is a fault of the start: here his log would be a link to root's file."""
-    secret = open_scene.folder / "secret"
+    secret = open_scene.directory / "secret"
     secret.touch(0o600)
     open_scene.log.symlink_to(secret)
     done = open_scene.start("--user", "nobody", more=UNMEASURED)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from echod.process.force_exit import END_S, INSISTED_S, LAST_WORDS_S, STARTING_S, TICK_S, Guard
-from echod.process.signals import Command, Order
+from echod.process.force_exit import END_S, INSISTED_S, LAST_WORDS_S, STARTING_S, TICK_S, ForcedExit
+from echod.process.signals import Action, SignalEvent
 from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving, settings
 
-STOP = Order(Command.STOP, "TERM", os.getpid())
+STOP = SignalEvent(Action.STOP, "TERM", os.getpid())
 
 
 class Clock:
@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def tick(guard: Guard, clock: Clock, count: int) -> None:
+def tick(guard: ForcedExit, clock: Clock, count: int) -> None:
     """Let the signal thread sleep as long as it is told, so many times."""
     for _ in range(count):
         left_s = guard.seconds_left()
@@ -45,10 +45,10 @@ def tick(guard: Guard, clock: Clock, count: int) -> None:
 
 def test_a_stop_may_take_lame_duck_drain_and_the_end(clock: Clock) -> None:
     """Starting: seconds; serving: lame duck and drain as configured at that moment, and the end; insisted: moments."""
-    passed_on: list[Order] = []
+    passed_on: list[SignalEvent] = []
     stop_s = 8.0
-    guard = Guard(passed_on.append, unserved=0, cut_off=3)
-    guard.deliver(Order(Command.RELOAD, "HUP", 1))
+    guard = ForcedExit(passed_on.append, unserved=0, aborted=3)
+    guard.deliver(SignalEvent(Action.RELOAD, "HUP", 1))
     assert guard.seconds_left() is None
     assert guard.remaining_s() == float("inf")
     guard.deliver(STOP)
@@ -62,12 +62,12 @@ def test_a_stop_may_take_lame_duck_drain_and_the_end(clock: Clock) -> None:
     guard.deliver(STOP)
     guard.deliver(STOP)
     assert guard.remaining_s() == pytest.approx(INSISTED_S)
-    assert [order.command for order in passed_on] == [Command.RELOAD] + 3 * [Command.STOP]
+    assert [order.command for order in passed_on] == [Action.RELOAD] + 3 * [Action.STOP]
 
 
 def test_a_pause_of_the_whole_process_does_not_count(clock: Clock) -> None:
     """When its own thread oversleeps, the loop had no processor either; a little lateness is none."""
-    guard = Guard(lambda _: None, unserved=0, cut_off=3)
+    guard = ForcedExit(lambda _: None, unserved=0, aborted=3)
     guard.serving(lambda: 2.0, last_words=lambda: None)
     guard.deliver(STOP)
     tick(guard, clock, 2)
@@ -84,9 +84,9 @@ def test_a_pause_of_the_whole_process_does_not_count(clock: Clock) -> None:
 OVERDUE = """
 from echod.process import force_exit, signals
 force_exit.STARTING_S = force_exit.END_S = -1
-it = force_exit.Guard(lambda order: None, unserved=0, cut_off=3)
+it = force_exit.ForcedExit(lambda order: None, unserved=0, aborted=3)
 {serving}
-it.deliver(signals.Order(signals.Command.STOP, "TERM", 1))
+it.deliver(signals.SignalEvent(signals.Action.STOP, "TERM", 1))
 it.seconds_left()
 """
 

@@ -76,10 +76,10 @@ class Installation:
 @pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """One for all tests, in whatever process they run: it is only looked at."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    it = Installation(folder / "installation")
-    with open(folder / "installation.lock", "w") as lock:
+    directory = tmp_path_factory.getbasetemp()
+    directory = directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
+    it = Installation(directory / "installation")
+    with open(directory / "installation.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not it.root.exists():
             (it.root / "opt/tools/bin").mkdir(parents=True)
@@ -189,7 +189,7 @@ def test_uninstall_removes_exactly_what_install_made(installation: Installation,
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (("PREFIX=/home/me",), "take /usr/local or a folder in /opt"),
+        (("PREFIX=/home/me",), "take /usr/local or a directory in /opt"),
         (("PREFIX=opt",), "must begin with a slash"),
         (("PYTHON=no-such-python",), "no-such-python not found"),
     ],

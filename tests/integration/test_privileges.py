@@ -173,11 +173,11 @@ def test_who_is_not_root_is_told_so() -> None:
 
 @pytest.fixture
 def nobody_s(open_path: Path) -> Path:
-    """A folder of nobody's."""
-    folder = open_path / "nobody's"
-    folder.mkdir()
-    os.chown(folder, NOBODY.pw_uid, NOBODY.pw_gid)
-    return folder
+    """A directory of nobody's."""
+    directory = open_path / "nobody's"
+    directory.mkdir()
+    os.chown(directory, NOBODY.pw_uid, NOBODY.pw_gid)
+    return directory
 
 
 def _open(file: Path) -> int:
@@ -197,7 +197,7 @@ def _write_later(file: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_file_that_only_root_can_make_is_the_user_s(exists: bool, open_path: Path) -> None:
-    """A log in root's folder, new or left by an earlier run as root, can be opened again by the user."""
+    """A log in root's directory, new or left by an earlier run as root, can be opened again by the user."""
     file = open_path / "log"
     if exists:
         file.write_text("earlier\n")

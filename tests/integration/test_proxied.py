@@ -44,14 +44,14 @@ def patient(installed: Installed) -> Installed:
 
 
 @contextlib.contextmanager
-def proxied(folder: Path, *arguments: str, address: str = "127.0.0.1:0", **options: Any) -> Iterator[Daemon]:
+def proxied(directory: Path, *arguments: str, address: str = "127.0.0.1:0", **options: Any) -> Iterator[Daemon]:
     """An echod whose clients come with a header."""
-    with serving("-c", str(_told(folder, address)), *arguments, **options) as echod:
+    with serving("-c", str(_told(directory, address)), *arguments, **options) as echod:
         yield echod
 
 
-def _told(folder: Path, address: str, *, is_proxied: bool = True) -> Path:
-    file = folder / "echod.toml"
+def _told(directory: Path, address: str, *, is_proxied: bool = True) -> Path:
+    file = directory / "echod.toml"
     file.write_text(f'[[listen]]\naddress = "{address}"\nproxy_protocol = {str(is_proxied).lower()}\n')
     return file
 

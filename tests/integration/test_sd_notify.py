@@ -36,20 +36,20 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
 
 def test_no_sockets_without_the_variables() -> None:
     """Without a service manager nothing is handed over."""
-    assert socket_activation.take_sockets({"HOME": "/"}, PID) == ()
+    assert socket_activation.take_descriptors({"HOME": "/"}, PID) == ()
 
 
 def test_sockets_of_another_process_are_not_taken() -> None:
     """Variables that a parent forgot to remove mean nothing, and are removed."""
     environment = {"LISTEN_PID": "1", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b", "HOME": "/"}
-    assert socket_activation.take_sockets(environment, PID) == ()
+    assert socket_activation.take_descriptors(environment, PID) == ()
     assert environment == {"HOME": "/"}
 
 
 def test_no_sockets_at_all_are_no_fault() -> None:
     """LISTEN_FDS=0, or none."""
-    assert socket_activation.take_sockets({"LISTEN_PID": str(PID), "LISTEN_FDS": "0"}, PID) == ()
-    assert socket_activation.take_sockets({"LISTEN_PID": str(PID)}, PID) == ()
+    assert socket_activation.take_descriptors({"LISTEN_PID": str(PID), "LISTEN_FDS": "0"}, PID) == ()
+    assert socket_activation.take_descriptors({"LISTEN_PID": str(PID)}, PID) == ()
 
 
 @pytest.mark.parametrize(

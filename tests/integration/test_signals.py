@@ -17,7 +17,7 @@ from queue import SimpleQueue
 import pytest
 import uvloop
 
-from echod.process.signals import TABLE, Command, Mailbox, Order, delivered, stop_is_pending
+from echod.process.signals import TABLE, Action, SignalEvent, SignalQueue, delivered, stop_is_pending
 from tests.support.daemon import (
     CONSOLE_SCRIPT,
     DEADLINE_S,
@@ -115,11 +115,12 @@ def _cpu_s_until_held() -> tuple[float, float]:
 
 
 def test_the_first_import_blocks_the_signals() -> None:
-    """`__main__` first imports the module that blocks the signals, and that one imports only the C module of signals."""
+    """`__main__` first imports the module that blocks the signals, which imports only the C module of signals."""
 
     def first(file: str, count: int) -> list[str]:
-        source = Path(sys.modules["echod"].__file__ or "").with_name(file).read_text()
-        return [line for line in source.split('"""', 2)[2].splitlines() if line and not line.startswith("#")][:count]
+        source = (Path(sys.modules["echod"].__file__ or "").parent / file).read_text()
+        code = source.split('"""', 2)[2].splitlines()
+        return [line for line in code if line and not line.startswith("#")][:count]
 
     assert first("__main__.py", 1)[0].startswith("from echod.process import blocked_signals")
     imported, declared, blocked = first("process/blocked_signals.py", 3)
@@ -183,19 +184,19 @@ def _no_limit() -> None:
 
 @alone
 def test_each_signal_is_delivered_as_its_command() -> None:
-    """One table signal -> Command, delivered as data, with who sent it."""
-    orders: SimpleQueue[Order] = SimpleQueue()
+    """One table signal -> Action, delivered as data, with who sent it."""
+    orders: SimpleQueue[SignalEvent] = SimpleQueue()
     with delivered(orders.put, _no_limit):
         for number, command in TABLE.items():
             os.kill(os.getpid(), number)
             order = orders.get(timeout=DEADLINE_S)
-            assert order == Order(command, number.name.removeprefix("SIG"), os.getpid())
+            assert order == SignalEvent(command, number.name.removeprefix("SIG"), os.getpid())
 
 
 @alone
 def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
     """What arrives while the signals are blocked and nobody waits is held by the kernel."""
-    orders: SimpleQueue[Order] = SimpleQueue()
+    orders: SimpleQueue[SignalEvent] = SimpleQueue()
     signal.pthread_sigmask(signal.SIG_BLOCK, TABLE)
     assert not stop_is_pending()
     os.kill(os.getpid(), signal.SIGHUP)
@@ -203,7 +204,7 @@ def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     assert stop_is_pending()
     with delivered(orders.put, _no_limit):
-        assert {orders.get(timeout=DEADLINE_S).command for _ in range(2)} == {Command.RELOAD, Command.STOP}
+        assert {orders.get(timeout=DEADLINE_S).command for _ in range(2)} == {Action.RELOAD, Action.STOP}
 
 
 @alone
@@ -211,7 +212,7 @@ def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> No
     """The thread that waits for signals also watches the time, whatever the rest of the process is doing."""
     answers = iter([None, 3600.0, 0.01, 0.01])
     asked: SimpleQueue[float | None] = SimpleQueue()
-    orders: SimpleQueue[Order] = SimpleQueue()
+    orders: SimpleQueue[SignalEvent] = SimpleQueue()
 
     def seconds_left() -> float | None:
         answer = next(answers, None)
@@ -229,13 +230,13 @@ def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> No
 @alone
 def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
     """The private signal of the thread, sent by somebody else, is ignored."""
-    orders: SimpleQueue[Order] = SimpleQueue()
+    orders: SimpleQueue[SignalEvent] = SimpleQueue()
     with delivered(orders.put, _no_limit):
         os.kill(os.getpid(), signal.SIGRTMIN)
         while signal.SIGRTMIN in signal.sigpending():
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        assert orders.get(timeout=DEADLINE_S).command is Command.STOP
+        assert orders.get(timeout=DEADLINE_S).command is Action.STOP
 
 
 @alone
@@ -249,7 +250,7 @@ def test_the_thread_ends_with_the_context() -> None:
 @alone
 def test_a_pause_across_a_time_limit_is_no_signal() -> None:
     """SIGSTOP and SIGCONT while the thread waits with a time limit, which ends meanwhile: nothing is delivered."""
-    orders: SimpleQueue[Order] = SimpleQueue()
+    orders: SimpleQueue[SignalEvent] = SimpleQueue()
     asked: SimpleQueue[None] = SimpleQueue()
 
     def seconds_left() -> float:
@@ -258,7 +259,7 @@ def test_a_pause_across_a_time_limit_is_no_signal() -> None:
 
     with delivered(orders.put, seconds_left):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert orders.get(timeout=DEADLINE_S).command is Command.STOP
+        assert orders.get(timeout=DEADLINE_S).command is Action.STOP
         pause = "import os, signal, sys, time; pid = int(sys.argv[1]); os.kill(pid, signal.SIGSTOP); time.sleep(1); "
         with subprocess.Popen([sys.executable, "-c", f"{pause}os.kill(pid, signal.SIGCONT)", str(os.getpid())]):
             pass
@@ -267,33 +268,33 @@ def test_a_pause_across_a_time_limit_is_no_signal() -> None:
         asked.get(timeout=DEADLINE_S)
         assert orders.empty()
         os.kill(os.getpid(), signal.SIGHUP)
-        assert orders.get(timeout=DEADLINE_S).command is Command.RELOAD
+        assert orders.get(timeout=DEADLINE_S).command is Action.RELOAD
 
 
 def test_a_kind_that_waits_is_one_order_and_stops_are_counted_to_two() -> None:
-    """As in the kernel: nobody fills the mailbox, and the order of arrival is that of the first of a kind."""
-    mailbox = Mailbox()
+    """As in the kernel: nobody fills the signal_queue, and the order of arrival is that of the first of a kind."""
+    signal_queue = SignalQueue()
     for _ in range(1000):
-        for command in (Command.DUMP_STATS, Command.STOP, Command.RELOAD, Command.UPGRADE):
-            mailbox.put(Order(command, "X", 1))
-    taken = [order.command for order in mailbox.take()]
-    assert taken == [Command.DUMP_STATS, Command.STOP, Command.RELOAD, Command.UPGRADE, Command.STOP]
-    assert mailbox.take() == []
+        for command in (Action.DUMP_STATS, Action.STOP, Action.RELOAD, Action.UPGRADE):
+            signal_queue.put(SignalEvent(command, "X", 1))
+    taken = [order.command for order in signal_queue.take()]
+    assert taken == [Action.DUMP_STATS, Action.STOP, Action.RELOAD, Action.UPGRADE, Action.STOP]
+    assert signal_queue.take() == []
 
 
 def test_the_loop_has_a_full_turn_before_each_order() -> None:
     """Whoever sends signals without pause starves no client: what is readable is read first."""
 
     async def follow() -> list[str]:
-        mailbox = Mailbox()
+        signal_queue = SignalQueue()
         happened: list[str] = []
         ours, theirs = socket.socketpair()
         loop = asyncio.get_running_loop()
         loop.add_reader(ours, lambda: happened.append(ours.recv(100).decode()))
         for _ in range(3):
-            mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
+            signal_queue.put(SignalEvent(Action.DUMP_STATS, "USR1", 1))
             theirs.send(b"line")
-            happened.append((await mailbox.get()).signal)
+            happened.append((await signal_queue.get()).signal)
         loop.remove_reader(ours)
         ours.close()
         theirs.close()
@@ -307,32 +308,32 @@ def test_the_loop_has_a_full_turn_before_each_order() -> None:
 def test_an_order_that_rests_is_overtaken() -> None:
     """It comes when its rest is over, and the others don't wait for it."""
 
-    async def follow() -> list[Command]:
-        mailbox = Mailbox()
-        mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
-        followed = [(await mailbox.get()).command]
-        mailbox.rest(Command.DUMP_STATS, 0.1)
-        mailbox.put(Order(Command.DUMP_STATS, "USR1", 1))
-        mailbox.put(Order(Command.STOP, "TERM", 1))
-        return [*followed, (await mailbox.get()).command, (await mailbox.get()).command]
+    async def follow() -> list[Action]:
+        signal_queue = SignalQueue()
+        signal_queue.put(SignalEvent(Action.DUMP_STATS, "USR1", 1))
+        followed = [(await signal_queue.get()).command]
+        signal_queue.rest(Action.DUMP_STATS, 0.1)
+        signal_queue.put(SignalEvent(Action.DUMP_STATS, "USR1", 1))
+        signal_queue.put(SignalEvent(Action.STOP, "TERM", 1))
+        return [*followed, (await signal_queue.get()).command, (await signal_queue.get()).command]
 
-    assert asyncio.run(follow()) == [Command.DUMP_STATS, Command.STOP, Command.DUMP_STATS]
+    assert asyncio.run(follow()) == [Action.DUMP_STATS, Action.STOP, Action.DUMP_STATS]
 
 
 def test_orders_wait_in_the_mailbox_until_they_are_asked_for() -> None:
     """Orders that come before the loop runs, from another thread, are read in their order."""
-    mailbox = Mailbox()
-    first, second, third = (Order(command, "X", 1) for command in (Command.RELOAD, Command.DUMP_STATS, Command.STOP))
-    mailbox.put(first)
-    mailbox.put(second)
+    signal_queue = SignalQueue()
+    first, second, third = (SignalEvent(command, "X", 1) for command in (Action.RELOAD, Action.DUMP_STATS, Action.STOP))
+    signal_queue.put(first)
+    signal_queue.put(second)
 
-    async def read() -> list[Order]:
-        read = [await mailbox.get(), await mailbox.get()]
-        sender = threading.Timer(0.05, mailbox.put, [third])
+    async def read() -> list[SignalEvent]:
+        read = [await signal_queue.get(), await signal_queue.get()]
+        sender = threading.Timer(0.05, signal_queue.put, [third])
         sender.start()
-        read.append(await asyncio.wait_for(mailbox.get(), DEADLINE_S))
+        read.append(await asyncio.wait_for(signal_queue.get(), DEADLINE_S))
         sender.join()
         return read
 
     assert asyncio.run(read()) == [first, second, third]
-    mailbox.put(first)  # a closed loop is no trouble
+    signal_queue.put(first)  # a closed loop is no trouble

@@ -119,22 +119,24 @@ def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(inst
 
 def test_a_missing_interpreter_changes_nothing(installed: Installed) -> None:
     """What the script's first line names is gone."""
-    _is_refused(installed, "no such file or directory", (installed.folder / "one/bin/python").unlink)
+    _is_refused(installed, "no such file or directory", (installed.directory / "one/bin/python").unlink)
 
 
 def test_an_execve_that_fails_changes_nothing(installed: Installed) -> None:
     """The preflight went well, and then there is nothing to execute: the old program takes everything back."""
-    script = installed.folder / "current/bin/echod"
-    removing = f"before = rehearse\ndef rehearse(*all):\n    before(*all)\n    __import__('os').unlink({str(script)!r})"
+    script = installed.directory / "current/bin/echod"
+    removing = (
+        f"before = preflight\ndef preflight(*all):\n    before(*all)\n    __import__('os').unlink({str(script)!r})"
+    )
     installed.add("two", {"service": removing})
     _is_refused(installed, "no such file or directory", lambda: installed.switch("two"))
 
 
 def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_path: Path) -> None:
     """A signal that came in that moment is followed, the admin endpoint answers, no child inherits a descriptor."""
-    admin, script = tmp_path / "admin", installed.folder / "current/bin/echod"
+    admin, script = tmp_path / "admin", installed.directory / "current/bin/echod"
     installed.add("slow", SLOW)
-    installed.add("two", {"service": f"rehearse = lambda *all: os.unlink({str(script)!r})"})
+    installed.add("two", {"service": f"preflight = lambda *all: os.unlink({str(script)!r})"})
     installed.switch("slow")
     arguments = settings(admin_listen=f"unix:{admin}")
     with installed.serving(*arguments) as echod, connect(echod.port) as client:
@@ -239,7 +241,7 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
     installed: Installed, tmp_path: Path
 ) -> None:
     """A preflight that overlooks what is wrong: clients are served as before, and the log says what is wrong."""
-    installed.add("two", {"service": "rehearse = lambda *all: None"})
+    installed.add("two", {"service": "preflight = lambda *all: None"})
     path = tmp_path / "echod.toml"
     port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
@@ -467,18 +469,18 @@ def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
 
 SLOW = {
     "upgrade.exec": """
-before = Successor.replace
+before = Replacement.replace
 def standing_still(self, *all):
     __import__("structlog").get_logger().info("standing still")
     time.sleep(0.5)
     before(self, *all)
-Successor.replace = standing_still""",
+Replacement.replace = standing_still""",
     "telemetry.log_writer": """
-before = Sink.flush
+before = LogWriter.flush
 def flush(self, timeout_s):
     time.sleep(1)
     return before(self, timeout_s)
-Sink.flush = flush""",
+LogWriter.flush = flush""",
 }
 """A program that stands still in the moment of the change, and says so: half a second in which it takes signals, one in
 which the kernel keeps them."""
@@ -506,7 +508,7 @@ def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed,
     """It has proven itself and hangs all the same: a stop ends it, and isn't told as one that all were content with."""
     installed.add("slow", SLOW)
     installed.switch("slow")
-    hang = "import time; rehearse = lambda *all: None; _first = lambda *all: time.sleep(1000)"
+    hang = "import time; preflight = lambda *all: None; _first = lambda *all: time.sleep(1000)"
     installed.add("two", {"service": hang, "process.force_exit": "STARTING_S = 0.1"})
     flags = settings(timeouts_drain=1)
     with installed.serving(*flags) as echod, connect(echod.port) as client:

@@ -72,7 +72,7 @@ def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
         with pytest.raises(bind.BindErrors) as raised:
             bind.bind_all(wanted(UnixAddress(str(path)), TcpAddress("127.0.0.1", port), TcpAddress("192.0.2.1", 1)))
     assert not path.exists()
-    assert [fault.partition("; ")[0] for fault in raised.value.faults] == [
+    assert [fault.partition("; ")[0] for fault in raised.value.errors] == [
         f"127.0.0.1:{port}: address already in use",
         "192.0.2.1:1: not an address of this machine",
     ]
@@ -296,7 +296,7 @@ def test_instances_share_a_port(opened: Sockets) -> None:
 # -- handed over -------------------------------------------------------------------------------------------------------
 
 
-def handed_over(name: str, path: str = "") -> bind.Heir:
+def handed_over(name: str, path: str = "") -> bind.InheritedSocket:
     """A socket that a service manager listens on, as it is handed over."""
     sock = socket.socket(socket.AF_UNIX) if path else socket.socket()
     sock.bind(path or ("127.0.0.1", 0))
@@ -312,7 +312,7 @@ def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_t
     by_address, by_name, unwanted = handed_over("a"), handed_over("web", str(tmp_path / "web")), handed_over("b")
     host, port = by_address.socket.getsockname()
     entries = wanted(HandedOver("web"), TcpAddress(host, port), ANY)
-    opened |= bind.bind_all(entries, heirs=[by_address, by_name, unwanted])
+    opened |= bind.bind_all(entries, inherited=[by_address, by_name, unwanted])
     bounds = [bound for bound in opened.values() if bound]
     assert [bound.is_inherited for bound in bounds] == [True, True, False, True]
     assert [bounds[0].socket, bounds[1].socket, bounds[3].socket] == [
@@ -320,23 +320,23 @@ def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_t
         by_address.socket,
         unwanted.socket,
     ]
-    assert set(bind.bind_all(entries, kept=opened, heirs=[by_address, by_name, unwanted]).values()) == {None}
+    assert set(bind.bind_all(entries, kept=opened, inherited=[by_address, by_name, unwanted]).values()) == {None}
 
 
 def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spellings: list[UnixAddress]) -> None:
     """It is matched by what its address is."""
     mapped = socket.create_server(("::ffff:127.0.0.1", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     port = mapped.getsockname()[1]
-    heirs = [handed_over("a", spellings[2].path), *socket_activation.adopt([Inherited("b", mapped.detach())])]
-    opened |= bind.bind_all(wanted(spellings[1], TcpAddress("127.0.0.1", port)), heirs=heirs)
-    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
+    inherited = [handed_over("a", spellings[2].path), *socket_activation.adopt([Inherited("b", mapped.detach())])]
+    opened |= bind.bind_all(wanted(spellings[1], TcpAddress("127.0.0.1", port)), inherited=inherited)
+    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
 
 
 def test_several_sockets_of_one_name(opened: Sockets) -> None:
     """All sockets of one unit bear its name unless it says otherwise: an entry takes each of them."""
-    heirs = [handed_over("echod.socket"), handed_over("echod.socket")]
-    opened |= bind.bind_all(wanted(HandedOver("echod.socket")), heirs=heirs)
-    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in heirs]
+    inherited = [handed_over("echod.socket"), handed_over("echod.socket")]
+    opened |= bind.bind_all(wanted(HandedOver("echod.socket")), inherited=inherited)
+    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
 
 
 def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None:
@@ -346,11 +346,11 @@ def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None
     (heir,) = socket_activation.adopt([Inherited("web", sock.detach())])
     with closing(heir.socket):
         with pytest.raises(bind.BindErrors, match="already in use"):
-            bind.bind_all(wanted(TcpAddress("::", port)), heirs=[heir])
+            bind.bind_all(wanted(TcpAddress("::", port)), inherited=[heir])
     (again,) = socket_activation.adopt(
         [Inherited("web", socket.create_server(("::1", 0), family=socket.AF_INET6).detach())]
     )
-    opened |= bind.bind_all(wanted(HandedOver("web")), heirs=[again])
+    opened |= bind.bind_all(wanted(HandedOver("web")), inherited=[again])
     assert [bound and bound.socket for bound in opened.values()] == [again.socket]
 
 
@@ -361,13 +361,13 @@ def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
         closing(heir.socket),
         pytest.raises(bind.BindErrors, match=re.escape("systemd:wbe: no socket of that name")),
     ):
-        bind.bind_all(wanted(HandedOver("wbe")), heirs=[heir])
+        bind.bind_all(wanted(HandedOver("wbe")), inherited=[heir])
 
 
 def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Path) -> None:
     """Closing what was handed over removes no path: the socket is still listened on."""
     path = tmp_path / "sock"
-    for bound in bind.bind_all([], heirs=[handed_over("a", str(path))]).values():
+    for bound in bind.bind_all([], inherited=[handed_over("a", str(path))]).values():
         assert bound
         bound.close()
     assert path.exists()
@@ -377,14 +377,14 @@ def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Pat
 def test_what_does_not_listen_is_a_fault(kind: socket.SocketKind) -> None:
     """Accept=yes hands over connections, ListenDatagram= datagrams: neither can be served."""
     descriptor = socket.socket(socket.AF_INET, kind).detach()
-    with pytest.raises(socket_activation.UnfitSocketError, match="systemd:web: no listening stream socket"):
+    with pytest.raises(socket_activation.UnusableSocketError, match="systemd:web: no listening stream socket"):
         socket_activation.adopt([Inherited("web", descriptor)])
 
 
 def test_a_descriptor_that_is_no_socket_is_a_fault() -> None:
     """Whatever was put there."""
     descriptor = os.open(os.devnull, os.O_RDONLY)
-    with pytest.raises(socket_activation.UnfitSocketError, match="systemd:web: socket operation on non-socket"):
+    with pytest.raises(socket_activation.UnusableSocketError, match="systemd:web: socket operation on non-socket"):
         socket_activation.adopt([Inherited("web", descriptor)])
     os.close(descriptor)
 

@@ -47,8 +47,8 @@ def faults_of(
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as raised:
         load(str(path) if path else None, environment or {}, flags, open_files)
-    assert str(raised.value) == "\n".join(raised.value.faults)
-    return [fault.replace(str(path), "FILE") for fault in raised.value.faults]
+    assert str(raised.value) == "\n".join(raised.value.errors)
+    return [fault.replace(str(path), "FILE") for fault in raised.value.errors]
 
 
 def flag(key: str, value: str) -> Setting:

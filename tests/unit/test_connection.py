@@ -19,7 +19,7 @@ from echod.server import fastpath, scheduler, timeouts
 from echod.server.connection import Connection, State
 from echod.server.fastpath import CHUNK_BYTES
 from echod.server.memory import SPARE_BYTES, Memory
-from echod.server.scheduler import Turns
+from echod.server.scheduler import Scheduler
 from echod.server.state import ConnectionState
 from tests.support.daemon import DEADLINE_S
 
@@ -40,7 +40,7 @@ class Keeper:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.turns = Turns()
+        self.turns = Scheduler()
         self.memory = Memory(self._on_full)
         self.memory.set_limit(1 << 30)
         self.full = 0
@@ -503,10 +503,12 @@ def test_what_has_arrived_and_was_not_read_is_in_time(begun: bytes, late: bytes,
         connection = keeper.open(ours)
         client.send(begun)
         await until(lambda: connection.bytes_in == len(begun))
-        timeouts.tend(connection, keeper.loop.time(), limits)
+        timeouts.enforce_timeouts(connection, keeper.loop.time(), limits)
         if late:
             client.send(late)
-        timeouts.tend(connection, keeper.loop.time() + 2, limits)  # no turn of the loop in between: it wasn't read
+        timeouts.enforce_timeouts(
+            connection, keeper.loop.time() + 2, limits
+        )  # no turn of the loop in between: it wasn't read
         assert connection.reason == reason
         connection.abort("cut")
 
@@ -569,11 +571,11 @@ def test_replies_that_wait_their_turn_past_a_look_are_owed_too(monkeypatch: pyte
         connection._receive(b" \n" * SLICE_LINES * 4)
         assert connection.echo.has_more
         start = keeper.loop.time()
-        timeouts.tend(connection, start, limits)
+        timeouts.enforce_timeouts(connection, start, limits)
         await until(lambda: connection.pending)
-        timeouts.tend(connection, start + 1, limits)
+        timeouts.enforce_timeouts(connection, start + 1, limits)
         assert not connection.is_silent(start + 2)
-        timeouts.tend(connection, start + 3, limits)
+        timeouts.enforce_timeouts(connection, start + 3, limits)
         assert connection.reason == "write timeout"
 
     with pair() as (ours, client):
@@ -685,9 +687,9 @@ def test_a_client_that_waits_for_memory_has_a_line_timeout_all_the_same() -> Non
         client.send(b"x")
         await until(lambda: keeper.memory.waiting)
         start = keeper.loop.time()
-        timeouts.tend(connection, start, limits)
+        timeouts.enforce_timeouts(connection, start, limits)
         keeper.memory.retry()
-        timeouts.tend(connection, start + 2, limits)
+        timeouts.enforce_timeouts(connection, start + 2, limits)
         assert connection.reason == "line timeout"
         connection.close()
         assert keeper.memory.held_bytes == 0

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from echod.config.schema import Config
-from echod.protocol.echo import Echo, Fault, error_line
+from echod.protocol.echo import Echo, LineError, error_line
 from tests.support.reference import (
     BROKEN,
     CASED,
@@ -170,7 +170,7 @@ def test_no_lower_case(data: bytes) -> None:
     """Replies never hold a lower-case letter of ASCII; an error line goes on in lower case, so the two differ."""
     echo = Echo(LIMIT)
     lines = (receive(echo, data) + echo.finish()).splitlines(keepends=True)
-    if echo.fault:
+    if echo.error:
         error = lines.pop()
         assert error.startswith(b"ERROR ")
         assert error.upper() != error
@@ -216,19 +216,19 @@ def test_finish_answers_once() -> None:
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
-        (b"a\n\xff\nb\n", Fault.INVALID_UTF8),
-        (b"a\n\xff\nb", Fault.INVALID_UTF8),
-        (b"a\n" + b"x" * 13 + b"\nb\n", Fault.LINE_TOO_LONG),
-        (b"a\n" + b"x" * 13 + b"\nb", Fault.LINE_TOO_LONG),
-        (b"a\n" + b"x" * 13, Fault.LINE_TOO_LONG),
+        (b"a\n\xff\nb\n", LineError.INVALID_UTF8),
+        (b"a\n\xff\nb", LineError.INVALID_UTF8),
+        (b"a\n" + b"x" * 13 + b"\nb\n", LineError.LINE_TOO_LONG),
+        (b"a\n" + b"x" * 13 + b"\nb", LineError.LINE_TOO_LONG),
+        (b"a\n" + b"x" * 13, LineError.LINE_TOO_LONG),
     ],
 )
-def test_nothing_after_a_fault(data: bytes, fault: Fault) -> None:
+def test_nothing_after_a_fault(data: bytes, fault: LineError) -> None:
     """After an error line nothing is answered, nothing counted and nothing kept."""
     echo = Echo(LIMIT)
-    assert echo.fault is None
+    assert echo.error is None
     assert receive(echo, data).startswith(b"A\nERROR ")
-    assert echo.fault is fault
+    assert echo.error is fault
     assert receive(echo, b"c\nd") == receive(echo, b"\n") == receive(echo, b"x" * 100) == echo.finish() == b""
     assert (echo.answered, echo.unfinished_bytes) == (1, 0)
 
@@ -252,7 +252,7 @@ def test_an_unfinished_line_is_not_judged_by_its_bytes() -> None:
     """A sequence of UTF-8 that the chunk cuts is no fault; a line is invalid once it has ended."""
     echo = Echo(LIMIT)
     assert receive(echo, b"\xff") == b""
-    assert echo.fault is None
+    assert echo.error is None
     assert receive(echo, b"\n") == INVALID
 
 
@@ -337,7 +337,7 @@ def test_answered(data: bytes, places: Sequence[int]) -> None:
     echo = Echo(LIMIT)
     chunks = cut(data, [min(place, len(data)) for place in places])
     replies = b"".join([receive(echo, chunk) for chunk in chunks]) + echo.finish()
-    assert echo.answered == replies.count(b"\n") - bool(echo.fault)
+    assert echo.answered == replies.count(b"\n") - bool(echo.error)
 
 
 def _seconds_for_more(begun_bytes: int) -> float:

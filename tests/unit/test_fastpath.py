@@ -119,12 +119,12 @@ def play(kind: type[Recorder], sent: Iterable[bytes], line_bytes: int) -> tuple[
     with connected(kind, line_bytes) as (it, client):
         replies = []
         for chunk in sent:
-            if it.echo.fault:
+            if it.echo.error:
                 break
             client.sendall(chunk)
             call(it)
             replies.append(available(client))
-        return replies, it.hot_lines + it.echo.answered + bool(it.echo.fault), it.bytes_in, it.bytes_out
+        return replies, it.hot_lines + it.echo.answered + bool(it.echo.error), it.bytes_in, it.bytes_out
 
 
 @settings(max_examples=400, deadline=None)

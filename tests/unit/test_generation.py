@@ -14,11 +14,11 @@ from echod.process.worker_thread import aside
 from tests.support.daemon import DEADLINE_S
 
 
-def _load(folder: Path) -> loader.Loaded:
+def _load(directory: Path) -> loader.Loaded:
     flags = [
-        Setting("test", "listen", f"unix:{folder}/sock"),
-        Setting("test", "log.file", f"{folder}/log"),
-        Setting("test", "admin.listen", f"unix:{folder}/admin"),
+        Setting("test", "listen", f"unix:{directory}/sock"),
+        Setting("test", "log.file", f"{directory}/log"),
+        Setting("test", "admin.listen", f"unix:{directory}/admin"),
     ]
     return loader.load(None, {}, flags, 20_000)
 

@@ -16,7 +16,7 @@ import uvloop
 from echod.net import bind, listener, sockets
 from echod.net.address import TcpAddress, UnixAddress, parse_address
 from echod.net.listener import CLOSE_S, QUIET_S, Listener
-from echod.net.listener_set import TELL_STARVED_S, Listeners
+from echod.net.listener_set import TELL_STARVED_S, ListenerSet
 from echod.net.sockets import SockAddr
 from tests.support.daemon import DEADLINE_S
 from tests.unit.test_bind import wanted
@@ -179,7 +179,7 @@ def test_listeners_that_are_closed_at_once_are_gone() -> None:
     """A second signal may come in the very turn of the loop in which the first began to close the listeners."""
 
     async def scenario() -> None:
-        listeners = Listeners(lambda descriptor, _: os.close(descriptor), lambda _: None)
+        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), lambda _: None)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         (port,) = (int(address.rpartition(":")[2]) for address in listeners.addresses)
         listeners.apply({}, bound_s=8)
@@ -196,7 +196,7 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
     """All or nothing: one of the new listeners can't be watched, and none of them is left."""
 
     async def scenario() -> None:
-        listeners = Listeners(lambda descriptor, _: os.close(descriptor), lambda _: None)
+        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), lambda _: None)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.addresses
         new = bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
@@ -261,7 +261,7 @@ def test_a_long_starvation_is_told_once() -> None:
 
     async def scenario() -> None:
         starved: list[OSError] = []
-        listeners = Listeners(lambda descriptor, _: os.close(descriptor), starved.append)
+        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), starved.append)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0))), bound_s=8)
         for listener_of_them in [*listeners, *listeners]:
             listener_of_them._accept_failed(OSError(errno.EMFILE, "Too many open files"))
@@ -280,7 +280,7 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
     """Bound is not yet listened on: who is quicker in between keeps the port, and the listeners stay as they were."""
 
     async def scenario() -> None:
-        listeners = Listeners(lambda descriptor, _: os.close(descriptor), lambda _: None)
+        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), lambda _: None)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.bound.keys()
         new = bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0)))
@@ -313,7 +313,7 @@ def test_one_that_retires_hands_its_clients_where_it_did() -> None:
 
             return on_accept
 
-        listeners = Listeners(to("here"), lambda _: None)
+        listeners = ListenerSet(to("here"), lambda _: None)
         bound = bind.bind_all(wanted(parse_address("127.0.0.1:0")))
         (key,) = bound
         for place in ("there", "here", "there"):

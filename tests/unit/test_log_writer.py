@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from echod.telemetry.log_writer import QUEUED_LINES, Sink
+from echod.telemetry.log_writer import QUEUED_LINES, LogWriter
 from tests.support.daemon import DEADLINE_S
 
 
@@ -40,7 +40,7 @@ def _wait_until(claim: Callable[[], bool]) -> None:
 def test_lines_arrive_in_order_and_close_writes_what_is_queued(pipe: tuple[int, int]) -> None:
     """`close` writes what is queued, and tells whether all of it was."""
     reader, writer = pipe
-    sink = Sink(writer, is_owned=True)
+    sink = LogWriter(writer, is_owned=True)
     lines = [f"line {number}\n".encode() for number in range(2000)]
     for line in lines:
         sink.write(line)
@@ -53,7 +53,7 @@ def test_who_waits_for_the_lines_waits_for_no_rest(tmp_path: Path, monkeypatch: 
     """The writer rests after a write, but not while a flush or a close waits for what is behind it."""
     monkeypatch.setattr("echod.telemetry.log_writer._GATHER_S", 4 * DEADLINE_S)
     file = tmp_path / "log"
-    sink = Sink(os.open(file, os.O_WRONLY | os.O_CREAT), is_owned=True)
+    sink = LogWriter(os.open(file, os.O_WRONLY | os.O_CREAT), is_owned=True)
     several_writes = [b"x" * 1023 + b"\n"] * 200
     sink.write(b"first\n")
     _wait_until(lambda: file.read_bytes() == b"first\n")
@@ -69,7 +69,7 @@ def test_who_waits_for_the_lines_waits_for_no_rest(tmp_path: Path, monkeypatch: 
 def test_a_stalled_reader_blocks_nobody_and_the_lost_lines_are_counted(pipe: tuple[int, int]) -> None:
     """The log's reader can stall: writing never blocks, the queue is bounded, the lost events are counted."""
     reader, writer = pipe
-    sink = Sink(writer, is_owned=True)
+    sink = LogWriter(writer, is_owned=True)
     line = b"x" * 1023 + b"\n"
     started_at = time.monotonic()
     for _ in range(3 * QUEUED_LINES):
@@ -85,7 +85,7 @@ def test_a_reader_that_vanished_is_survived_and_counted(pipe: tuple[int, int]) -
     """The log's reader can vanish."""
     reader, writer = pipe
     os.close(reader)
-    sink = Sink(writer, is_owned=True)
+    sink = LogWriter(writer, is_owned=True)
     sink.write(b"one\n")
     sink.write(b"two\n")
     assert sink.close(DEADLINE_S)
@@ -94,7 +94,7 @@ def test_a_reader_that_vanished_is_survived_and_counted(pipe: tuple[int, int]) -
 
 def test_a_full_disk_is_survived_and_counted(tmp_path: Path) -> None:
     """The log's reader can fill its disk; what is written after a change of file arrives."""
-    sink = Sink(os.open("/dev/full", os.O_WRONLY), is_owned=True)
+    sink = LogWriter(os.open("/dev/full", os.O_WRONLY), is_owned=True)
     sink.write(b"lost\n")
     _wait_until(lambda: sink.dropped == 1)
     file = tmp_path / "log"
@@ -106,9 +106,9 @@ def test_a_full_disk_is_survived_and_counted(tmp_path: Path) -> None:
 
 TORN = """
 import os, resource, sys
-from echod.telemetry.log_writer import Sink
+from echod.telemetry.log_writer import LogWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (4, 100))
-sink = Sink(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT))
+sink = LogWriter(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT))
 sink.write(b"torn in the middle\\n")
 while not sink.dropped: pass
 sink.write(b"lost as a whole\\n")
@@ -130,7 +130,7 @@ def test_a_line_torn_by_an_error_is_ended_before_the_next(tmp_path: Path) -> Non
 
 def test_an_error_that_tears_nothing_leaves_no_blank_line(tmp_path: Path) -> None:
     """After a refused line the next begins as any."""
-    sink = Sink(descriptor := os.open("/dev/full", os.O_WRONLY))
+    sink = LogWriter(descriptor := os.open("/dev/full", os.O_WRONLY))
     sink.write(b"lost\n")
     _wait_until(lambda: sink.dropped == 1)
     file = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
@@ -145,7 +145,7 @@ def test_an_error_that_tears_nothing_leaves_no_blank_line(tmp_path: Path) -> Non
 def test_a_reader_that_is_stuck_doesn_t_keep_the_log_from_a_new_place(pipe: tuple[int, int], tmp_path: Path) -> None:
     """The operator points the log elsewhere because its reader is stuck: it goes there, what is left is lost."""
     reader, writer = pipe
-    sink = Sink(writer, is_owned=True)
+    sink = LogWriter(writer, is_owned=True)
     for _ in range(200):
         sink.write(b"x" * 999 + b"\n")
     sink.redirect(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), is_owned=True)
@@ -160,7 +160,7 @@ def test_a_reader_that_is_stuck_doesn_t_keep_the_log_from_a_new_place(pipe: tupl
 def test_a_reader_that_is_stuck_leaks_no_thread_and_no_descriptor(pipe: tuple[int, int], tmp_path: Path) -> None:
     """However often the log is reopened meanwhile: one thread, and the descriptors of the old and the newest place."""
     reader, writer = pipe
-    sink = Sink(writer)
+    sink = LogWriter(writer)
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(200):
         sink.write(b"x" * 999 + b"\n")
@@ -179,7 +179,7 @@ def test_a_reader_that_is_stuck_leaks_no_thread_and_no_descriptor(pipe: tuple[in
 def test_standard_error_again_waits_for_no_reader(pipe: tuple[int, int]) -> None:
     """A reload that leaves the log where it is, on a descriptor of somebody else's, loses no line of a slow reader."""
     reader, writer = pipe
-    sink = Sink(writer)
+    sink = LogWriter(writer)
     for number in range(3):
         sink.write(b"x" * 99_999 + b"\n")
         sink.redirect(writer, is_owned=False)
@@ -198,7 +198,7 @@ def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:
     """Somebody else's O_NONBLOCK on the shared descriptor costs no line."""
     reader, writer = pipe
     os.set_blocking(writer, False)
-    sink = Sink(writer, is_owned=True)
+    sink = LogWriter(writer, is_owned=True)
     received: list[bytes] = []
     reading = threading.Thread(target=lambda: received.append(_read_to_end(reader)))
     for _ in range(1000):
@@ -213,7 +213,7 @@ def test_lines_keep_their_order_when_a_file_is_reopened(tmp_path: Path) -> None:
     """A reload reopens the same file: what was logged before stays before what is logged after."""
     file = tmp_path / "log"
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    sink = Sink(os.open(file, flags), is_owned=True)
+    sink = LogWriter(os.open(file, flags), is_owned=True)
     lines = [f"line {number}\n".encode() for number in range(3000)]
     for number, line in enumerate(lines):
         sink.write(line)
@@ -226,7 +226,7 @@ def test_lines_keep_their_order_when_a_file_is_reopened(tmp_path: Path) -> None:
 def test_no_line_of_another_thread_is_lost_when_a_file_is_reopened(tmp_path: Path) -> None:
     """Who logs while the log is reopened has all of its lines in it, in order."""
     file, flags = tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    sink = Sink(os.open(file, flags), is_owned=True)
+    sink = LogWriter(os.open(file, flags), is_owned=True)
     lines: list[bytes] = []
     is_over = threading.Event()
 
@@ -250,7 +250,7 @@ def test_no_line_of_another_thread_is_lost_when_a_file_is_reopened(tmp_path: Pat
 def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_path: Path) -> None:
     """What was written before `redirect` goes to the old target, which is closed if it was the sink's own."""
     reader, writer = pipe
-    sink = Sink(writer, is_owned=True)
+    sink = LogWriter(writer, is_owned=True)
     sink.write(b"old\n")
     sink.redirect(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), is_owned=True)
     sink.write(b"new\n")
@@ -264,7 +264,7 @@ def test_a_file_that_ends_in_the_middle_of_a_line_gets_its_end_first(tmp_path: P
     file = tmp_path / "log"
     file.write_bytes(b"torn")
     flags = os.O_WRONLY | os.O_APPEND
-    sink = Sink(os.open(file, flags), is_owned=True)
+    sink = LogWriter(os.open(file, flags), is_owned=True)
     sink.write(b"one\n")
     sink.redirect(os.open(file, flags), is_owned=True)
     sink.write(b"two\n")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echod.client.probe import LETTERS, Tally, fault, text
+from echod.client.probe import LETTERS, Tally, mismatch, text
 from tests.support.reference import reference
 
 SEQUENCES = st.integers(1, 10**12)
@@ -27,8 +27,8 @@ def test_a_text_has_the_size_that_was_asked_for(sequence: int, size: int) -> Non
     assert len(said.encode()) == size
     assert said == said.strip()
     assert "\n" not in said
-    assert fault(said, reply(said)) is None
-    assert size < 2 or fault(said, said.encode() + b"\n")
+    assert mismatch(said, reply(said)) is None
+    assert size < 2 or mismatch(said, said.encode() + b"\n")
 
 
 @given(SEQUENCES, st.integers(1, 300))
@@ -36,7 +36,7 @@ def test_no_two_texts_nearby_are_the_same(sequence: int, size: int) -> None:
     """A reply that belongs to a round trip shortly before or after is noticed, whatever the size."""
     said = [text(sequence + ahead, size) for ahead in range(len(LETTERS) if size > 1 else 2)]
     assert len({line.upper() for line in said}) == len(said)
-    assert all(fault(one, reply(other)) for one, other in pairwise(said))
+    assert all(mismatch(one, reply(other)) for one, other in pairwise(said))
 
 
 def test_letters() -> None:
@@ -63,12 +63,12 @@ def test_letters() -> None:
 )
 def test_faults(said: bytes, words: str | None) -> None:
     """Whatever else than the reply came, it is shown from where it differs, short and fit for a terminal."""
-    assert fault("Hallo Welt", said) == words
+    assert mismatch("Hallo Welt", said) == words
 
 
 def test_a_fault_far_behind() -> None:
     """Of a long reply it is shown where it goes wrong."""
-    said = fault("a" * 1000, b"A" * 500 + b"b" + b"A" * 499 + b"\n")
+    said = mismatch("a" * 1000, b"A" * 500 + b"b" + b"A" * 499 + b"\n")
     assert said == f"wrong reply: '{'A' * 15}b{'A' * 44}...' instead of '{'A' * 60}...', from byte 486 on"
 
 

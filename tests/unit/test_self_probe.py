@@ -11,11 +11,11 @@ import uvloop
 
 from echod.process import limits
 from echod.server import self_probe
-from echod.server.self_probe import LINE, REPLY, SelfCheck
+from echod.server.self_probe import LINE, REPLY, SelfProbe
 from tests.support.daemon import DEADLINE_S
 
 
-async def _passes(check: SelfCheck, listener: socket.socket, reply: bytes | None) -> bool:
+async def _passes(check: SelfProbe, listener: socket.socket, reply: bytes | None) -> bool:
     """Let one check be answered by `reply`, or by nothing; whether it passed."""
     loop = asyncio.get_running_loop()
     asked = asyncio.ensure_future(check.passes(listener, DEADLINE_S if reply else 1))
@@ -32,7 +32,7 @@ def test_no_reply_counts_only_where_there_was_one() -> None:
     """A filter may keep us, and us alone, from our port: that starves no watchdog. A reply that stays away does."""
 
     async def scenario(listener: socket.socket) -> list[bool]:
-        check = SelfCheck()
+        check = SelfProbe()
         return [await _passes(check, listener, reply) for reply in (None, REPLY, None, b"no reply at all\n")]
 
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
@@ -46,7 +46,7 @@ def test_nobody_else_is_taken_for_our_check() -> None:
 
     async def scenario(listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        check = SelfCheck()
+        check = SelfProbe()
         assert await check.passes(listener, 0.05), "no reply proves nothing yet"
         (name,) = check.names
         assert isinstance(name, tuple)
@@ -70,7 +70,7 @@ def test_checks_that_are_never_accepted_are_few() -> None:
     """A listener that accepts nobody costs no more than a handful of descriptors, and none afterwards."""
 
     async def scenario(listener: socket.socket) -> None:
-        check = SelfCheck()
+        check = SelfProbe()
         before = limits.open_files()
         for _ in range(40):
             await check.passes(listener, 0.01)
@@ -89,7 +89,7 @@ def test_the_check_of_the_predecessor_is_expected_for_a_moment(monkeypatch: pyte
     """It is recognized once, or not at all if it is not accepted soon."""
 
     async def scenario() -> None:
-        check = SelfCheck()
+        check = SelfProbe()
         check.expect([("127.0.0.1", 1), ("127.0.0.1", 2)])
         assert check.is_ours(("127.0.0.1", 1))
         assert not check.is_ours(("127.0.0.1", 1))
@@ -107,7 +107,7 @@ def test_a_check_that_can_t_be_made_tells_nothing() -> None:
     async def scenario() -> bool:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))
-            return await SelfCheck().passes(bound, DEADLINE_S)
+            return await SelfProbe().passes(bound, DEADLINE_S)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert runner.run(scenario())

@@ -33,12 +33,12 @@ def free_ports(count: int) -> list[int]:
 class Fleet:
     """The three, by the names that HAProxy has for them; started by the `with` of `balanced`."""
 
-    def __init__(self, folder: Path, flags: tuple[str, ...]) -> None:
+    def __init__(self, directory: Path, flags: tuple[str, ...]) -> None:
         self.port, *ports = free_ports(1 + 2 * len(NAMES))
         self.ports = dict(zip(NAMES, ports[: len(NAMES)], strict=True))
         self.admins = dict(zip(NAMES, ports[len(NAMES) :], strict=True))
         self._flags = flags
-        self._file = folder / "echod.toml"
+        self._file = directory / "echod.toml"
         self._file.write_text(fenced("/etc/echod/echod.toml"))
         self._instances: dict[str, Daemon] = {}
 
@@ -94,14 +94,14 @@ def check_lines(configuration: str) -> str:
 
 @contextlib.contextmanager
 def balanced(
-    folder: Path, *flags: str, configuration: Callable[[Fleet], str] = Fleet.configuration
+    directory: Path, *flags: str, configuration: Callable[[Fleet], str] = Fleet.configuration
 ) -> Iterator[tuple[Fleet, HAProxy]]:
     """Three echods with these flags beside what the page says, and an HAProxy that has found them up."""
-    fleet = Fleet(folder, flags)
+    fleet = Fleet(directory, flags)
     try:
         for name in NAMES:
             fleet.start(name)
-        with HAProxy(configuration(fleet), folder) as haproxy:
+        with HAProxy(configuration(fleet), directory) as haproxy:
             for name in NAMES:
                 haproxy.wait_for(name, "UP")
             yield fleet, haproxy

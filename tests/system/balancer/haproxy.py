@@ -41,11 +41,11 @@ def replaced(text: str, changes: Mapping[str, str]) -> str:
 class HAProxy:
     """One HAProxy, whose stats socket is beside its configuration."""
 
-    def __init__(self, configuration: str, folder: Path) -> None:
-        self._socket = folder / "stats"
-        file = folder / "haproxy.cfg"
+    def __init__(self, configuration: str, directory: Path) -> None:
+        self._socket = directory / "stats"
+        file = directory / "haproxy.cfg"
         file.write_text(replaced(configuration, {"/run/haproxy/admin.sock": str(self._socket)}))
-        self._log = (folder / "haproxy.log").open("w+")
+        self._log = (directory / "haproxy.log").open("w+")
         self._process = subprocess.Popen(
             [PROGRAM or "haproxy", "-db", "-dW", "-f", str(file)],
             stdin=subprocess.DEVNULL,

@@ -16,15 +16,15 @@ PROJECT = Path(__file__).parents[3]
 COMPILERS = re.compile(r"(.*-)?(cc|gcc|clang|tcc|c89|c99)(-[\d.]+)?")
 
 
-def path_without_compilers(folder: Path) -> str:
-    """A folder with links to every program on PATH that isn't a C compiler."""
-    folder.mkdir()
+def path_without_compilers(directory: Path) -> str:
+    """A directory with links to every program on PATH that isn't a C compiler."""
+    directory.mkdir()
     for place in os.get_exec_path():
         for program in Path(place).glob("*"):
-            link = folder / program.name
+            link = directory / program.name
             if not COMPILERS.fullmatch(program.name) and not link.is_symlink():
                 link.symlink_to(program)
-    return str(folder)
+    return str(directory)
 
 
 @contextmanager

@@ -36,9 +36,9 @@ def engine() -> Iterator[Engine]:
     engine.clean_up()
 
 
-def make_image(folder: object, tag: str) -> str:
-    """`make image` in a folder, as that tag; what the build said."""
-    command = ["make", "-C", str(folder), "image", f"IMAGE={tag}"]
+def make_image(directory: object, tag: str) -> str:
+    """`make image` in a directory, as that tag; what the build said."""
+    command = ["make", "-C", str(directory), "image", f"IMAGE={tag}"]
     environment = os.environ | {"BUILDKIT_PROGRESS": "plain", "MAKEFLAGS": ""}
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: {done.stdout[-3000:]} {done.stderr[-5000:]}"
@@ -47,7 +47,7 @@ def make_image(folder: object, tag: str) -> str:
 
 @pytest.fixture(scope="session")
 def image(engine: Engine) -> Iterator[str]:
-    """The image, of this folder as it is."""
+    """The image, of this directory as it is."""
     tag = f"echod-test:{os.getpid()}"
     make_image(PROJECT, tag)
     yield tag

@@ -94,5 +94,5 @@ def test_a_client_that_was_cut_off_shows_in_the_exit_status(start: Start, report
         bad_configuration=78,
         cannot_start=1,
         usage=2,
-        cut_off=f"3 (drain 1 s: {seconds:.1f} s)",
+        abort_all=f"3 (drain 1 s: {seconds:.1f} s)",
     )

@@ -55,7 +55,7 @@ def test_it_can_do_nothing_but_answer(start: Start, engine: Engine, report: Repo
     script = f"""if 1:
         import json, os
         status = dict(line.split(":\\t") for line in open("/proc/1/status").read().splitlines() if ":\\t" in line)
-        print(json.dumps([status, [folder for folder in {FOLDERS} if os.access(folder, os.W_OK)]]))
+        print(json.dumps([status, [directory for directory in {FOLDERS} if os.access(directory, os.W_OK)]]))
     """
     status, writable = json.loads(engine("exec", container.name, "python", "-c", script))
     assert status["Uid"].split() == ["10001"] * 4

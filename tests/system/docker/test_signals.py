@@ -11,9 +11,9 @@ STARTS = 5
 ANSWERS = {"HUP": "reload applied", "USR1": "stats", "USR2": "upgrade started"}
 
 
-def mounted(folder: Path) -> tuple[str, ...]:
-    """Options that mount the folder and say where the file is."""
-    return ("--volume", f"{folder}:/etc/echod:ro", "--env", f"ECHOD_CONFIG={FILE}")
+def mounted(directory: Path) -> tuple[str, ...]:
+    """Options that mount the directory and say where the file is."""
+    return ("--volume", f"{directory}:/etc/echod:ro", "--env", f"ECHOD_CONFIG={FILE}")
 
 
 def assert_limit(container: Container, connections: int) -> None:

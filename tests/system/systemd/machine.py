@@ -124,10 +124,10 @@ class Machine:
                 archive.add(PROJECT / part, part, filter=_unless_made)
         self("sh", "-c", f"rm -rf {THERE} && mkdir -p {THERE} && tar -C {THERE} -xf -", data=stream.getvalue())
 
-    def copy_folder(self, folder: Path, path: str) -> None:
+    def copy_folder(self, directory: Path, path: str) -> None:
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w") as archive:
-            archive.add(folder, ".")
+            archive.add(directory, ".")
         self("sh", "-c", f"mkdir -p {path} && tar -C {path} -xf -", data=stream.getvalue())
 
     # -- units ---------------------------------------------------------------------------------------------------------
@@ -200,11 +200,11 @@ def _unless_made(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return None if "__pycache__" in member.name else member
 
 
-def download_wheels(folder: Path, python: str) -> None:
+def download_wheels(directory: Path, python: str) -> None:
     """What `make install` needs, for that Python (3.13), from the package index that this machine uses."""
     locks = [part for name in ("build", "run") for part in ("-r", str(PROJECT / f"requirements/{name}.lock"))]
     pip, wheels = (sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check"), ("--only-binary=:all:",)
     subprocess.run(
-        [*pip, "download", "--dest", str(folder), "--require-hashes", *wheels, "--python-version", python, *locks],
+        [*pip, "download", "--dest", str(directory), "--require-hashes", *wheels, "--python-version", python, *locks],
         check=True,
     )

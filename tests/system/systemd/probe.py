@@ -19,8 +19,8 @@ def _call(result: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _write(folder: str) -> None:
-    path = Path(folder, "echod-probe")
+def _write(directory: str) -> None:
+    path = Path(directory, "echod-probe")
     path.write_text("written")
     path.unlink()
 
@@ -42,7 +42,7 @@ def _open_socket(family: int, protocol: int) -> None:
 WRITE_AND_EXECUTE = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 
 ATTEMPTS: dict[str, Callable[[], object]] = {
-    **{f"write to {folder}": partial(_write, folder) for folder in ("/etc", "/usr/local", "/var/lib", "/dev")},
+    **{f"write to {directory}": partial(_write, directory) for directory in ("/etc", "/usr/local", "/var/lib", "/dev")},
     "write beside its own folder": lambda: _write("/run"),
     "list /root": lambda: os.listdir("/root"),
     "read /etc/shadow": lambda: Path("/etc/shadow").read_bytes(),
