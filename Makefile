@@ -204,6 +204,10 @@ REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/de
 docker-run: image ## build it and serve on port 8888; Ctrl-C drains; DOCKER_RUN_FLAGS="...", options of `echod serve` in ARGS="..."
 	@exec docker run --rm --read-only --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_FLAGS) "$(IMAGE)" serve $(ARGS)
 
+.PHONY: docs
+docs: $(VENV)/.echod ## renew the generated tables of docs/ from the code
+	@$(BIN)/python tools/generate_docs.py
+
 .PHONY: config
 config: $(VENV)/.echod ## renew systemd/echod.toml from the keys and their defaults
 	@{ sed '/^$$/q' systemd/echod.toml; $(BIN)/echod config | sed -E '/^(\[[a-z]+\].*)?$$/!s/^/#/'; } >systemd/echod.toml.new

@@ -1,0 +1,160 @@
+"""Fill in the generated blocks of docs/: the configuration keys, the statistics and the metrics, from the code itself.
+
+A block is the text between `<!-- generated: NAME -->` and `<!-- generated: end -->`; everything around it is written by
+hand. With --check, write nothing and exit with status 1 if a page is stale.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from echod.config import SECTIONS, Listen
+from echod.metrics import exposition
+from echod.stats import Stats
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+_BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- generated: end -->)", re.DOTALL)
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def configuration() -> str:
+    """A table of keys for each section."""
+    tables = [_keys("[[listen]]", Listen), *(_keys(f"[{name}]", struct) for name, struct in SECTIONS.items())]
+    return "\n".join(tables)
+
+
+def _keys(name: str, struct: type[msgspec.Struct]) -> str:
+    rows = [
+        (f"`{field.name}`", _default(name, field), _values(field.type), _note(field.type, "description"))
+        for field in msgspec.structs.fields(struct)
+    ]
+    return f"### `{name}`\n\n{struct.__doc__}\n\n" + _table(("key", "default", "values", "meaning"), rows)
+
+
+def _default(section: str, field: msgspec.structs.FieldInfo) -> str:
+    if field.required:
+        return '`"127.0.0.1:8888"`' if section == "[[listen]]" else ""
+    return f"`{msgspec.json.encode(field.default).decode()}`"
+
+
+def _values(kind: Any) -> str:
+    plain = kind
+    while hasattr(plain, "__metadata__"):
+        plain = plain.__origin__
+    if get_origin(plain) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(plain))
+    if plain in (int, float):
+        return f"{_number(_note(kind, 'ge'))} to {_number(_note(kind, 'le'))}"
+    return {bool: "`true`, `false`", str: "text"}[plain]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ")
+
+
+def _note(kind: Any, name: str) -> Any:
+    """The innermost or outermost annotation of a type that says something about `name`."""
+    while hasattr(kind, "__metadata__"):
+        for note in kind.__metadata__:
+            if isinstance(note, Meta) and getattr(note, name) is not None:
+                return getattr(note, name)
+        kind = kind.__origin__
+    return ""
+
+
+# -- statistics and metrics --------------------------------------------------------------------------------------------
+
+_MEANINGS = {
+    "pid": "process id; an upgrade keeps it",
+    "version": "version of the running program",
+    "fast_path": "whether the compiled fast path is in use",
+    "state": "`serving`, or `draining` from the first signal to stop on",
+    "uptime_s": "seconds since the start; an upgrade does not reset it",
+    "upgrades": "live upgrades since the start",
+    "config_generation": "configurations put in force, the first one included",
+    "connections.open": "clients connected now",
+    "connections.accepted": "clients admitted: the open connections and the closed ones",
+    "connections.rejected": "clients rejected, by reason; they are neither accepted nor closed",
+    "connections.closed": "connections closed, by reason",
+    "lines": "messages answered",
+    "bytes_in": "bytes received from clients",
+    "bytes_out": "bytes of replies, without those that an abort discarded",
+    "reloads.applied": "reloads put in force",
+    "reloads.refused": "reloads refused",
+    "reloads.last_error": "errors of the last reload if it was refused, otherwise empty",
+    "held_bytes": "bytes of partial lines, unanswered lines and pending replies, of all clients together",
+    "loop_lag_ms": "how late the event loop has been at worst recently, in milliseconds",
+    "log_dropped": "log events lost because the log's reader or disk accepted none",
+    "rss_bytes": "resident memory; `null` without `/proc`",
+    "open_files": "open descriptors; `null` without `/proc`",
+}
+
+
+def _snapshot() -> dict[str, Any]:
+    gauges = dict.fromkeys(("log_dropped", "rss_bytes", "open_files"), lambda: 1)
+    return Stats(gauges).snapshot("serving", ())
+
+
+def statistics() -> str:
+    """A table of the statistics by their path."""
+    rows = [(f"`{path}`", kind, _MEANINGS[path]) for path, kind in _paths(_snapshot())]
+    return _table(("statistic", "type", "meaning"), rows)
+
+
+def _paths(stats: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in stats.items():
+        path = prefix + name
+        if path in _MEANINGS:
+            kinds = {bool: "boolean", str: "text", float: "number", int: "integer", dict: "counts by reason"}
+            yield path, kinds[type(value)]
+        else:
+            yield from _paths(value, f"{path}.")
+
+
+def metrics() -> str:
+    """A table of the metrics as a scrape shows them."""
+    text = exposition(_snapshot()).decode()
+    rows = []
+    for name, meaning, kind in re.findall(r"# HELP (\w+) (.*)\n# TYPE \w+ (\w+)", text):
+        labels = sorted(set(re.findall(rf"^{name}\{{(\w+)=", text, re.MULTILINE)))
+        rows.append((f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels), meaning))
+    return _table(("metric", "type", "label", "meaning"), rows)
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def renewed(page: str) -> str:
+    """The page with each of its generated blocks filled in."""
+    makers = {"configuration": configuration, "statistics": statistics, "metrics": metrics}
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{makers[block[2]]()}\n{block[3]}", page)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Renew the pages, or with --check name those that are stale; return the exit status."""
+    pages = {path: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+    stale = {path: page for path, text in pages.items() if (page := renewed(text)) != text}
+    for path, page in stale.items():
+        if "--check" in arguments:
+            print(f"docs/{path.name} is stale: run `make docs`", file=sys.stderr)
+        else:
+            path.write_text(page)
+            print(f"docs/{path.name} renewed")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
