@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from echod.config import SECTIONS, Listen
-from echod.metrics import exposition
-from echod.stats import Stats
+from echod.admin.metrics import exposition
+from echod.config.schema import SECTIONS, Listen
+from echod.telemetry.stats import Stats
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -191,9 +191,11 @@ def _run(*command: str) -> None:
 
 
 def _texts(places: Places) -> dict[str, str]:
-    """Units, man page and README: path → content, where another prefix was chosen with it in it."""
+    """Units, man page, README and docs: path → content, where another prefix was chosen with it in it."""
     sources = {f"{places.unitdir}/{unit}": PROJECT / "systemd" / unit for unit in UNITS}
     sources |= {places.readme: PROJECT / "README.md", f"{places.mandir}/man8/echod.8": PROJECT / "docs/echod.8"}
+    pages = (PROJECT / "docs").glob("*.md")
+    sources |= {f"{os.path.dirname(places.readme)}/docs/{page.name}": page for page in pages}
     texts = {path: source.read_text() for path, source in sources.items() if source.exists()}
     for unit in UNITS:
         path = f"{places.unitdir}/{unit}"

@@ -51,7 +51,7 @@ def test_it_is_unhealthy_when_the_loop_is_stuck(start: Start, report: Report) ->
 
 
 def test_it_can_be_told_where_echod_listens(start: Start) -> None:
-    """As the README says: another address, and another command that asks there."""
+    """As docs/docker.md says: another address, and another command that asks there."""
     there = ("--env", "ECHOD_LISTEN=0.0.0.0:7777", "--health-cmd", "echod ping -c 1 -W 1 127.0.0.1:7777")
     container = start(*there)
     container.wait_until(lambda: container.health == "healthy", "not healthy")

@@ -1,4 +1,4 @@
-"""Socket units: which sockets echod serves, under which names, and what the README says a drop-in can do."""
+"""Socket units: which sockets echod serves, under which names, and the drop-in of docs/systemd.md."""
 
 from tests.support.report import Report
 from tests.system.systemd.machine import ADDRESS, Machine
@@ -39,10 +39,10 @@ def test_several_sockets_under_names_and_one_of_its_own(machine: Machine, report
     report("sockets", of_two_units=3, bound_beside_them=1, served="4 of 4")
 
 
-def test_the_drop_in_of_the_readme_allows_a_low_port_and_a_log_file(machine: Machine) -> None:
-    """Text and effect: what the README shows is what is tried here."""
-    readme = machine("cat", "/usr/local/share/doc/echod/README.md")
-    machine.drop_in("echod.service", readme.partition("```ini\n")[2].partition("```")[0])
+def test_the_documented_drop_in_allows_a_low_port_and_a_log_file(machine: Machine) -> None:
+    """The drop-in is read from the installed documentation, so the page shows what is tested."""
+    page = machine("cat", "/usr/local/share/doc/echod/docs/systemd.md")
+    machine.drop_in("echod.service", page.partition("```ini\n")[2].partition("```")[0])
     machine.configure("[[listen]]\naddress = '127.0.0.1:7'\n[log]\nfile = '/var/log/echod/echod.log'\n")
     machine("systemctl", "start", "echod")
     assert machine.ask("say_line", "127.0.0.1:7", 5) == {"reply": "XXXXX\n"}
