@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from echod.admin.metrics import exposition
-from echod.config.schema import SECTIONS, Listen
+from echod.config.schema import SECTIONS, Config, Listen
 from echod.telemetry.stats import Stats
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -33,16 +33,15 @@ def configuration() -> str:
 
 def _keys(name: str, struct: type[msgspec.Struct]) -> str:
     rows = [
-        (f"`{field.name}`", _default(name, field), _values(field.type), _note(field.type, "description"))
+        (f"`{field.name}`", _default(field), _values(field.type), _note(field.type, "description"))
         for field in msgspec.structs.fields(struct)
     ]
     return f"### `{name}`\n\n{struct.__doc__}\n\n" + _table(("key", "default", "values", "meaning"), rows)
 
 
-def _default(section: str, field: msgspec.structs.FieldInfo) -> str:
-    if field.required:
-        return '`"127.0.0.1:8888"`' if section == "[[listen]]" else ""
-    return f"`{msgspec.json.encode(field.default).decode()}`"
+def _default(field: msgspec.structs.FieldInfo) -> str:
+    default = getattr(Config().listen[0], field.name) if field.required else field.default
+    return f"`{msgspec.json.encode(default).decode()}`"
 
 
 def _values(kind: Any) -> str:
