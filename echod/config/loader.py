@@ -121,7 +121,7 @@ def _from_file(file: str | None, errors: list[str]) -> Iterator[Setting]:
 
     try:
         document = toml.parse(files.read_bounded(file))
-    except (files.FileError, toml.TomlError) as error:
+    except (OSError, ValueError) as error:
         errors.append(f"{file}: {error}")
         return
     for name, value in document.items():
