@@ -30,7 +30,7 @@ def parse(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid TOML: not UTF-8 (at byte {error.start})") from error
     if deep := _DEEP_KEY.search(text):
-        raise ValueError(f"a key of more than {_KEY_PARTS} parts (at line {_line(text, deep)})")
+        raise ValueError(f"a key has more than {_KEY_PARTS} parts (at line {_line(text, deep)})")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -39,7 +39,9 @@ def parse(data: bytes) -> dict[str, Any]:
         raise ValueError("not valid TOML: arrays or tables nested too deep") from error
     except ValueError as error:  # the conversion of a number
         where = _LONG_NUMBER.search(text)
-        raise ValueError(f"a number of too many digits{f' (at line {_line(text, where)})' if where else ''}") from error
+        raise ValueError(
+            f"a number has too many digits{f' (at line {_line(text, where)})' if where else ''}"
+        ) from error
 
 
 def _line(text: str, found: "re.Match[str]") -> int:
@@ -78,4 +80,5 @@ def _description(kind: Any) -> str:
 
 
 def _summary(struct: type[Struct]) -> str:
-    return (struct.__doc__ or "").rstrip(".").lower()
+    text = (struct.__doc__ or "").rstrip(".")
+    return text[:1].lower() + text[1:]
