@@ -116,6 +116,7 @@ def _refuse(tell: "Tell", errors: Sequence[str]) -> int:
 
 def _serve(serve: Serve, tell: "Tell", directory: str = "") -> int:
     # Imported here, for the other commands don't need them.
+    from echod.config.loader import ConfigError
     from echod.lifecycle import generation
     from echod.net import socket_activation
     from echod.process import pidfile, privileges, signals
@@ -126,8 +127,8 @@ def _serve(serve: Serve, tell: "Tell", directory: str = "") -> int:
     try:
         return _start(serve, tell, directory)
     except generation.PrepareError as error:
-        if not error.is_configuration:
-            return _refuse(tell, error.errors)
+        return _refuse(tell, error.errors)
+    except ConfigError as error:
         tell(BAD_CONFIG, error.errors)
         return BAD_CONFIG
     except pidfile.PidFileError as error:
@@ -175,6 +176,7 @@ def _legacy() -> "Predecessor | None":
 
 def _rehearse(serve: Serve) -> int:
     from echod import service
+    from echod.config.loader import ConfigError
     from echod.lifecycle import generation
     from echod.upgrade import state_file
 
@@ -185,9 +187,9 @@ def _rehearse(serve: Serve) -> int:
             return _refuse(_tell_here, ["preflight is for an upgrade alone, which USR2 asks for"])
         del os.environ[state_file.VARIABLE]
         service.preflight(serve, os.environ, left[0])
-    except generation.PrepareError as error:
+    except ConfigError as error:
         complain(error.errors)
-        return BAD_CONFIG if error.is_configuration else COULD_NOT_START
+        return COULD_NOT_START if isinstance(error, generation.PrepareError) else BAD_CONFIG
     except state_file.HandoverError as error:
         return _refuse(_tell_here, [str(error)])
     show_line(f"echod {__version__}")

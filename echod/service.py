@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from echod import __version__
 from echod.config.environment import runtime_admin
-from echod.config.loader import reader
+from echod.config.loader import ConfigError, reader
 from echod.config.schema import Config, Log
 from echod.config.sources import Serve
 from echod.lifecycle import generation, run
@@ -73,7 +73,7 @@ class Start(Struct, frozen=True):
 
 
 def preflight(options: Serve, environment: MutableMapping[str, str], left: State) -> None:
-    """Do all that a program does that takes over, but serve; raises PrepareError, and whatever an import raises."""
+    """Do all that a program does that takes over, but serve; raises ConfigError, and whatever an import raises."""
     import uvloop
 
     load = reader(options.sources, environment, limits.raise_open_files(), left.process.directory)
@@ -153,7 +153,7 @@ def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
     kept = Kept(start.predecessor.listeners, start.predecessor.admin)
     try:
         first = prepare(kept)
-    except generation.PrepareError as error:
+    except ConfigError as error:
         return generation.unchanged(start.predecessor.config, kept, start.predecessor.proxied, error.errors)
     try:
         first.listen()

@@ -1,7 +1,6 @@
-"""The statistics as metrics, in the text format that Prometheus reads.
+"""`/metrics`: the statistics in the text format that Prometheus reads.
 
-Nothing is counted here: each scrape reads one snapshot. prometheus-client knows the format; it takes 30 ms to import,
-so this room is imported by the first scrape, aside.
+Importing prometheus-client takes 30 ms, so the first scrape imports this module, in a worker thread.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,27 +10,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from echod.telemetry.stats import Figure, figures
+
 __all__ = ["CONTENT_TYPE_LATEST", "exposition"]
-
-_COUNTERS = {
-    "lines": ("echod_lines", "Messages answered."),
-    "bytes_in": ("echod_bytes_in", "Bytes received from clients."),
-    "bytes_out": ("echod_bytes_out", "Bytes of replies, less those that clients were cut off from."),
-    "upgrades": ("echod_upgrades", "Live upgrades."),
-    "log_dropped": ("echod_log_dropped", "Log events lost because the log's reader or disk took none."),
-}
-
-_GAUGES = {
-    "uptime_s": ("echod_uptime_seconds", "Since the start, upgrades included."),
-    "config_generation": ("echod_config_generation", "Configurations put in force so far."),
-    "held_bytes": ("echod_held_bytes", "Memory of lines begun and of replies that the kernel has not taken."),
-    "rss_bytes": ("echod_resident_memory_bytes", "Resident memory."),
-    "open_files": ("echod_open_files", "Descriptors in use."),
-}
 
 
 def exposition(stats: Mapping[str, Any]) -> bytes:
-    """A snapshot as text; what is unknown in it is left out."""
+    """Render a snapshot of the statistics; a value that is unknown (None) is left out."""
     return generate_latest(_Snapshot(stats))
 
 
@@ -40,32 +25,25 @@ class _Snapshot(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        """Each metric (prometheus_client.registry.Collector)."""
-        stats = self._stats
-        yield InfoMetricFamily("echod", "What runs.", value={"version": stats["version"]})
-        yield from _connections(stats["connections"])
-        for key, (name, words) in _COUNTERS.items():
-            if stats[key] is not None:
-                yield CounterMetricFamily(name, words, value=stats[key])
-        reloads = CounterMetricFamily("echod_reloads", "Reloads, by what came of them.", labels=["verdict"])
-        for verdict in ("applied", "refused"):
-            reloads.add_metric([verdict], stats["reloads"][verdict])
-        yield reloads
-        for key, (name, words) in _GAUGES.items():
-            if stats[key] is not None:
-                yield GaugeMetricFamily(name, words, value=stats[key])
-        lag = "How late the event loop was at worst, forgotten by and by."
-        yield GaugeMetricFamily("echod_loop_lag_seconds", lag, value=stats["loop_lag_ms"] / 1000)
-        leaving = "1 from the signal to stop on, else 0."
-        yield GaugeMetricFamily("echod_draining", leaving, value=stats["state"] == "draining")
+        """Yield each metric (prometheus_client.registry.Collector)."""
+        for name, figure in figures().items():
+            value: Any = self._stats
+            for key in name.split("."):
+                value = value[key]
+            if figure.metric and value is not None:
+                yield _metric(name, figure, value)
 
 
-def _connections(counts: Mapping[str, Any]) -> Iterator[Metric]:
-    yield GaugeMetricFamily("echod_connections_open", "Clients connected.", value=counts["open"])
-    words = "Clients let in: those that are open and those that were closed."
-    yield CounterMetricFamily("echod_connections_accepted", words, value=counts["accepted"])
-    for key, words in (("rejected", "Clients turned away, by reason."), ("closed", "Connections closed, by reason.")):
-        family = CounterMetricFamily(f"echod_connections_{key}", words, labels=["reason"])
-        for reason, count in counts[key].items():
-            family.add_metric([reason], count)
-        yield family
+def _metric(name: str, figure: Figure, value: Any) -> Metric:
+    if figure.kind == "info":
+        return InfoMetricFamily(figure.metric.removesuffix("_info"), figure.help, value={name: value})
+    new_family = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
+    if figure.label:
+        family = new_family(figure.metric, figure.help, labels=[figure.label])
+        for key, count in value.items():
+            if isinstance(count, int):  # not the text of the last error
+                family.add_metric([key], count)
+        return family
+    if name == "state":
+        value = value == "draining"
+    return new_family(figure.metric, figure.help, value=value / 1000 if figure.unit == "milliseconds" else value)

@@ -1,18 +1,19 @@
-"""The statistics as a person reads them: lines of cells that know what they mean, colours and widths coming last.
+"""The statistics as a table for people: lines of cells with a meaning, from which `rendered` makes text and colours.
 
-A daemon of another version may lack a figure or have more: what is missing is left out, what is unknown comes last.
+A daemon of another version may have other statistics: a missing one is left out, an unknown one is listed last.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from math import log10
 from typing import Any, NamedTuple
 
 from echod.cli.stats_rates import Rates, flat, number
+from echod.telemetry.stats import Figure, figures
 
 
 class Meaning(Enum):
-    """Why a cell stands out, and the escape sequence that shows it (ECMA-48, SGR)."""
+    """Why a cell is highlighted; the value is the parameter of its escape sequence (ECMA-48, SGR)."""
 
     TITLE = "1"
     NOTHING = "2"
@@ -23,7 +24,7 @@ class Meaning(Enum):
 
 
 class Cell(NamedTuple):
-    """Some text of a line."""
+    """A part of a line with one meaning."""
 
     text: str
     meaning: Meaning | None = None
@@ -34,26 +35,16 @@ Line = tuple[Cell, ...]
 Format = Callable[[float], str]
 
 
-class Row(NamedTuple):
-    """A figure: `name` is that in the statistics, or with a star at its end all those below it."""
-
-    label: str
-    name: str
-    format: Format
-    warns_from: float = float("inf")
-    is_bad_from: float = float("inf")
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def count(value: float) -> str:
-    """A number of things."""
+    """Format a count."""
     return f"{value:,.0f}"
 
 
 def size(value: float) -> str:
-    """A number of bytes, in the unit that fits."""
+    """Format a number of bytes in the unit that fits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
@@ -62,12 +53,12 @@ def size(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A short time."""
+    """Format a short time."""
     return f"{value:,.1f} ms"
 
 
 def duration(seconds: float) -> str:
-    """A long time, in its two largest units."""
+    """Format a long time in its two largest units."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
@@ -77,128 +68,110 @@ def duration(seconds: float) -> str:
 
 
 def bar(share: float, width: int = 20) -> str:
-    """So much of a whole, from 0 to 1."""
+    """Draw a bar for a share from 0 to 1."""
     filled = round(min(max(share, 0.0), 1.0) * width)
     return "█" * filled + "░" * (width - filled)
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
 
-SECTIONS: Mapping[str, Sequence[Row]] = {
-    "connections": (
-        Row("open", "connections.open", count),
-        Row("accepted", "connections.accepted", count),
-        Row("closed", "connections.closed.*", count),
-        Row("rejected", "connections.rejected.*", count, warns_from=1),
-    ),
-    "traffic": (
-        Row("lines", "lines", count),
-        Row("in", "bytes_in", size),
-        Row("out", "bytes_out", size),
-    ),
-    "process": (
-        Row("loop lag", "loop_lag_ms", milliseconds, warns_from=100, is_bad_from=1000),
-        Row("memory", "rss_bytes", size),
-        Row("held for clients", "held_bytes", size),
-        Row("open files", "open_files", count),
-        Row("log dropped", "log_dropped", count, warns_from=1),
-        Row("configuration", "config_generation", count),
-        Row("reloads", "reloads.*", count),
-        Row("upgrades", "upgrades", count),
-    ),
-}
+_FORMATS: Mapping[str, Format] = {"": count, "bytes": size, "milliseconds": milliseconds}
 
 TITLE = ("version", "pid", "state", "uptime_s", "fast_path")
 LAST_ERROR = "reloads.last_error"
 
 
 def table(stats: Mapping[str, Any], rates: Rates | None = None) -> list[Line]:
-    """A title and a line for each figure, in sections; with `rates` also how fast it grows."""
-    figures = flat(stats)
-    lines: list[Line] = [_title(figures)]
-    told = {*TITLE, LAST_ERROR}
-    for section, rows in SECTIONS.items():
-        found = [(row, names) for row in rows if (names := _names(row, figures))]
-        if found:
-            lines += [(), (Cell(section, Meaning.TITLE),)]
-        for row, names in found:
-            lines.append(_line(row, names, figures, rates))
-            told.update(names)
-    if error := figures.get(LAST_ERROR):
+    """Return a title and a line for each statistic, in sections; with `rates` also how fast each counter grows."""
+    values = flat(stats)
+    lines: list[Line] = [_title(values)]
+    shown = {*TITLE, LAST_ERROR}
+    last_section = ""
+    for name, figure in figures().items():
+        names = _names(name, figure, values)
+        if not names:
+            continue
+        if figure.section != last_section:
+            last_section = figure.section
+            lines += [(), (Cell(figure.section, Meaning.TITLE),)]
+        lines.append(_line(name, figure, {each: values[each] for each in names}, rates))
+        shown.update(names)
+    if error := values.get(LAST_ERROR):
         lines.append((Cell(f"  last reload: {printable(error)}", Meaning.BAD),))
-    others = [name for name in figures if name not in told]
+    others = [name for name in values if name not in shown]
     if others:
         lines += [(), (Cell("more", Meaning.TITLE),)]
-    lines += [(Cell(f"  {printable(name):<17}"), Cell(f"{printable(figures[name]):>12}")) for name in others]
+    lines += [(Cell(f"  {printable(name):<17}"), Cell(f"{printable(values[name]):>12}")) for name in others]
     return lines
 
 
-def _title(figures: Mapping[str, Any]) -> Line:
-    state = printable(figures.get("state"))
-    uptime = number(figures.get("uptime_s"))
+def _title(values: Mapping[str, Any]) -> Line:
+    state = printable(values.get("state"))
+    uptime = number(values.get("uptime_s"))
     return (
-        Cell(f"echod {printable(figures.get('version'))}", Meaning.TITLE),
-        Cell(f"   pid {printable(figures.get('pid'))}   "),
+        Cell(f"echod {printable(values.get('version'))}", Meaning.TITLE),
+        Cell(f"   pid {printable(values.get('pid'))}   "),
         Cell(state, Meaning.GOOD if state == "serving" else Meaning.WARNING),
         Cell(f"   up {duration(uptime)}" if uptime is not None else ""),
-        Cell({"True": "   fast path", "False": "   no fast path"}.get(str(figures.get("fast_path")), "")),
+        Cell({"True": "   fast path", "False": "   no fast path"}.get(str(values.get("fast_path")), "")),
     )
 
 
-def _names(row: Row, figures: Mapping[str, Any]) -> list[str]:
-    if not row.name.endswith("*"):
-        return [row.name] if row.name in figures else []
-    return [name for name in figures if name.startswith(row.name[:-1]) and name != LAST_ERROR]
+def _names(name: str, figure: Figure, values: Mapping[str, Any]) -> list[str]:
+    """Return the flat names whose values the row of a statistic adds up."""
+    if not figure.row:
+        return []
+    if figure.label:
+        return [each for each in values if each.startswith(f"{name}.") and each != LAST_ERROR]
+    return [name] if name in values else []
 
 
-def _line(row: Row, names: Sequence[str], figures: Mapping[str, Any], rates: Rates | None) -> Line:
-    numbers = [number(figures[name]) for name in names]
-    label = Cell(f"  {row.label:<17}")
-    if None in numbers:
-        return (label, Cell(f"{printable(figures[names[0]]):>12}", Meaning.WARNING))
-    value = sum(figures[name] for name in names)
-    cells = [label, Cell(f"{row.format(value):>12}", _meaning(row, value))]
+def _line(name: str, figure: Figure, values: Mapping[str, Any], rates: Rates | None) -> Line:
+    label = Cell(f"  {figure.row:<17}")
+    if None in map(number, values.values()):
+        return (label, Cell(f"{printable(next(iter(values.values()))):>12}", Meaning.WARNING))
+    value = sum(values.values())
+    cells = [label, Cell(f"{_FORMATS[figure.unit](value):>12}", _meaning(figure, value))]
     if rates:
-        grows = sum(rates.per_second.get(name, 0.0) for name in names)
-        cells.append(Cell(f"{_rate(row, grows):>14}"))
-    cells += _notes(row, names, figures, rates)
+        cells.append(Cell(f"{_rate(figure, sum(rates.per_second.get(each, 0.0) for each in values)):>14}"))
+    cells += _notes(name, figure, values, rates)
     return tuple(cells)
 
 
-def _meaning(row: Row, value: float) -> Meaning | None:
-    if value >= row.is_bad_from:
+def _meaning(figure: Figure, value: float) -> Meaning | None:
+    if value >= figure.bad_from:
         return Meaning.BAD
-    if value >= row.warns_from:
+    if value >= figure.warn_from:
         return Meaning.WARNING
     return None if value else Meaning.NOTHING
 
 
-def _rate(row: Row, grows: float) -> str:
-    if not grows:
+def _rate(figure: Figure, per_second: float) -> str:
+    if not per_second:
         return ""
-    return f"{row.format(grows)}/s" if row.format is size or grows >= 100 else f"{grows:.1f}/s"
+    is_whole = figure.unit == "bytes" or per_second >= 100
+    return f"{_FORMATS[figure.unit](per_second)}/s" if is_whole else f"{per_second:.1f}/s"
 
 
-def _notes(row: Row, names: Sequence[str], figures: Mapping[str, Any], rates: Rates | None) -> Iterator[Cell]:
-    """What stands behind a figure: what it is made of, or a bar."""
-    if row.name.endswith("*"):
-        parts = [f"{name.rpartition('.')[2]} {count(figures[name])}" for name in names if figures[name]]
+def _notes(name: str, figure: Figure, values: Mapping[str, Any], rates: Rates | None) -> Iterator[Cell]:
+    """Yield what follows a value: what a sum consists of, or a bar."""
+    if figure.label:
+        parts = [f"{each.rpartition('.')[2]} {count(value)}" for each, value in values.items() if value]
         yield Cell("   " + printable(", ".join(parts)))
-    elif rates and row.name == "connections.open":
-        yield Cell("   " + bar(figures[row.name] / max(rates.peak_open, 1)), Meaning.BAR)
+    elif rates and name == "connections.open":
+        yield Cell("   " + bar(values[name] / max(rates.peak_open, 1)), Meaning.BAR)
         yield Cell(f" peak {count(rates.peak_open)}")
-    elif rates and row.name == "loop_lag_ms":
-        lag_ms = figures[row.name]
-        yield Cell("   " + bar(lag_share(lag_ms)), _meaning(row, lag_ms) or Meaning.BAR)
+    elif rates and name == "loop_lag_ms":
+        yield Cell("   " + bar(lag_share(values[name])), _meaning(figure, values[name]) or Meaning.BAR)
 
 
 def lag_share(lag_ms: float) -> float:
-    """How much of the bar a lag fills: nothing at 0.1 ms, all at the second from which the loop counts as stuck."""
+    """Return the share of the bar that a lag fills, on a logarithmic scale: 0 at 0.1 ms, 1 at a second."""
     return log10(max(lag_ms, 0.1) / 0.1) / 4
 
 
 def printable(value: Any) -> str:
-    """A value of any kind, fit for a terminal."""
+    """Return a value of any type as text without control characters."""
     if value is None:
         return "unknown"
     text = str(value)
@@ -209,7 +182,7 @@ def printable(value: Any) -> str:
 
 
 def rendered(line: Line, width: int | None, *, in_colour: bool) -> str:
-    """A line as text, cut where the terminal ends."""
+    """Return a line as text, cut to the width of the terminal if there is one."""
     left = width
     shown = []
     for cell in line:

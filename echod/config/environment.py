@@ -1,4 +1,4 @@
-"""Variables that begin with ECHOD_ but set no key: Kubernetes creates some, and users may expect others to work."""
+"""Environment variables that are not configuration keys: those of Kubernetes and systemd, and common mistakes."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 _KUBERNETES = re.compile(r"ECHOD_(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 
 EXPECTED = ("ECHOD_HOST", "ECHOD_PORT")
-"""Variable names that many programs use, but echod does not."""
+"""Variable names that many programs use but echod ignores, with a warning."""
 
 
 def is_of_kubernetes(name: str) -> bool:
     """Whether Kubernetes creates a variable of this name for a Service."""
-    return _KUBERNETES.fullmatch(name) is not None and not name.endswith("_REUSE_PORT")  # which is a key's
+    return _KUBERNETES.fullmatch(name) is not None and not name.endswith("_REUSE_PORT")  # a key
 
 
 def warnings_of(environment: Mapping[str, str]) -> Iterator[str]:
@@ -20,10 +20,10 @@ def warnings_of(environment: Mapping[str, str]) -> Iterator[str]:
     for name in EXPECTED:
         value = environment.get(name)
         if value is not None and "://" not in value:
-            yield f"{name} is ignored (got {value[:80]!r}): ECHOD_LISTEN=HOST:PORT says where to listen"
+            yield f"{name} is ignored (got {value[:80]!r}): set ECHOD_LISTEN=HOST:PORT instead"
 
 
 def runtime_admin(environment: Mapping[str, str]) -> str | None:
-    """The admin endpoint that there is whatever the configuration says: in the directory that systemd makes for us."""
+    """Return the address of the admin socket in $RUNTIME_DIRECTORY (systemd.exec(5)), None if that is not set."""
     directory = environment.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     return f"unix:{directory}/admin" if directory else None

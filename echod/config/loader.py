@@ -1,6 +1,7 @@
-"""From what echod is told to one frozen `Config`, or every fault at once.
+"""Read every source into one frozen `Config`, or report every error at once.
 
-Defaults, file, environment and command line, a later one winning. No bad value is ever replaced by a default.
+The sources are the defaults, the file, the environment and the command line; a later one wins. A bad value is always an
+error, never replaced by a default.
 """
 
 import os
@@ -30,11 +31,11 @@ from echod.net.address import HandedOver, TcpAddress, identity, parse_address
 from echod.process import files
 
 DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
-"""The variable that tells where to listen if no other source does: for those who pack echod, as the Docker image."""
+"""The variable with the default of `listen`, for packages such as the Docker image."""
 
 
 class ConfigError(Exception):
-    """Every fault of a configuration, each as `SOURCE: key.path: what is wrong (got VALUE)`."""
+    """Every error of a configuration, each as `SOURCE: key.path: what is wrong (got VALUE)`."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         self.errors = tuple(map(_printable, errors))
@@ -42,23 +43,24 @@ class ConfigError(Exception):
 
 
 def _printable(text: str) -> str:
-    """A name that a key or file was given may hold anything; a fault is one line."""
+    """Escape control characters, because the name of a key or file may contain any and an error is one line."""
     return "".join([letter if letter.isprintable() else repr(letter)[1:-1] for letter in text])
 
 
 class Loaded(Struct, frozen=True):
-    """A valid configuration, and what the operator should know about it."""
+    """A valid configuration, and warnings for the operator."""
 
     config: Config
     warnings: tuple[str, ...]
     is_listen_set: bool = False
-    """Whether any source says where to listen, or it is the default."""
+    """Whether a source sets `listen`; False if the default holds."""
 
 
 def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setting], open_files: int) -> Loaded:
     """Read every source, a later one winning: default, `file`, `environment`, `flags`.
 
-    `open_files` is how many descriptors this process may have. Raises ConfigError with every fault of every source.
+    `open_files` is the number of descriptors that this process may have. Raise ConfigError with every error of every
+    source.
     """
     errors: list[str] = []
     settings = [*_packed(environment), *_from_file(file, errors), *_from_environment(environment, errors), *flags]
@@ -76,7 +78,7 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
         log=Log(**_section(values, "log")),
         admin=Admin(**_section(values, "admin")),
     )
-    _hold_apart(config, last.get("admin.listen"))
+    _require_separate_admin(config, last.get("admin.listen"))
     fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
     warnings = (*warnings_of(environment), *warnings)
     return Loaded(fitting, warnings, is_listen_set="listen" in last and last["listen"].source != DEFAULT_LISTEN)
@@ -86,7 +88,7 @@ Load = Callable[[], Loaded]
 
 
 def reader(sources: Sources, environment: Mapping[str, str], open_files: int, directory: str = "") -> Load:
-    """What reads the configuration, again and again; relative paths are meant from `directory`."""
+    """Return a function that reads the configuration each time it is called; paths are relative to `directory`."""
     file = (environment.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
     path = os.path.join(directory, file) if file else file
     return partial(_read, directory, partial(load, path, environment, sources.flags, open_files))
@@ -101,7 +103,7 @@ def _read(directory: str, load_once: Load) -> Loaded:
 
 
 def defaults(environment: Mapping[str, str]) -> Config:
-    """The configuration that holds where no source says anything. Raises ConfigError."""
+    """Return the configuration without any source; raise ConfigError if the package's default of `listen` is bad."""
     packed = {name: value for name, value in environment.items() if name == DEFAULT_LISTEN}
     return load(None, packed, (), RESERVED_FILES + 2 * Config().limits.connections).config
 
@@ -121,7 +123,7 @@ def _from_file(file: str | None, errors: list[str]) -> Iterator[Setting]:
 
     try:
         document = toml.parse(files.read_bounded(file))
-    except (files.FileError, toml.TomlError) as error:
+    except (OSError, ValueError) as error:
         errors.append(f"{file}: {error}")
         return
     for name, value in document.items():
@@ -136,7 +138,7 @@ def _from_file(file: str | None, errors: list[str]) -> Iterator[Setting]:
 
 
 _NO_KEYS = ("ECHOD_CONFIG", "ECHOD_FASTPATH")
-"""Variables of ours that set no key."""
+"""Variables that echod reads but that set no key."""
 
 
 def _from_environment(environment: Mapping[str, str], errors: list[str]) -> Iterator[Setting]:
@@ -147,7 +149,7 @@ def _from_environment(environment: Mapping[str, str], errors: list[str]) -> Iter
         elif name.startswith("ECHOD_") and name not in (*_NO_KEYS, DEFAULT_LISTEN, *EXPECTED):
             if is_of_kubernetes(name):
                 continue
-            # A stranger's variable that merely begins alike is none of our business; a misspelt key is.
+            # Report a misspelt key, but not every variable of another program that happens to start with ECHOD_.
             meant = re.sub("^ECHOD_CONFIG_(FILE|PATH)$", "ECHOD_CONFIG", name)
             nearest = _nearest(meant, [*known, *_NO_KEYS], cutoff=0.8)
             if nearest or name.removeprefix("ECHOD_").partition("_")[0].lower() in {*SECTIONS, "listen"}:
@@ -186,7 +188,7 @@ def _listens(setting: Setting, errors: list[str]) -> Iterator[Listen]:
     else:
         entries = setting.value
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        errors.append(f"{setting.source}: listen: expected tables, each headed [[listen]]{_got(entries)}")
+        errors.append(f"{setting.source}: listen: expected a [[listen]] table for each address{_got(entries)}")
         return
     if not entries:
         errors.append(f"{setting.source}: listen: expected at least one address{_got(entries)}")
@@ -215,7 +217,7 @@ def _wrong_address(address: Any, seen: set[str]) -> str:
         parsed = parse_address(address)
     except ValueError as error:
         return str(error)
-    # As text: tuples of two kinds are equal if what they hold is.
+    # Compared as text, because named tuples of different types are equal if their elements are.
     name = str(identity(parsed))
     if name in seen and not (isinstance(parsed, TcpAddress) and parsed.port == 0):
         return "listed twice"
@@ -224,11 +226,11 @@ def _wrong_address(address: Any, seen: set[str]) -> str:
 
 
 def _unfit_text(value: Any) -> str:
-    """What no key can hold: NUL, which ends a path in the kernel, and what isn't UTF-8, which TOML can't show."""
+    """Say why no key may have this text: NUL ends a path in the kernel, and TOML cannot represent invalid UTF-8."""
     if not isinstance(value, str):
         return ""
     if "\0" in value:
-        return "holds NUL"
+        return "contains a NUL character"
     return "" if _is_utf8(value) else "expected valid UTF-8"
 
 
@@ -249,7 +251,7 @@ def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
 
 
 def _nearest_key(key: str) -> str:
-    """The known key that the writer may have meant: of the same section, if that one exists."""
+    """Suggest a known key, from the same section if that exists."""
     section = key.partition(".")[0]
     prefix = f"{section}." if section in SECTIONS else ""
     names = [name.removeprefix(prefix) for name in [*KEYS, "listen"] if name.startswith(prefix)]
@@ -257,10 +259,10 @@ def _nearest_key(key: str) -> str:
 
 
 def _nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6, prefix: str = "") -> str:
-    from difflib import get_close_matches  # 3 ms that only a fault needs
+    from difflib import get_close_matches  # takes 3 ms, and only an error needs it
 
     if re.match(r"ECHOD_LISTEN_|listen[.\[]", name):
-        return ", the keys of a [[listen]] are set in the file alone"
+        return ", the keys of a [[listen]] can be set only in the file"
     matches = get_close_matches(name, names, n=1, cutoff=cutoff)
     return f", did you mean {prefix}{matches[0]}?" if matches else ""
 
@@ -276,8 +278,8 @@ def _got(value: Any) -> str:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def _hold_apart(config: Config, setting: Setting | None) -> None:
-    """Refuse an admin endpoint where clients are served: the two can't share an address."""
+def _require_separate_admin(config: Config, setting: Setting | None) -> None:
+    """Raise ConfigError if the admin endpoint has an address that clients are served at."""
     if not setting or not setting.value:
         return
     admin = parse_address(setting.value)
@@ -286,22 +288,24 @@ def _hold_apart(config: Config, setting: Setting | None) -> None:
     is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
     clients = [str(identity(parse_address(entry.address))) for entry in config.listen]
     if not is_any_port and str(identity(admin)) in clients:
-        raise ConfigError([f"{setting.source}: admin.listen: clients are served there{_got(setting.value)}"])
+        raise ConfigError(
+            [f"{setting.source}: admin.listen: clients are served at this address, choose another{_got(setting.value)}"]
+        )
 
 
 def _fit(config: Config, setting: Setting | None, open_files: int) -> tuple[Config, tuple[str, ...]]:
-    """Hold the connection limit against what the process may open: refuse one that was set, lower the default."""
+    """Check that `limits.connections` fits under the limit of open files; lower the default if it does not."""
     fits = open_files - RESERVED_FILES - len(config.listen)
     wanted = config.limits.connections
     if wanted <= fits:
         return config, ()
-    reason = f"{open_files} open files are allowed (ulimit -n, LimitNOFILE=)"
+    reason = f"only {open_files} open files are allowed (ulimit -n, LimitNOFILE=)"
     if setting or fits < 1:
         source = setting.source if setting else "default"
         fit = (
-            f"at most {fits} fit: lower it, or raise the hard limit"
+            f"at most {fits} connections fit: lower the value or raise the hard limit"
             if fits > 0
-            else f"at least {RESERVED_FILES + len(config.listen) + 1} are needed"
+            else f"at least {RESERVED_FILES + len(config.listen) + 1} are needed: raise the hard limit"
         )
         raise ConfigError([f"{source}: limits.connections: {reason}, {fit}{_got(wanted)}"])
     lowered = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, connections=fits))

@@ -1,7 +1,7 @@
-"""The keys of the configuration: their names, types, ranges, defaults and meanings, each written once.
+"""The configuration keys: the name, type, range, default and description of each, in one place.
 
-The structs validate, and their descriptions are the comments of `echod config`. This room doesn't know who uses a key,
-nor where its value comes from.
+The structs validate values. Their descriptions are the comments that `echod config` prints. This module knows neither
+who uses a key nor which source its value comes from.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 RESERVED_FILES = 64
-"""Descriptors kept beside one for each connection and listener: 32 for echod itself (standard streams, event loop, log,
-a reload under way) and 32 for clients that are being told there are too many of them."""
+"""Descriptors reserved beside one for each connection and listener: 32 for echod itself (standard streams, event loop,
+log, a reload in progress) and 32 for clients that are being rejected."""
 
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 
@@ -22,25 +22,25 @@ class Listen(Struct, frozen=True, kw_only=True):
     address: Annotated[
         str,
         Meta(
-            description="host:port, [v6]:port, unix:/path; port 0 = any free one; systemd:NAME = a socket handed over"
+            description="host:port, [v6]:port or unix:/path; port 0 = any free port; systemd:NAME = an inherited socket"
         ),
     ]
     proxy_protocol: Annotated[
-        bool, Meta(description="the client's real address comes in a PROXY v1/v2 header; only for a balancer's")
+        bool, Meta(description="the client's real address comes in a PROXY v1/v2 header; only behind a balancer")
     ] = False
     reuse_port: Annotated[bool, Meta(description="several instances share the port (same user)")] = False
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """How much clients may take."""
+    """How much clients may use."""
 
     connections: Annotated[
         Annotated[int, Meta(ge=1, le=1_000_000)],
-        Meta(description="open at once; one more is told ERROR and closed; if set by hand it must fit under NOFILE"),
+        Meta(description="open at once; one more gets ERROR and is closed; a value set by hand must fit under NOFILE"),
     ] = 10_000
     connections_per_address: Annotated[
         Annotated[int, Meta(ge=0, le=1_000_000)],
-        Meta(description="open at once from one IP address; 0 = no limit; Unix sockets have none"),
+        Meta(description="open at once from one IP address; 0 = no limit; Unix sockets are exempt"),
     ] = 0
     line_bytes: Annotated[
         Annotated[int, Meta(ge=1, le=16_777_216)],
@@ -48,25 +48,28 @@ class Limits(Struct, frozen=True, kw_only=True):
     ] = 65_536
     held_bytes: Annotated[
         Annotated[int, Meta(ge=0, le=1_099_511_627_776)],
-        Meta(description="replies and partial lines of all clients together; 0 = a quarter of the memory allowed"),
+        Meta(
+            description="pending replies and partial lines of all clients together; 0 = a quarter of the memory allowed"
+        ),
     ] = 0
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):
-    """How long clients may take, in seconds; 0 = never, but for drain, drain_quiet and lame_duck."""
+    """How long clients may take, in seconds; 0 = never, except for drain, drain_quiet and lame_duck."""
 
-    idle: Annotated[Seconds, Meta(description="nothing from the client, nothing owed to it, no line begun")] = 300
-    line: Annotated[Seconds, Meta(description="a line begun must end")] = 30
-    write: Annotated[Seconds, Meta(description="the client takes none of the replies it is owed")] = 30
+    idle: Annotated[Seconds, Meta(description="no input, no pending reply, no partial line")] = 300
+    line: Annotated[Seconds, Meta(description="a partial line must be completed")] = 30
+    write: Annotated[Seconds, Meta(description="the client accepts none of its pending replies")] = 30
     drain: Annotated[
-        Seconds, Meta(description="with the 1 s of the last half-close, below Docker's 10 s; 0 = end at once")
+        Seconds,
+        Meta(description="what is still open then is aborted; with the final 1 s below Docker's 10 s; 0 = at once"),
     ] = 8
-    drain_quiet: Annotated[Seconds, Meta(description="a draining connection this long quiet is finished")] = 0.5
+    drain_quiet: Annotated[
+        Seconds, Meta(description="a draining connection that has been quiet this long is finished")
+    ] = 0.5
     lame_duck: Annotated[
         Seconds,
-        Meta(
-            description="after TERM go on accepting so long, with /readyz draining; with drain and 1 s below the grace"
-        ),
+        Meta(description="after SIGTERM keep accepting this long, with /readyz at 503; it adds to the time of a stop"),
     ] = 0
 
 
@@ -77,21 +80,22 @@ class Log(Struct, frozen=True, kw_only=True):
         "info"
     )
     format: Annotated[
-        Literal["auto", "console", "json"], Meta(description="console, json; auto: console on a terminal, else json")
+        Literal["auto", "console", "json"], Meta(description="auto (console on a terminal, else json), console, json")
     ] = "auto"
-    file: Annotated[str, Meta(description='"" = standard error; reopened on a reload')] = ""
+    file: Annotated[str, Meta(description='"" = standard error; reopened by a reload')] = ""
 
 
 class Admin(Struct, frozen=True, kw_only=True):
-    """The endpoint for operators and monitoring."""
+    """The HTTP endpoint for operators and monitoring."""
 
     listen: Annotated[
-        str, Meta(description='host:port or unix:/path; "" = only `admin` in $RUNTIME_DIRECTORY, if that is set')
+        str,
+        Meta(description='host:port or unix:/path; "" = only the Unix socket `admin` in $RUNTIME_DIRECTORY, if set'),
     ] = ""
 
 
 class Config(Struct, frozen=True, kw_only=True):
-    """Everything echod is told, valid as a whole."""
+    """A complete, valid configuration."""
 
     listen: tuple[Listen, ...] = (Listen(address="127.0.0.1:8888"),)
     limits: Limits = Limits()
@@ -114,11 +118,11 @@ KEYS: dict[str, Any] = {
     for section, struct in SECTIONS.items()
     for field in msgspec.structs.fields(struct)
 }
-"""Type, with range and description, of each key but `listen`."""
+"""The type of each key except `listen`, annotated with its range and description."""
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """The names of the keys whose values differ."""
+    """Return the names of the keys whose values differ."""
     changed = [key for key in KEYS if _value(old, key) != _value(new, key)]
     return changed if old.listen == new.listen else ["listen", *changed]
 

@@ -1,11 +1,11 @@
-"""What configures echod, as each source says it, and the ways to write a number."""
+"""Configuration values as the sources give them, before they are validated."""
 
 import re
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 
 class Setting(NamedTuple):
-    """One value that a source gives to one key; the value is still text unless it comes from a file."""
+    """The value that one source gives to one key; it is text unless it comes from a file."""
 
     source: str
     key: str
@@ -14,14 +14,14 @@ class Setting(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """Where the configuration comes from: a file, if one is named, and what the flags set."""
+    """The sources named on the command line: a file, if any, and the settings of the flags."""
 
     file: str | None
     flags: tuple[Setting, ...]
 
 
 class Serve(NamedTuple):
-    """`echod serve`"""
+    """The arguments of `echod serve`."""
 
     sources: Sources
     is_daemon: bool = False
@@ -31,14 +31,14 @@ class Serve(NamedTuple):
 
 
 def base(kind: Any) -> Any:
-    """The type of a key without its range and description."""
+    """Return the type of a key without its range and description."""
     return base(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
 
 
 def as_number(value: Any, kind: Any) -> Any:
-    """The value as a key of this kind takes it, if that is a number: 1000, 1_000 and 1e3 are the same in every source.
+    """Return a value for a numeric key in a form that msgspec converts; return any other value unchanged.
 
-    TOML has all three ways to write a number.
+    So 1000, 1_000 and 1e3 are the same number in every source, as they are in TOML.
     """
     if base(kind) not in (int, float):
         return value

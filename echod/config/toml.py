@@ -1,4 +1,4 @@
-"""TOML: read within bounds, and written so that a person can read it and `settings.load` reads it back."""
+"""TOML: parsed within bounds of time, and rendered so that people can read it and `loader.load` reads it back."""
 
 import codecs
 import re
@@ -11,39 +11,37 @@ from msgspec import Meta, Struct
 from echod.config.schema import SECTIONS, Config
 
 _KEY_PARTS = 100
-"""Most parts of a dotted key: echod has two, and the parser's time grows with the square of them (20 000: 6 s)."""
+"""The most parts of a dotted key. echod has two; the parser's time grows with their square (6 s for 20 000)."""
 
-# Quoted parts are bounded, or an odd text would take time that grows with its square here.
+# Quoted parts are bounded; otherwise this search could take time that grows with the square of the text.
 _KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.){0,99}+"|'[^'\n]{0,99}+')[ \t]{0,9}+"""
 _DEEP_KEY = re.compile(rf"(?<![\w-])(?:{_KEY_PART}\.[ \t]{{0,9}}+){{{_KEY_PARTS}}}")
 _LONG_NUMBER = re.compile(r"[0-9](?:_?[0-9]){4299}")  # more digits are refused by int()
 
 
-class TomlError(Exception):
-    """Why a text can't be read as TOML."""
-
-
 def parse(data: bytes) -> dict[str, Any]:
-    """Return the document; raises TomlError."""
-    import tomllib  # 3 ms that only a file needs
+    """Return the document; raise ValueError with a message that says what is wrong and where."""
+    import tomllib  # takes 3 ms, and only a file needs it
 
     if data.startswith(codecs.BOM_UTF8):
-        raise TomlError("begins with a byte order mark: save it as UTF-8 without one")
+        raise ValueError("begins with a byte order mark: save it as UTF-8 without one")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise TomlError(f"not valid TOML: not UTF-8 (at byte {error.start})") from error
+        raise ValueError(f"not valid TOML: not UTF-8 (at byte {error.start})") from error
     if deep := _DEEP_KEY.search(text):
-        raise TomlError(f"a key of more than {_KEY_PARTS} parts (at line {_line(text, deep)})")
+        raise ValueError(f"a key has more than {_KEY_PARTS} parts (at line {_line(text, deep)})")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise TomlError(f"not valid TOML: {error}") from error
+        raise ValueError(f"not valid TOML: {error}") from error
     except RecursionError as error:
-        raise TomlError("not valid TOML: arrays or tables nested too deep") from error
-    except ValueError as error:
+        raise ValueError("not valid TOML: arrays or tables nested too deep") from error
+    except ValueError as error:  # the conversion of a number
         where = _LONG_NUMBER.search(text)
-        raise TomlError(f"a number of too many digits{f' (at line {_line(text, where)})' if where else ''}") from error
+        raise ValueError(
+            f"a number has too many digits{f' (at line {_line(text, where)})' if where else ''}"
+        ) from error
 
 
 def _line(text: str, found: "re.Match[str]") -> int:
@@ -51,7 +49,7 @@ def _line(text: str, found: "re.Match[str]") -> int:
 
 
 def render(config: Config, *, with_comments: bool = False) -> str:
-    """The configuration as TOML that `load` reads back."""
+    """Return the configuration as TOML that `loader.load` reads back; `with_comments` adds each key's description."""
     lines: list[str] = []
     for listen in config.listen:
         lines += ["[[listen]]", *_rendered_keys(listen, with_comments=with_comments), ""]
@@ -71,7 +69,7 @@ def _toml(value: str | float) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+        # A JSON string is a TOML basic string, except that TOML requires DEL to be escaped.
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
     return repr(int(value) if value == int(value) else value)
 
@@ -82,4 +80,5 @@ def _description(kind: Any) -> str:
 
 
 def _summary(struct: type[Struct]) -> str:
-    return (struct.__doc__ or "").rstrip(".").lower()
+    text = (struct.__doc__ or "").rstrip(".")
+    return text[:1].lower() + text[1:]

@@ -18,13 +18,8 @@ from echod.net.address import parse_address
 from echod.telemetry import logs
 
 
-class PrepareError(Exception):
-    """Why there is no new generation: every fault found, and whether they are the configuration's."""
-
-    def __init__(self, errors: Sequence[str], *, is_configuration: bool = False) -> None:
-        super().__init__("; ".join(errors))
-        self.errors = tuple(errors)
-        self.is_configuration = is_configuration
+class PrepareError(ConfigError):
+    """A valid configuration cannot be put in force here and now, for example because an address is in use."""
 
 
 class Generation(Struct, frozen=True):
@@ -110,11 +105,11 @@ def prepare(
     kept: Kept = NOTHING_KEPT,
     open_log: Callable[[Log], int | None] = logs.open_file,
 ) -> Generation:
-    """Do everything that can fail; may block on files and name servers. Raises PrepareError with every fault."""
-    try:
-        loaded = load()
-    except ConfigError as error:
-        raise PrepareError(error.errors, is_configuration=True) from error
+    """Do everything that can fail; may block on files and name servers.
+
+    Raise ConfigError if the configuration is invalid, and its subclass PrepareError if it cannot be put in force.
+    """
+    loaded = load()
     config = loaded.config
     try:
         descriptor = open_log(config.log)

@@ -13,8 +13,9 @@ import structlog
 from msgspec import Struct
 
 from echod.admin.endpoint import Endpoint, ReloadResult
+from echod.config.loader import ConfigError
 from echod.config.schema import changed_keys
-from echod.lifecycle.generation import Generation, Kept, PrepareError
+from echod.lifecycle.generation import Generation, Kept
 from echod.net.sockets import ListenError
 from echod.process.worker_thread import NoThreadError, aside
 from echod.server.server import Server
@@ -118,7 +119,7 @@ class Reloader:
     async def _reload(self) -> ReloadResult:
         try:
             return await self._put_in_force(await aside(lambda: self._prepare(self._parts.kept()), Generation.discard))
-        except PrepareError as error:
+        except ConfigError as error:
             return self._refuse(error.errors)
         except ListenError as error:
             return self._refuse([f"listen: {error}"])

@@ -24,21 +24,20 @@ _unanswered: dict[str, threading.Thread] = {}
 """The threads of reads that timed out, by path. Such a thread cannot be ended, so a path has at most one."""
 
 
-class FileError(Exception):
-    """A file was not read; the message says why and what is expected instead."""
-
-
 def read_bounded(path: str, most_bytes: int = MOST_BYTES, within_s: float = WITHIN_S) -> bytes:
-    """Return the content of a regular file; raise FileError if it is not regular, too large, or not read in time."""
+    """Return the content of a regular file.
+
+    Raise OSError if it is not regular, too large, or not read in time; its text says why, and what is expected instead.
+    """
     if (stuck := _unanswered.get(path)) and stuck.is_alive():
-        raise FileError("cannot be read: an earlier attempt still waits for its file system")
+        raise OSError("cannot be read: an earlier attempt still waits for its file system")
     contents: list[bytes] = []
-    errors: list[Exception] = []
+    errors: list[OSError] = []
 
     def read() -> None:
         try:
             contents.append(_read(path, most_bytes))
-        except (OSError, FileError) as error:
+        except OSError as error:
             errors.append(error)
 
     # O_NONBLOCK has no effect on regular files: only a thread allows a deadline for a file system that hangs.
@@ -46,18 +45,18 @@ def read_bounded(path: str, most_bytes: int = MOST_BYTES, within_s: float = WITH
     try:
         thread.start()
     except RuntimeError as error:
-        raise FileError(f"cannot be read: {error} (TasksMax=, ulimit -u)") from error
+        raise OSError(f"cannot be read: {error} (TasksMax=, ulimit -u)") from error
     thread.join(within_s)
     if contents:
         return contents[0]
     if errors:
         raise _explained(errors[0]) from errors[0]
     _unanswered[path] = thread
-    raise FileError(f"cannot be read: its file system has not answered within {within_s:g} s")
+    raise OSError(f"cannot be read: its file system has not answered within {within_s:g} s")
 
 
-def _explained(error: Exception) -> FileError:
-    return error if isinstance(error, FileError) else FileError(f"cannot be read: {getattr(error, 'strerror', error)}")
+def _explained(error: OSError) -> OSError:
+    return OSError(f"cannot be read: {error.strerror}") if error.strerror else error
 
 
 def _read(path: str, most_bytes: int) -> bytes:
@@ -67,11 +66,11 @@ def _read(path: str, most_bytes: int) -> bytes:
         _require_regular(os.fstat(descriptor))
         content = stream.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise FileError(f"larger than {most_bytes} bytes: not the file that is meant")
+        raise OSError(f"larger than {most_bytes} bytes: not the file that is meant")
     return content
 
 
 def _require_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "a device")
-        raise FileError(f"cannot be read: {kind}, expected a regular file")
+        raise OSError(f"cannot be read: {kind}, expected a regular file")

@@ -247,9 +247,9 @@ def test_runtime_directory(listen: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "words"),
+    ("directory", "words"),
     [
-        ("/no/such/folder", "unix:/no/such/folder/admin: no such file or directory"),
+        ("/no/such/directory", "unix:/no/such/directory/admin: no such file or directory"),
         ("relative", "unix:relative/admin: expected an absolute path, unix:/path"),
         ("/" + "x" * 120, "path longer than 107 bytes"),
     ],

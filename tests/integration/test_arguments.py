@@ -271,7 +271,7 @@ def test_check_lowers_the_default_with_a_warning() -> None:
     """Where fewer files are allowed than the default needs, it is lowered, with a warning on standard error."""
     done = run(["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *PYTHON_M_ECHOD, "check"])
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: limits.connections: 256 open files are allowed")
+    assert done.stderr.startswith("warning: limits.connections: only 256 open files are allowed")
     assert tomllib.loads(done.stdout)["limits"]["connections"] == 191
 
 
@@ -305,7 +305,7 @@ def test_a_log_file_with_nul(tmp_path: Path) -> None:
     file = tmp_path / "echod.toml"
     file.write_text('[log]\nfile = "a\\u0000b"\n')
     done = echod("serve", "-c", str(file), "-l", "127.0.0.1:0")
-    assert (done.returncode, done.stderr) == (78, f"{file}: log.file: holds NUL (got 'a\\x00b')\n")
+    assert (done.returncode, done.stderr) == (78, f"{file}: log.file: contains a NUL character (got 'a\\x00b')\n")
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_other_warnings_reach_the_caller_too(scene: Scene) -> None:
     """What `check` would warn of, the caller hears; the log has it as well."""
     done = run(["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *scene.arguments()])
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: limits.connections: 256 open files are allowed")
+    assert done.stderr.startswith("warning: limits.connections: only 256 open files are allowed")
     assert scene.event("configuration")["warning"] in done.stderr
     scene.stop()
 

@@ -396,7 +396,7 @@ def test_the_connection_limit_is_held_against_the_open_files() -> None:
         assert echod.stop() == 0
     with Daemon(*settings(limits_connections=236), command=limited) as echod:
         assert echod.process.wait(DEADLINE_S) == 78
-    assert "at most 235 fit: lower it, or raise the hard limit (got 236)" in echod.other_lines[0]
+    assert "at most 235 connections fit: lower the value or raise the hard limit (got 236)" in echod.other_lines[0]
 
 
 def test_descriptors_that_run_out_make_clients_wait_not_fail() -> None:

@@ -98,7 +98,7 @@ def _as_long_number(path: Path) -> None:
     [
         (_as_fifo, "cannot be read: a pipe, expected a regular file"),
         (_as_device, "cannot be read: a device, expected a regular file"),
-        (_as_deep_key, "a key of more than 100 parts (at line 1)"),
+        (_as_deep_key, "a key has more than 100 parts (at line 1)"),
         (
             _as_long_number,
             "limits.connections: expected int <= 1000000 (got a value too long or nested too deep to show)",
@@ -167,7 +167,7 @@ def test_a_path_or_address_written_in_another_way_is_the_same_listener(tmp_path:
             admin = good.replace(f"listen = 'unix:{link}/../real/admin'", f"listen = '{other}'")
             assert admin != good
             file.write_text(admin)
-            assert "clients are served there" in echod.reload("reload refused")["errors"][0]
+            assert "clients are served at this address, choose another" in echod.reload("reload refused")["errors"][0]
             file.write_text(good)
         assert ask(local, b"still here\n") == ask(client, b"still here\n") == b"STILL HERE\n"
         local.close()

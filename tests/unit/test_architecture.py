@@ -14,9 +14,9 @@ ROOT = Path(echod.__file__).parent
 LAYERS = (
     {"process", "protocol"},
     {"net"},
-    {"admin", "client", "config"},
+    {"client", "config"},
     {"telemetry"},
-    {"server"},
+    {"admin", "server"},
     {"upgrade"},
     {"lifecycle"},
     {"service"},

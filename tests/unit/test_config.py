@@ -163,7 +163,7 @@ FILE_FAULTS = [
     ("[timeouts]\nidle = '3'", "timeouts.idle: expected number (got '3')"),
     ("[timeouts]\nidle = [3]", "timeouts.idle: expected number (got [3])"),
     ("[log]\nfile = 3", "log.file: expected str (got 3)"),
-    ('[log]\nfile = "a\\u0000b"', "log.file: holds NUL (got 'a\\x00b')"),
+    ('[log]\nfile = "a\\u0000b"', "log.file: contains a NUL character (got 'a\\x00b')"),
     (
         "[log]\nlevel = 'infos'",
         "log.level: expected one of debug, info, warning, error, did you mean info? (got 'infos')",
@@ -174,10 +174,13 @@ FILE_FAULTS = [
     ("[admin]\nlisten = '9000'", "admin.listen: expected host:port, [v6]:port or unix:/path (got '9000')"),
     ("[admin]\nlisten = 'unix:a'", "admin.listen: expected an absolute path, unix:/path (got 'unix:a')"),
     ("[admin]\nlisten = ''\nport = 1", "admin.port: unknown key (got 1)"),
-    ("[admin]\nlisten = '127.0.0.1:8888'", "admin.listen: clients are served there (got '127.0.0.1:8888')"),
+    (
+        "[admin]\nlisten = '127.0.0.1:8888'",
+        "admin.listen: clients are served at this address, choose another (got '127.0.0.1:8888')",
+    ),
     (
         "[[listen]]\naddress = 'unix:/a'\n[admin]\nlisten = 'unix:/a'",
-        "admin.listen: clients are served there (got 'unix:/a')",
+        "admin.listen: clients are served at this address, choose another (got 'unix:/a')",
     ),
     ("[limits]\nconection = 3", "limits.conection: unknown key, did you mean limits.connections? (got 3)"),
     ("[timeouts]\nxyzzy = 3", "timeouts.xyzzy: unknown key (got 3)"),
@@ -185,10 +188,10 @@ FILE_FAULTS = [
     ("lisen = 3", "lisen: unknown key, did you mean listen? (got 3)"),
     ("limits = 3", "limits: expected a table (got 3)"),
     ("[[limits]]", "limits: expected a table (got [{}])"),
-    ("listen = 3", "listen: expected tables, each headed [[listen]] (got 3)"),
-    ("listen = 'a:1'", "listen: expected tables, each headed [[listen]] (got 'a:1')"),
-    ("listen = ['a:1']", "listen: expected tables, each headed [[listen]] (got ['a:1'])"),
-    ("[listen]\naddress = 'a:1'", "listen: expected tables, each headed [[listen]] (got {'address': 'a:1'})"),
+    ("listen = 3", "listen: expected a [[listen]] table for each address (got 3)"),
+    ("listen = 'a:1'", "listen: expected a [[listen]] table for each address (got 'a:1')"),
+    ("listen = ['a:1']", "listen: expected a [[listen]] table for each address (got ['a:1'])"),
+    ("[listen]\naddress = 'a:1'", "listen: expected a [[listen]] table for each address (got {'address': 'a:1'})"),
     ("listen = []", "listen: expected at least one address (got [])"),
     ("[[listen]]", "listen[0].address: missing"),
     ("[[listen]]\naddress = 3", "listen[0].address: expected str (got 3)"),
@@ -219,11 +222,11 @@ FILE_FAULTS = [
     ),
     (
         "[[listen]]\naddress = 'unix:/a'\n[admin]\nlisten = 'unix:///a'",
-        "admin.listen: clients are served there (got 'unix:///a')",
+        "admin.listen: clients are served at this address, choose another (got 'unix:///a')",
     ),
     (
         "[admin]\nlisten = '[::ffff:127.0.0.1]:8888'",
-        "admin.listen: clients are served there (got '[::ffff:127.0.0.1]:8888')",
+        "admin.listen: clients are served at this address, choose another (got '[::ffff:127.0.0.1]:8888')",
     ),
     (
         f"[limits]\nconnections = 0x{'f' * 5_000}",
@@ -315,8 +318,8 @@ def test_fault_in_listen_as_text(value: str, fault: str) -> None:
         ("listens", "unknown key, did you mean listen?"),
         ("limits", "unknown key"),
         ("", "unknown key"),
-        ("listen[0].proxy_protocol", "unknown key, the keys of a [[listen]] are set in the file alone"),
-        ("listen.reuse_port", "unknown key, the keys of a [[listen]] are set in the file alone"),
+        ("listen[0].proxy_protocol", "unknown key, the keys of a [[listen]] can be set only in the file"),
+        ("listen.reuse_port", "unknown key, the keys of a [[listen]] can be set only in the file"),
     ],
 )
 def test_unknown_key_of_a_flag(key: str, words: str) -> None:
@@ -368,11 +371,11 @@ def test_all_faults_at_once(file: Path) -> None:
         (b"[limits]\nline_bytes = 1_\n", "FILE: not valid TOML: "),
         (b"x = " + b"[" * 5_000, "FILE: not valid TOML: arrays or tables nested too deep"),
         (b"x = " + b"{x = " * 5_000, "FILE: not valid TOML: arrays or tables nested too deep"),
-        (b"\nx = " + b"9" * 5_000, "FILE: a number of too many digits (at line 2)"),
-        (b"x = -" + b"9_" * 5_000 + b"9", "FILE: a number of too many digits (at line 1)"),
-        (b"\n\nx" + b".x" * 20_000 + b" = 1", "FILE: a key of more than 100 parts (at line 3)"),
-        (b"[" + b" 'x' .\t" * 100 + b"x]", "FILE: a key of more than 100 parts (at line 1)"),
-        (b"x = {" + b'"\\"." . ' * 100 + b"x = 1}", "FILE: a key of more than 100 parts (at line 1)"),
+        (b"\nx = " + b"9" * 5_000, "FILE: a number has too many digits (at line 2)"),
+        (b"x = -" + b"9_" * 5_000 + b"9", "FILE: a number has too many digits (at line 1)"),
+        (b"\n\nx" + b".x" * 20_000 + b" = 1", "FILE: a key has more than 100 parts (at line 3)"),
+        (b"[" + b" 'x' .\t" * 100 + b"x]", "FILE: a key has more than 100 parts (at line 1)"),
+        (b"x = {" + b'"\\"." . ' * 100 + b"x = 1}", "FILE: a key has more than 100 parts (at line 1)"),
         (b"\xef\xbb\xbf", "FILE: begins with a byte order mark"),
         (b"\xff", "FILE: not valid TOML: not UTF-8 (at byte 0)"),
         (b"# \xc3\n", "FILE: not valid TOML: not UTF-8 (at byte 2)"),
@@ -474,7 +477,7 @@ def test_misspelt_variables(name: str, nearest: str) -> None:
 )
 def test_keys_of_a_listener_in_the_environment(name: str) -> None:
     """A variable for a key of a [[listen]] is refused, and the message says where such a key is set."""
-    words = "unknown key, the keys of a [[listen]] are set in the file alone"
+    words = "unknown key, the keys of a [[listen]] can be set only in the file"
     assert faults_of(environment={name: "true"}) == [f"{name}: {words} (got 'true')"]
 
 
@@ -483,7 +486,7 @@ def test_keys_of_a_listener_in_the_environment(name: str) -> None:
 def test_variables_that_are_expected_to_work(name: str, value: str) -> None:
     """A variable that many programs take, and echod does not, is answered with a warning."""
     loaded = load(None, {name: value}, (), PLENTY)
-    warning = f"{name} is ignored (got {value!r}): ECHOD_LISTEN=HOST:PORT says where to listen"
+    warning = f"{name} is ignored (got {value!r}): set ECHOD_LISTEN=HOST:PORT instead"
     assert loaded == Loaded(Config(), (warning,))
 
 
@@ -522,8 +525,8 @@ SPARE = RESERVED_FILES + 1  # for one listener
 def test_connections_set_by_hand_must_fit(file: Path) -> None:
     """`limits.connections` set by hand must fit under NOFILE, or is refused with the figure that fits."""
     wrong = (
-        "limits.connections: 100 open files are allowed (ulimit -n, LimitNOFILE=), "
-        "at most 35 fit: lower it, or raise the hard limit (got 36)"
+        "limits.connections: only 100 open files are allowed (ulimit -n, LimitNOFILE=), "
+        "at most 35 connections fit: lower the value or raise the hard limit (got 36)"
     )
     assert from_file("[limits]\nconnections = 35\n", file, 100) == Loaded(Config(limits=Limits(connections=35)), ())
     assert faults_of("[limits]\nconnections = 36\n", file, open_files=100) == [f"FILE: {wrong}"]
@@ -544,7 +547,7 @@ def test_default_connections_are_lowered() -> None:
     assert loaded.config == Config(limits=Limits(connections=35))
     assert loaded.warnings == (
         (
-            "limits.connections: 100 open files are allowed (ulimit -n, LimitNOFILE=), "
+            "limits.connections: only 100 open files are allowed (ulimit -n, LimitNOFILE=), "
             "so the default of 10000 is lowered to 35"
         ),
     )
@@ -561,7 +564,10 @@ def test_each_listener_takes_one_file() -> None:
 def test_too_few_files_for_anyone(flags: list[Setting]) -> None:
     """Where not even one client could be served, that is a fault, with the figure that is needed."""
     [fault] = faults_of(flags=flags, open_files=SPARE)
-    assert "limits.connections: 65 open files are allowed (ulimit -n, LimitNOFILE=), at least 66 are needed" in fault
+    assert fault.partition(": ")[2].startswith(
+        "limits.connections: only 65 open files are allowed (ulimit -n, LimitNOFILE=), "
+        "at least 66 are needed: raise the hard limit"
+    )
     assert load(None, {}, (), SPARE + 1).config.limits.connections == 1
 
 

@@ -1,7 +1,8 @@
-"""What has been counted, and the names under which the world sees it."""
+"""The statistics: their names, their sums, and the metadata that monitoring and the documentation derive from."""
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echod import __version__
+from echod.cli.stats_rates import flat
 from echod.process import limits
-from echod.telemetry.stats import CLOSE_REASONS, REJECT_REASONS, Stats
+from echod.telemetry.stats import CLOSE_REASONS, REJECT_REASONS, Stats, figures
 
 NAMES = {
     "pid",
@@ -60,8 +62,8 @@ carried = st.builds(Carried, lines=counts, bytes_in=counts, bytes_out=counts, he
 closings = st.lists(st.tuples(st.sampled_from(CLOSE_REASONS), carried), max_size=20)
 
 
-def new_stats() -> Stats:
-    return Stats(dict.fromkeys(("log_dropped", "rss_bytes", "open_files"), lambda: 0))
+def new_stats(**gauges: Callable[[], int]) -> Stats:
+    return Stats({**dict.fromkeys(("log_dropped", "rss_bytes", "open_files"), lambda: 0), **gauges})
 
 
 def snapshot(stats: Stats, *live: Carried) -> dict[str, Any]:
@@ -84,6 +86,13 @@ def test_names() -> None:
 def test_names_of_rejections(reason: str) -> None:
     """Why clients were rejected has the names of the contract, each from the start."""
     assert snapshot(new_stats())["connections"]["rejected"][reason] == 0
+
+
+def test_every_statistic_has_a_help_text() -> None:
+    """Each value, or the mapping that it is in, has metadata, from which the metrics and the documentation derive."""
+    for name in flat(snapshot(new_stats())):
+        figure = figures().get(name) or figures()[name.rpartition(".")[0]]
+        assert figure.help.endswith("."), name
 
 
 def test_all_starts_at_nothing() -> None:
@@ -151,7 +160,7 @@ def test_an_unknown_reason_is_no_silent_count() -> None:
 def test_what_others_count_is_passed_on() -> None:
     """Lost log lines, reloads, the generation and the loop's lag show as they are when the snapshot is taken."""
     dropped = iter([7, 8])
-    stats = Stats({"log_dropped": lambda: next(dropped)})
+    stats = new_stats(log_dropped=lambda: next(dropped))
     stats.reloads_applied, stats.reloads_refused, stats.reload_error = 2, 1, "no"
     stats.config_generation, stats.loop_lag_s = 3, 0.0123456
     shown = stats.snapshot("draining", [])
@@ -161,13 +170,9 @@ def test_what_others_count_is_passed_on() -> None:
     assert snapshot(stats)["log_dropped"] == 8
 
 
-def real_stats() -> Stats:
-    return Stats({"rss_bytes": limits.rss_bytes, "open_files": limits.open_files})
-
-
 def test_the_process() -> None:
     """The process tells its pid, version, age, memory and open files as they are."""
-    stats = real_stats()
+    stats = new_stats(rss_bytes=limits.rss_bytes, open_files=limits.open_files)
     shown = snapshot(stats)
     assert (shown["pid"], shown["version"], shown["state"]) == (os.getpid(), __version__, "serving")
     assert 0 <= shown["uptime_s"] <= snapshot(stats)["uptime_s"]
