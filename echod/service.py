@@ -150,16 +150,16 @@ def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
     if start.predecessor is None:
         return _prepare_as(privileges.find(start.options.user, start.options.group), prepare)
     # What fails now has become so since the preflight: clients have to be served all the same.
-    kept = Kept(start.predecessor.listeners, start.predecessor.admin)
+    before = start.predecessor
     try:
-        first = prepare(kept)
+        first = prepare(Kept(before.listeners, before.admin))
     except ConfigError as error:
-        return generation.unchanged(start.predecessor.config, kept, start.predecessor.proxied, error.errors)
+        return generation.unchanged(before.config, before.listeners, before.admin, error.errors)
     try:
         first.listen()
     except ListenError as error:
         first.discard()
-        return generation.unchanged(start.predecessor.config, kept, start.predecessor.proxied, [f"listen: {error}"])
+        return generation.unchanged(before.config, before.listeners, before.admin, [f"listen: {error}"])
     return first
 
 

@@ -12,7 +12,7 @@ import asyncio
 import json
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from msgspec import Struct
 from echod.admin.cpu_share import CpuShare
 from echod.admin.http import Answer, Exchange, Request
 from echod.net.listener_set import ListenerSet
-from echod.net.sockets import Bound, Key, SockAddr
+from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared, RawAddress
 from echod.process.worker_thread import NoThreadError, aside
 
 TCP_SHARE = 0.12
@@ -95,18 +95,17 @@ class Endpoint:
     # -- what the lifecycle asks -----------------------------------------------------------------------------------
 
     @property
-    def listening(self) -> dict[Key, Bound]:
+    def listening(self) -> dict[ListenerKey, BoundSocket]:
         """The sockets of the listeners in force."""
         return {key: bound for side in self._sides for key, bound in side.listeners.bound.items()}
 
-    def apply(self, sockets: Mapping[Key, Bound | None]) -> None:
+    def apply(self, listeners: Prepared) -> None:
         """Answer on these from now on: a socket is a new one, None stays as it is, the others retire."""
         before = self.listening.keys()
         # TCP first: only there can another process take the address first, and then nothing has been changed yet.
         for side in self._sides:
-            side.apply(
-                {key: each for key, each in sockets.items() if (key[0].family == socket.AF_UNIX) == side.is_local}
-            )
+            families = (socket.AF_UNIX,) if side.is_local else (socket.AF_INET, socket.AF_INET6)
+            side.apply({key: each for key, each in listeners.items() if key.address.family in families})
         if self.listening.keys() != before:
             log.info("admin endpoint", listen=[each for side in self._sides for each in side.listeners.addresses])
 
@@ -222,7 +221,7 @@ class Endpoint:
 
     # -- clients come and go ---------------------------------------------------------------------------------------
 
-    def _admit(self, descriptor: int, peer: SockAddr, share: CpuShare) -> None:
+    def _admit(self, descriptor: int, peer: RawAddress, share: CpuShare) -> None:
         self._make_room()
         host = peer[0] if isinstance(peer, tuple) else ""
         exchange = Exchange(socket.socket(fileno=descriptor), host, share, self._on_request, self._on_closed)
@@ -251,7 +250,7 @@ class _Side:
         self,
         share: float,
         exchanges: Callable[[], list[Exchange]],
-        admit: Callable[[int, SockAddr, CpuShare], None],
+        admit: Callable[[int, RawAddress, CpuShare], None],
         on_starved: Callable[[OSError], None],
         *,
         is_local: bool,
@@ -262,13 +261,13 @@ class _Side:
         self._admit = admit
         self._share = CpuShare(share, self._pause, self._resume)
 
-    def apply(self, sockets: Mapping[Key, Bound | None]) -> None:
-        """Listen on these sockets from now on; all other listeners retire."""
-        self.listeners.apply(sockets, END_S)
+    def apply(self, listeners: Prepared) -> None:
+        """Listen on exactly these listeners from now on; all others retire."""
+        self.listeners.apply(listeners, END_S)
         if self._share.is_suspended:
             self.listeners.pause("share")  # new listeners have to pause too
 
-    def _on_accept(self, descriptor: int, peer: SockAddr) -> None:
+    def _on_accept(self, descriptor: int, peer: RawAddress, _: ListenerSettings) -> None:
         self._share.run(self._admit, descriptor, peer, self._share)
 
     def _pause(self) -> None:

@@ -5,7 +5,7 @@ is open, the listeners are bound, those of the admin endpoint too. Until it is p
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -15,6 +15,7 @@ from echod.config.loader import ConfigError, Loaded
 from echod.config.schema import Config, Log
 from echod.net import bind, sockets
 from echod.net.address import parse_address
+from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared
 from echod.telemetry import logs
 
 
@@ -27,15 +28,11 @@ class Generation(Struct, frozen=True):
 
     config: Config
     warnings: tuple[str, ...]
-    listeners: Mapping[sockets.Key, sockets.Bound | None]
-    """The listeners of the configuration, in its order; None is one that exists already."""
-    admin: Mapping[sockets.Key, sockets.Bound | None]
-    """The listeners of the admin endpoint, likewise."""
-    proxied: frozenset[sockets.Key]
-    """The listeners whose clients come with a PROXY header."""
+    listeners: Prepared
+    """The listeners that serve clients, in the order of the configuration."""
+    admin: Prepared
+    """The listeners of the admin endpoint."""
     log_descriptor: int | None
-    wanted: Mapping[sockets.Key, bind.Wanted] = {}
-    """What the configuration's entry of each listener wants, whether it can be in force or not."""
 
     def give(self, uid: int, gid: int) -> None:
         """Make the files of Unix sockets another user's, who will have to remove them; raises OSError."""
@@ -53,20 +50,8 @@ class Generation(Struct, frozen=True):
             bound.try_listening()
 
     @property
-    def _sockets(self) -> list[sockets.Bound]:
-        return [bound for bound in (*self.listeners.values(), *self.admin.values()) if bound]
-
-    def restart_needed(self, listening: Mapping[sockets.Key, sockets.Bound]) -> list[str]:
-        """The keys that are not in force on the sockets that listen, for only a bind sets them.
-
-        Not those of a socket that was handed over: whoever bound it has set its options.
-        """
-        names = {
-            f"{how.name}.reuse_port": None  # once, if the address stands for several sockets
-            for key, how in self.wanted.items()
-            if not listening[key].is_inherited and sockets.is_port_shared(listening[key].socket) != how.reuse_port
-        }
-        return [*names]
+    def _sockets(self) -> list[BoundSocket]:
+        return [*bind.new_sockets(self.listeners), *bind.new_sockets(self.admin)]
 
     def discard(self) -> None:
         """Close what was opened for it."""
@@ -91,8 +76,8 @@ class Kept(Struct, frozen=True):
     With their sockets where an option may be changed that otherwise only a bind sets: nobody serves with them yet.
     """
 
-    listeners: Mapping[sockets.Key, sockets.Bound | None] = field(default_factory=dict)
-    admin: Mapping[sockets.Key, sockets.Bound | None] = field(default_factory=dict)
+    listeners: Mapping[ListenerKey, BoundSocket | None] = field(default_factory=dict)
+    admin: Mapping[ListenerKey, BoundSocket | None] = field(default_factory=dict)
 
 
 NOTHING_GIVEN = Given()
@@ -119,20 +104,21 @@ def prepare(
         if descriptor is not None:
             undo.callback(os.close, descriptor)
         errors: list[str] = []
-        wanted: dict[sockets.Key, bind.Wanted] = {}
-        bind_listeners = partial(bind.bind_all, inherited=given.inherited, wanted=wanted)
-        listeners = _bound("listen", partial(_wanted, loaded, given.inherited), kept.listeners, errors, bind_listeners)
+        bind_listeners = partial(bind.bind_all, inherited=given.inherited)
+        listeners = _bound("listen", partial(_entries, loaded, given.inherited), kept.listeners, errors, bind_listeners)
         undo.callback(bind.discard, listeners)
         admin = _admin(config.admin.listen, given.runtime_admin, kept.admin, errors)
         undo.callback(bind.discard, admin)
         if errors:
             raise PrepareError(errors)
         undo.pop_all()
-    proxied = frozenset(key for key, how in wanted.items() if how.proxy_protocol)
-    return Generation(config, loaded.warnings, listeners, admin, proxied, descriptor, wanted)
+    return Generation(config, loaded.warnings, listeners, admin, descriptor)
 
 
-def unchanged(config: Config, kept: Kept, proxied: frozenset[sockets.Key], errors: Sequence[str]) -> Generation:
+Listeners = Mapping[ListenerKey, BoundSocket]
+
+
+def unchanged(config: Config, listeners: Listeners, admin: Listeners, errors: Sequence[str]) -> Generation:
     """What goes on with a configuration that was in force, because of the errors of the one that was to be."""
     try:
         descriptor = logs.open_file(config.log)
@@ -140,59 +126,79 @@ def unchanged(config: Config, kept: Kept, proxied: frozenset[sockets.Key], error
         errors = [*errors, f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]
         descriptor = None
     warnings = tuple(f"the configuration of before goes on: {message}" for message in errors)
-    return Generation(config, warnings, dict.fromkeys(kept.listeners), dict.fromkeys(kept.admin), proxied, descriptor)
+    return Generation(config, warnings, _settings(listeners), _settings(admin), descriptor)
 
 
-Sockets = dict[sockets.Key, sockets.Bound | None]
+def _settings(listeners: Listeners) -> Prepared:
+    return {key: bound.settings for key, bound in listeners.items()}
 
 
-def _wanted(loaded: Loaded, inherited: Sequence[bind.InheritedSocket]) -> list[bind.Wanted]:
-    """What to listen on; who was handed sockets and is told of no address wants just those, not the default too.
+def restart_needed(listeners: Iterable[BoundSocket]) -> list[str]:
+    """Return the configuration keys whose values are not in force on these sockets, because only a bind sets them.
 
-    The default may be all addresses, and means those that there can be.
+    Keys of an inherited socket are left out: whoever bound it has set its options.
+    """
+    keys = {
+        f"{bound.settings.name}.reuse_port": None  # once, if the address stands for several sockets
+        for bound in listeners
+        if bound.settings.name
+        and not bound.is_inherited
+        and sockets.is_port_shared(bound.socket) != bound.settings.reuse_port
+    }
+    return [*keys]
+
+
+def _entries(loaded: Loaded, inherited: Sequence[bind.InheritedSocket]) -> list[bind.ListenEntry]:
+    """Return what to listen on: with inherited sockets and no explicit `listen`, only those are served.
+
+    The default `listen` may name every address; those of a family that the kernel lacks are left out.
     """
     if inherited and not loaded.is_listen_set:
         return []
-    wanted = [
-        bind.Wanted(parse_address(entry.address), entry.reuse_port, entry.proxy_protocol, name=f"listen[{index}]")
-        for index, entry in enumerate(loaded.config.listen)
+    entries = [
+        bind.ListenEntry(
+            parse_address(listen.address),
+            ListenerSettings(
+                name=f"listen[{index}]", proxy_protocol=listen.proxy_protocol, reuse_port=listen.reuse_port
+            ),
+        )
+        for index, listen in enumerate(loaded.config.listen)
     ]
-    return wanted if loaded.is_listen_set else [each for each in wanted if bind.is_possible(each.address)]
+    return entries if loaded.is_listen_set else [entry for entry in entries if bind.is_possible(entry.address)]
 
 
 def _admin(
-    configured: str, runtime: str | None, kept: Mapping[sockets.Key, sockets.Bound | None], errors: list[str]
-) -> Sockets:
-    bound: Sockets = {}
+    configured: str, runtime: str | None, kept: Mapping[ListenerKey, BoundSocket | None], errors: list[str]
+) -> Prepared:
+    prepared: Prepared = {}
     if configured:
-        bound |= _bound("admin.listen", partial(_private, configured), kept, errors)
+        prepared = _bound("admin.listen", partial(_private, configured), kept, errors)
     if runtime:
         # It may be the one configured, written in another way.
-        there = {**kept, **bound}
-        more = _bound("$RUNTIME_DIRECTORY", partial(_private, runtime), there, errors)
-        bound |= {key: each for key, each in more.items() if key not in bound}
-    if bound:
+        there = {**kept, **dict.fromkeys(prepared)}
+        prepared = {**_bound("$RUNTIME_DIRECTORY", partial(_private, runtime), there, errors), **prepared}
+    if prepared:
         import h11  # noqa: F401 (17 ms; here a reload takes them aside, and not clients from the loop)
-    return bound
+    return prepared
 
 
-def _private(address: str) -> list[bind.Wanted]:
+def _private(address: str) -> list[bind.ListenEntry]:
     try:
-        return [bind.Wanted(parse_address(address), is_private=True)]
+        return [bind.ListenEntry(parse_address(address), ListenerSettings(is_private=True))]
     except ValueError as error:
         raise ValueError(f"{address}: {error}") from error
 
 
 def _bound(
     name: str,
-    wanted: Callable[[], list[bind.Wanted]],
-    kept: Mapping[sockets.Key, sockets.Bound | None],
+    entries: Callable[[], list[bind.ListenEntry]],
+    kept: Mapping[ListenerKey, BoundSocket | None],
     errors: list[str],
-    bind_all: Callable[..., Sockets] = bind.bind_all,
-) -> Sockets:
-    """The sockets of what is wanted; what is wrong goes to `errors`, under the name of who wants them."""
+    bind_all: Callable[..., Prepared] = bind.bind_all,
+) -> Prepared:
+    """Bind the entries; append every error to `errors`, with the name of the configuration key."""
     try:
-        return bind_all(wanted(), kept)
+        return bind_all(entries(), kept)
     except ValueError as error:
         errors.append(f"{name}: {error}")  # no key of the configuration, for that is valid
     except bind.BindErrors as error:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from echod.admin.endpoint import Endpoint, ReloadResult
 from echod.config.loader import ConfigError
 from echod.config.schema import changed_keys
-from echod.lifecycle.generation import Generation, Kept
+from echod.lifecycle.generation import Generation, Kept, restart_needed
 from echod.net.sockets import ListenError
 from echod.process.worker_thread import NoThreadError, aside
 from echod.server.server import Server
@@ -142,12 +142,12 @@ class Reloader:
         try:
             generation.listen()
             self._parts.endpoint.apply(generation.admin)
-            self._parts.server.apply(generation.config, generation.listeners, generation.proxied)
+            self._parts.server.apply(generation.config, generation.listeners)
         except BaseException:
             generation.discard()
             raise
         changed = changed_keys(self.config, generation.config)
-        self.restart_needed = tuple(generation.restart_needed(self._parts.server.listening))
+        self.restart_needed = tuple(restart_needed(self._parts.server.listening.values()))
         self.config = generation.config
         self._parts.logs.apply(generation.config.log, generation.log_descriptor)
         self._stats.config_generation += 1

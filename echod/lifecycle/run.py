@@ -105,7 +105,7 @@ async def _run(first: Generation, around: Runtime) -> Outcome:
     if around.predecessor:
         _adopt(around.predecessor, first.config, server, endpoint)
     endpoint.apply(first.admin)
-    server.apply(first.config, first.listeners, first.proxied)
+    server.apply(first.config, first.listeners)
     notifier = around.notifier
 
     def status() -> str:
@@ -141,7 +141,7 @@ def _adopt(predecessor: Predecessor, config: Config, server: Server, endpoint: E
     """Go on where the program before us stopped: with its listeners first, whatever the configuration says now."""
     server.clients.self_probe.expect(predecessor.ourselves)
     endpoint.apply(predecessor.admin)
-    server.apply(config, predecessor.listeners, predecessor.proxied)
+    server.apply(config, predecessor.listeners)
     for descriptor, peer, past in predecessor.clients:
         server.clients.adopt(descriptor, peer, past)
 
@@ -161,7 +161,7 @@ def _tell_upgrade(before: Process, server: Server) -> None:
 def _steps(server: Server, endpoint: Endpoint, reloads: Reloader, around: Runtime) -> Steps:
     def service() -> Service:
         return Service(
-            listeners=snapshot.listening(server.listening, server.proxied),
+            listeners=snapshot.listening(server.listening),
             admin=snapshot.listening(endpoint.listening),
             config=snapshot.config(reloads.config),
             stats=around.stats.past(),

@@ -16,7 +16,16 @@ from itertools import count
 from msgspec import Struct
 
 from echod.net.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, UnixAddress, normal_host, real_path
-from echod.net.sockets import Bound, Endpoint, Key, identity, share_port
+from echod.net.sockets import (
+    DEFAULT_SETTINGS,
+    BoundSocket,
+    ListenerKey,
+    ListenerSettings,
+    Prepared,
+    SocketAddress,
+    identity,
+    share_port,
+)
 from echod.process import lockfile
 
 LOCK_S = 1.0
@@ -35,107 +44,89 @@ class BindErrors(Exception):
         self.errors = tuple(errors)
 
 
-class Wanted(Struct, frozen=True):
-    """An address to listen on, and how."""
+class ListenEntry(Struct, frozen=True):
+    """An address to listen on, as configured, and the settings of its listeners."""
 
     address: Address
-    reuse_port: bool = False
-    proxy_protocol: bool = False
-    is_private: bool = False
-    """A Unix socket's file is for its user and root alone."""
-    name: str = ""
-    """What the configuration calls it: `listen[0]`."""
+    settings: ListenerSettings = DEFAULT_SETTINGS
 
 
 class InheritedSocket(Struct, frozen=True):
-    """A listening socket that was handed over, under the name that its unit gives it."""
+    """A listening socket that a service manager passed to us, with the name that its unit gives it."""
 
     name: str
-    endpoint: Endpoint
+    address: SocketAddress
     socket: socket.socket
 
 
-NONE_KEPT: Mapping[Key, Bound | None] = {}
+NONE_KEPT: Mapping[ListenerKey, BoundSocket | None] = {}
 
 
 def bind_all(
-    entries: Iterable[Wanted],
-    kept: Mapping[Key, Bound | None] = NONE_KEPT,
+    entries: Iterable[ListenEntry],
+    kept: Mapping[ListenerKey, BoundSocket | None] = NONE_KEPT,
     inherited: Sequence[InheritedSocket] = (),
-    wanted: dict[Key, Wanted] | None = None,
-) -> dict[Key, Bound | None]:
-    """A bound socket for every endpoint of the entries, in order, but None for those that are `kept`.
+) -> Prepared:
+    """Bind a socket for every address of the entries, in order; those in `kept` exist and are not bound again.
 
-    An inherited socket serves the entry whose endpoint it has. Those that no entry wants follow, because clients may
-    wait in their backlogs. A kept one that comes with its socket gets its options changed. Each entry goes to `wanted`.
-    All or nothing: raises BindErrors with every fault, and nothing stays bound then.
+    An inherited socket serves the entry that has its address or its name. Inherited sockets that no entry claims come
+    last, because clients may wait in their backlogs. If `kept` holds the socket of a listener, its options are adapted.
+    Raises BindErrors with every error; no new socket stays bound then.
     """
-    sockets: dict[Key, Bound | None] = {}
+    prepared: dict[ListenerKey, BoundSocket | ListenerSettings] = {}
     unclaimed = list(inherited)
     errors: list[str] = []
 
-    def add(endpoint: Endpoint, how: Wanted | None = None) -> None:
-        heir = next((heir for heir in unclaimed if heir.endpoint == endpoint), None)
-        key = _key(endpoint, sockets, is_there=heir is not None)
-        if heir:
-            unclaimed.remove(heir)
-        if wanted is not None and how:
-            wanted[key] = how
-        if key in kept:
-            sockets[key] = None
-            _adapt(None if heir else kept[key], how)
-        else:
-            sockets[key] = Bound(heir.socket, is_inherited=True) if heir else bind(endpoint, how)
+    def add(address: SocketAddress, settings: ListenerSettings) -> None:
+        claimed = next((each for each in unclaimed if each.address == address), None)
+        key = _key(address, prepared, is_inherited=claimed is not None)
+        if claimed:
+            unclaimed.remove(claimed)
+        prepared[key] = settings if key in kept else _bind_or_take(address, settings, claimed)
+        if not claimed and (bound := kept.get(key)):
+            share_port(bound.socket, is_shared=settings.reuse_port)
 
     for entry in entries:
         try:
-            for endpoint in _endpoints(entry.address, inherited):
-                add(endpoint, entry)
+            for address in _resolve_or_find(entry.address, inherited):
+                add(address, entry.settings)
         except BindError as error:
             errors.append(str(error))
-    for heir in [*unclaimed]:
-        add(heir.endpoint)
+    for each in [*unclaimed]:
+        add(each.address, DEFAULT_SETTINGS)
     if errors:
-        discard(sockets)
+        discard(prepared)
         raise BindErrors(errors)
-    return sockets
+    return prepared
 
 
-def _key(endpoint: Endpoint, others: Collection[Key], *, is_there: bool) -> Key:
-    """A name for one more listener, whose socket may be there already; raises BindError if another has its address."""
-    number = next(number for number in count() if (endpoint, number) not in others)
-    if number and not is_there and not _is_any_port(endpoint):
-        raise BindError(f"{endpoint}: listed twice")
-    return endpoint, number
+def _key(address: SocketAddress, others: Collection[ListenerKey], *, is_inherited: bool) -> ListenerKey:
+    """Return the key of one more listener; raises BindError if another listener has the same address."""
+    number = next(number for number in count() if ListenerKey(address, number) not in others)
+    is_any_port = isinstance(address.sockaddr, tuple) and address.sockaddr[1] == 0
+    if number and not is_inherited and not is_any_port:
+        raise BindError(f"{address}: listed twice")
+    return ListenerKey(address, number)
 
 
-def _is_any_port(endpoint: Endpoint) -> bool:
-    return isinstance(endpoint.sockaddr, tuple) and endpoint.sockaddr[1] == 0
-
-
-def _adapt(bound: Bound | None, how: Wanted | None) -> None:
-    if bound and how:
-        share_port(bound.socket, is_shared=how.reuse_port)
-
-
-def _endpoints(address: Address, inherited: Sequence[InheritedSocket]) -> list[Endpoint]:
+def _resolve_or_find(address: Address, inherited: Sequence[InheritedSocket]) -> list[SocketAddress]:
     if not isinstance(address, HandedOver):
         return resolve(address)
-    found = [heir.endpoint for heir in inherited if heir.name == address.name]
+    found = [each.address for each in inherited if each.name == address.name]
     if not found:
-        names = ", ".join(sorted({heir.name for heir in inherited})) or "none"
+        names = ", ".join(sorted({each.name for each in inherited})) or "none"
         raise BindError(f"{address}: no socket of that name was handed over; FileDescriptorName= sets it (got {names})")
     return found
 
 
-def resolve(address: TcpAddress | UnixAddress) -> list[Endpoint]:
+def resolve(address: TcpAddress | UnixAddress) -> list[SocketAddress]:
     """Every endpoint that the address stands for, however it is written; may wait for a name server.
 
     Raises BindError.
     """
     match address:
         case UnixAddress(path):
-            return [unix_endpoint(path)]
+            return [unix_address(path)]
         case TcpAddress(host, port):
             try:
                 # As bytes, for a str would import the idna codec (6 ms) to encode what is ASCII anyway.
@@ -144,16 +135,16 @@ def resolve(address: TcpAddress | UnixAddress) -> list[Endpoint]:
             except (OSError, UnicodeError) as error:
                 words = getattr(error, "strerror", None) or error
                 raise BindError(f"{address}: unknown host: {words}") from error
-            return list(dict.fromkeys(Endpoint(family, sockaddr) for family, *_, sockaddr in found))
+            return list(dict.fromkeys(SocketAddress(family, sockaddr) for family, *_, sockaddr in found))
 
 
-def unix_endpoint(path: str) -> Endpoint:
+def unix_address(path: str) -> SocketAddress:
     """The endpoint of a Unix socket, however its path is written.
 
     Its directory may be named through a symbolic link because the real path is too long to bind: that path is kept.
     """
     real = real_path(path)
-    return Endpoint(socket.AF_UNIX, real if len(os.fsencode(real)) <= UNIX_PATH_BYTES else path)
+    return SocketAddress(socket.AF_UNIX, real if len(os.fsencode(real)) <= UNIX_PATH_BYTES else path)
 
 
 def is_possible(address: Address) -> bool:
@@ -167,44 +158,52 @@ def is_possible(address: Address) -> bool:
     return True
 
 
-def discard(sockets: Mapping[Key, Bound | None]) -> None:
-    """Close sockets that will not be listened on after all, and remove their files."""
-    for bound in sockets.values():
-        if bound:
-            bound.close()
+def _bind_or_take(address: SocketAddress, settings: ListenerSettings, claimed: InheritedSocket | None) -> BoundSocket:
+    return BoundSocket(claimed.socket, settings, is_inherited=True) if claimed else bind(address, settings)
 
 
-def bind(endpoint: Endpoint, how: Wanted | None = None) -> Bound:
-    """A socket bound to the endpoint; raises BindError."""
+def new_sockets(prepared: Prepared) -> list[BoundSocket]:
+    """Return the sockets that were bound or inherited, without the listeners that exist already."""
+    return [each for each in prepared.values() if isinstance(each, BoundSocket)]
+
+
+def discard(prepared: Prepared) -> None:
+    """Close the new sockets, which will not be listened on after all, and remove their files."""
+    for bound in new_sockets(prepared):
+        bound.close()
+
+
+def bind(address: SocketAddress, settings: ListenerSettings = DEFAULT_SETTINGS) -> BoundSocket:
+    """Return a socket bound to the address; raises BindError."""
     try:
-        sock = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
-        raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
+        raise BindError(f"{address}: {_advice(address, error)}") from error
     try:
-        if isinstance(endpoint.sockaddr, str):
-            with _locked(endpoint.sockaddr):
-                _remove_stale(endpoint.sockaddr)
-                sock.bind(endpoint.sockaddr)
-                if how and how.is_private:
-                    os.chmod(endpoint.sockaddr, 0o600)  # before anyone can connect: nobody listens yet
-                return Bound(sock, identity(endpoint.sockaddr))
+        if isinstance(address.sockaddr, str):
+            with _locked(address.sockaddr):
+                _remove_stale(address.sockaddr)
+                sock.bind(address.sockaddr)
+                if settings.is_private:
+                    os.chmod(address.sockaddr, 0o600)  # nobody can connect yet, because the socket does not listen
+                return BoundSocket(sock, settings, identity(address.sockaddr))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if how and how.reuse_port:
+        if settings.reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if endpoint.family == socket.AF_INET6:
-            # [::] then means IPv6 alone, and 0.0.0.0 can be listed beside it.
+        if address.family == socket.AF_INET6:
+            # [::] then means IPv6 only, and 0.0.0.0 can be listed beside it.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(endpoint.sockaddr)
+        sock.bind(address.sockaddr)
     except OSError as error:
         sock.close()
-        raise BindError(f"{endpoint}: {_advice(endpoint, error)}") from error
+        raise BindError(f"{address}: {_advice(address, error)}") from error
     except BindError:
         sock.close()
         raise
-    return Bound(sock)
+    return BoundSocket(sock, settings)
 
 
-def _advice(endpoint: Endpoint, error: OSError) -> str:
+def _advice(address: SocketAddress, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return (
@@ -217,7 +216,7 @@ def _advice(endpoint: Endpoint, error: OSError) -> str:
             return "this kernel has no IPv6; list addresses of IPv4 alone"
         case errno.EMFILE | errno.ENFILE:
             return "no descriptor left; raise the limit of open files (ulimit -n, LimitNOFILE=)"
-        case errno.EACCES | errno.EPERM if endpoint.family != socket.AF_UNIX:
+        case errno.EACCES | errno.EPERM if address.family != socket.AF_UNIX:
             return "permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE"
         case _:
             return (error.strerror or str(error)).lower()

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 
 from echod.net import sockets
-from echod.net.sockets import Bound, SockAddr
+from echod.net.sockets import BoundSocket, ListenerSettings, RawAddress
 
 ACCEPT_BATCH = 64
 """Accepts in a row, before established connections get their turn."""
@@ -24,8 +24,11 @@ CLOSE_S = 0.5
 STARVED_S = 0.2
 """Pause after an accept for which descriptors or memory were missing; the clients wait in the backlog."""
 
-Accepted = tuple[int, SockAddr]
+Accepted = tuple[int, RawAddress]
 """The non-blocking descriptor of an accepted client, which the caller has to close, and the client's address."""
+
+OnAccept = Callable[[int, RawAddress, ListenerSettings], None]
+"""Handles an accepted client: takes its descriptor, its address and the settings of its listener."""
 
 Acceptor = Callable[[socket.socket], Callable[[], Accepted | None]]
 """Returns a function that accepts one client: None if the backlog is empty, OSError if accept(2) fails."""
@@ -55,13 +58,13 @@ class Listener:
 
     def __init__(
         self,
-        bound: Bound,
-        on_accept: Callable[[int, SockAddr], None],
+        bound: BoundSocket,
+        on_accept: OnAccept,
         on_starved: Callable[[OSError], None],
         acceptor: Acceptor = python_acceptor,
     ) -> None:
         self.bound = bound
-        self.on_accept = on_accept
+        self._on_accept = on_accept
         self._socket = bound.socket
         self._on_starved = on_starved
         self._loop = asyncio.get_running_loop()
@@ -172,7 +175,7 @@ class Listener:
             if self._is_closing:
                 self._last_client_at = self._loop.time()
                 sockets.welcome(accepted[0], self._socket.family)
-            self.on_accept(*accepted)
+            self._on_accept(*accepted, self.bound.settings)
         return True
 
     def _accept_failed(self, error: OSError) -> bool:

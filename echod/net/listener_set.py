@@ -2,15 +2,13 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 
-from echod.net.listener import CLOSE_S, Acceptor, Listener, python_acceptor
-from echod.net.sockets import Bound, Key, SockAddr
+import msgspec
 
-OnAccept = Callable[[int, SockAddr], None]
-
-NOWHERE_ELSE: Mapping[Key, OnAccept] = {}
+from echod.net.listener import CLOSE_S, Acceptor, Listener, OnAccept, python_acceptor
+from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared
 
 TELL_STARVED_S = 10.0
 """At most this often the owner hears that clients wait for want of descriptors or memory: each pause is only 0.2 s."""
@@ -26,7 +24,7 @@ class ListenerSet:
         self._on_starved = on_starved
         self._acceptor = acceptor
         self._starved_told_at = float("-inf")
-        self._in_force: dict[Key, Listener] = {}
+        self._in_force: dict[ListenerKey, Listener] = {}
         self._retiring: dict[Listener, asyncio.Task[None]] = {}
 
     def __iter__(self) -> Iterator[Listener]:
@@ -39,7 +37,7 @@ class ListenerSet:
         return [listener.address for listener in self._in_force.values()]
 
     @property
-    def bound(self) -> dict[Key, Bound]:
+    def bound(self) -> dict[ListenerKey, BoundSocket]:
         """The sockets of the listeners in force."""
         return {key: listener.bound for key, listener in self._in_force.items()}
 
@@ -54,22 +52,18 @@ class ListenerSet:
         """Whether any is still on its way to being closed."""
         return bool(self._retiring)
 
-    def apply(
-        self,
-        sockets: Mapping[Key, Bound | None],
-        bound_s: float,
-        elsewhere: Mapping[Key, OnAccept] = NOWHERE_ELSE,
-    ) -> None:
-        """Change over to these: a socket is a new one, None stays as it is, the others retire within `bound_s`.
+    def apply(self, prepared: Prepared, bound_s: float) -> None:
+        """Listen on the prepared sockets, and change the settings of the listeners that exist already.
 
-        Clients of those that are named in `elsewhere` are handed there; a listener that retires goes on as it was.
+        Listeners that are not in `prepared` retire within `bound_s` seconds; their settings stay as they are.
         Raises ListenError, and nothing has changed then.
         """
-        listeners = self._with_new(sockets)  # all that can fail
-        for key in self._in_force.keys() - sockets.keys():
+        listeners = self._with_new(prepared)  # everything that can fail
+        for key in self._in_force.keys() - prepared.keys():
             self._retire(self._in_force[key], bound_s)
-        for key, listener in listeners.items():
-            listener.on_accept = elsewhere.get(key, self._on_accept)
+        for key, each in prepared.items():
+            if isinstance(each, ListenerSettings):
+                listeners[key].bound = msgspec.structs.replace(listeners[key].bound, settings=each)
         self._in_force = listeners
 
     def pause(self, reason: str) -> None:
@@ -93,12 +87,12 @@ class ListenerSet:
             closing.cancel()
             listener.close_now()
 
-    def _with_new(self, sockets: Mapping[Key, Bound | None]) -> dict[Key, Listener]:
-        listeners: dict[Key, Listener] = {}
+    def _with_new(self, prepared: Prepared) -> dict[ListenerKey, Listener]:
+        listeners: dict[ListenerKey, Listener] = {}
         with ExitStack() as undo:
-            for key, bound in sockets.items():
-                if bound:
-                    listeners[key] = Listener(bound, self._on_accept, self._starved, self._acceptor)
+            for key, each in prepared.items():
+                if isinstance(each, BoundSocket):
+                    listeners[key] = Listener(each, self._on_accept, self._starved, self._acceptor)
                     undo.callback(listeners[key].close_now)
                 else:
                     listeners[key] = self._in_force[key]

@@ -7,8 +7,8 @@ from collections.abc import Iterable, MutableMapping
 from msgspec import Struct
 
 from echod.net.address import normal_host
-from echod.net.bind import InheritedSocket, unix_endpoint
-from echod.net.sockets import Endpoint, SockAddr
+from echod.net.bind import InheritedSocket, unix_address
+from echod.net.sockets import RawAddress, SocketAddress
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
@@ -70,21 +70,21 @@ def _adopt(handed: Inherited) -> InheritedSocket:
             f"systemd:{handed.name}: no listening stream socket; its unit needs ListenStream= and Accept=no"
         )
     sock.setblocking(False)
-    return InheritedSocket(handed.name, _endpoint(sock), sock)
+    return InheritedSocket(handed.name, _address(sock), sock)
 
 
-def _endpoint(sock: socket.socket) -> Endpoint:
-    """Its endpoint, as an address of the configuration has it.
+def _address(sock: socket.socket) -> SocketAddress:
+    """Return the address of an inherited socket as `bind.resolve` would return it for the configured address.
 
-    A socket for IPv6 and IPv4 alike has a name that no such address has.
+    A dual-stack socket gets an address that no configured address resolves to.
     """
-    name: SockAddr = sock.getsockname()
+    name: RawAddress = sock.getsockname()
     if isinstance(name, str) and name.startswith("/"):
-        return unix_endpoint(name)
+        return unix_address(name)
     if isinstance(name, tuple) and sock.family == socket.AF_INET6:
         host = normal_host(name[0])
         if ":" not in host:  # IPv4-mapped
-            return Endpoint(socket.AF_INET, (host, name[1]))
+            return SocketAddress(socket.AF_INET, (host, name[1]))
         if not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             name = (*name, "and IPv4")
-    return Endpoint(socket.AddressFamily(sock.family), name)
+    return SocketAddress(socket.AddressFamily(sock.family), name)

@@ -9,9 +9,9 @@ import select
 import socket
 import struct
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -29,21 +29,21 @@ _SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 _TCP_SYN_RECV = 3  # netinet/tcp.h
 
 
-SockAddr = tuple[Any, ...] | str | bytes
-"""A socket address as the socket module has it: a tuple for TCP, a path for a Unix socket, bytes if abstract."""
+RawAddress = tuple[Any, ...] | str | bytes
+"""An address in the format of the socket module: a tuple for TCP, a path for a Unix socket, bytes if it is abstract."""
 
 
-class Endpoint(Struct, frozen=True):
-    """One socket address to listen on; a host name may resolve to several."""
+class SocketAddress(Struct, frozen=True):
+    """A resolved address to listen on, with its family; a host name may resolve to several."""
 
     family: socket.AddressFamily
-    sockaddr: SockAddr
+    sockaddr: RawAddress
 
     def __str__(self) -> str:
         return peer_name(self.family, self.sockaddr)
 
 
-def peer_name(family: int, sockaddr: SockAddr | None) -> str:
+def peer_name(family: int, sockaddr: RawAddress | None) -> str:
     """A socket address as people write it, whatever the family of the socket that brought it.
 
     A client of a Unix socket has no name of its own.
@@ -62,13 +62,39 @@ class ListenError(Exception):
     """Why a socket that is bound can't be listened on."""
 
 
-class Bound(Struct, frozen=True):
-    """A socket to listen on, and for a Unix one device and inode of its file: a later file isn't ours to remove."""
+class ListenerKey(NamedTuple):
+    """Identifies a listener across reloads and live upgrades."""
+
+    address: SocketAddress
+    number: int
+    """Tells several listeners of the same `host:0` apart."""
+
+
+class ListenerSettings(Struct, frozen=True, omit_defaults=True):
+    """How to serve the clients of a listener; the defaults apply to a socket without an entry in the configuration."""
+
+    name: str = ""
+    """The configuration's entry, such as `listen[0]`."""
+    proxy_protocol: bool = False
+    """Whether clients send a PROXY header first."""
+    reuse_port: bool = False
+    """Whether other processes of the same user may listen on the same port."""
+    is_private: bool = False
+    """Whether only our user and root may connect to the Unix socket."""
+
+
+DEFAULT_SETTINGS = ListenerSettings()
+
+
+class BoundSocket(Struct, frozen=True):
+    """A socket to listen on, and the settings of its listener."""
 
     socket: socket.socket
+    settings: ListenerSettings = DEFAULT_SETTINGS
     file: tuple[int, int] | None = None
+    """Device and inode of a Unix socket's file: a later file of the same name is not ours to remove."""
     is_inherited: bool = False
-    """A service manager holds it too: later clients wait in it for the next process."""
+    """Whether a service manager holds the socket too; later clients wait in it for the next process."""
 
     def listen(self) -> None:
         """Let clients come; raises ListenError if another process was quicker."""
@@ -141,8 +167,8 @@ def identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-Key = tuple[Endpoint, int]
-"""Names a listener across reloads: its endpoint, and a number that tells several of `host:0` apart."""
+Prepared = Mapping[ListenerKey, BoundSocket | ListenerSettings]
+"""The listeners of a configuration: a new socket for each, or only the settings if the listener exists already."""
 
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
@@ -221,7 +247,7 @@ def welcome(descriptor: int, family: int) -> None:
         sock.setsockopt(socket.IPPROTO_IP, _IP_MINTTL, 0)
 
 
-def pass_on_no_delay(bound: Bound) -> bool:
+def pass_on_no_delay(bound: BoundSocket) -> bool:
     """Set TCP_NODELAY on a listener, for its accepted sockets to inherit (Linux); False if each needs it set itself.
 
     The options of a listener that a service manager also holds are not changed.

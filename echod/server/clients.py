@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import structlog
 
 from echod.config.schema import Limits
-from echod.net.sockets import SockAddr, peer_name
+from echod.net.sockets import ListenerSettings, RawAddress, peer_name
 from echod.server.admission import TELL_S, Admission
 from echod.server.connection import Connection
 from echod.server.memory import Memory
@@ -70,21 +70,18 @@ class Clients:
 
     # -- accept ----------------------------------------------------------------------------------------------------
 
-    def accept(self, descriptor: int, peer: SockAddr) -> None:
-        """Serve an accepted client, or reject it if a limit is reached."""
-        if not self._is_self_probe(descriptor, peer):
-            self._admit(descriptor, peer, _is_unix(peer), False)
-
-    def accept_proxied(self, descriptor: int, peer: SockAddr) -> None:
-        """Serve or reject an accepted client once its PROXY header has named its address."""
+    def accept(self, descriptor: int, peer: RawAddress, settings: ListenerSettings) -> None:
+        """Serve an accepted client, once its PROXY header is read if it sends one; reject it if a limit is reached."""
         if self._is_self_probe(descriptor, peer):
             return
-        if refusal := self.admission.refusal(None, len(self), self.limits):
+        if not settings.proxy_protocol:
+            self._admit(descriptor, peer, _is_unix(peer), False)
+        elif refusal := self.admission.refusal(None, len(self), self.limits):
             self._reject(descriptor, peer, _is_unix(peer), *refusal)
         else:
             self.handshakes.begin(descriptor, peer, self.loop.time())
 
-    def adopt(self, descriptor: int, peer: SockAddr, past: ConnectionState) -> None:
+    def adopt(self, descriptor: int, peer: RawAddress, past: ConnectionState) -> None:
         """Continue to serve a client of the predecessor, regardless of limits; it is in the statistics already."""
         if past.header is not None:
             self.handshakes.begin(descriptor, peer, past.opened_at, past.header)
@@ -97,7 +94,7 @@ class Clients:
             self.admission.keep(connection)
         connection.open()
 
-    def _is_self_probe(self, descriptor: int, peer: SockAddr) -> bool:
+    def _is_self_probe(self, descriptor: int, peer: RawAddress) -> bool:
         """Serve the client and return True if it is a self-check, known by its socket address: a header could lie."""
         is_ours = self.self_probe.is_ours(peer)
         if is_ours:
@@ -106,7 +103,7 @@ class Clients:
             connection.open()
         return is_ours
 
-    def _admit(self, descriptor: int, peer: SockAddr, is_unix: bool, is_anonymous: bool) -> None:  # noqa: FBT001
+    def _admit(self, descriptor: int, peer: RawAddress, is_unix: bool, is_anonymous: bool) -> None:  # noqa: FBT001
         host = peer[0] if isinstance(peer, tuple) else None
         if refusal := self.admission.refusal(host, len(self), self.limits):
             self._reject(descriptor, peer, is_unix, *refusal)
@@ -124,15 +121,15 @@ class Clients:
         self.active.add(connection)
         self.admission.admit(connection.host)
 
-    def _on_bad_header(self, descriptor: int, peer: SockAddr, is_unix: bool, why: str) -> None:  # noqa: FBT001 (a callback)
+    def _on_bad_header(self, descriptor: int, peer: RawAddress, is_unix: bool, why: str) -> None:  # noqa: FBT001 (a callback)
         log.debug("no PROXY header", peer=peer_name(socket.AF_UNIX if is_unix else socket.AF_INET, peer), why=why)
         self._reject(descriptor, peer, is_unix, "proxy", "")
 
-    def _reject(self, descriptor: int, peer: SockAddr, is_unix: bool, reason: str, words: str) -> None:  # noqa: FBT001
+    def _reject(self, descriptor: int, peer: RawAddress, is_unix: bool, reason: str, words: str) -> None:  # noqa: FBT001
         connection = self._connection(descriptor, peer, is_unix, is_counted=False)
         self.admission.reject(connection, reason, words, self.limits)
 
-    def _connection(self, descriptor: int, peer: SockAddr, is_unix: bool, *, is_counted: bool) -> Connection:  # noqa: FBT001
+    def _connection(self, descriptor: int, peer: RawAddress, is_unix: bool, *, is_counted: bool) -> Connection:  # noqa: FBT001
         now = self.loop.time()
         return Connection(self, descriptor, peer, self.limits.line_bytes, now, is_unix=is_unix, is_counted=is_counted)
 
@@ -235,6 +232,6 @@ class Clients:
         yield from ((connection, False) for connection in self.admission.uncounted)
 
 
-def _is_unix(peer: SockAddr) -> bool:
+def _is_unix(peer: RawAddress) -> bool:
     """Whether an accepted socket with this peer is a Unix socket."""
     return not isinstance(peer, tuple)

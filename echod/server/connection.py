@@ -97,7 +97,7 @@ class Connection(HotPath):
         self,
         owner: Owner,
         descriptor: int,
-        peer: sockets.SockAddr,
+        peer: sockets.RawAddress,
         line_bytes: int,
         now: float,
         *,

@@ -8,7 +8,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator
 
-from echod.net.sockets import SockAddr
+from echod.net.sockets import RawAddress
 from echod.protocol import proxy_header
 from echod.protocol.proxy_header import ProxyError
 
@@ -27,10 +27,10 @@ class ProxyHandshake:
     def __init__(
         self,
         sock: socket.socket,
-        peer: SockAddr,
+        peer: RawAddress,
         began_at: float,
         header: bytes,
-        end: Callable[["ProxyHandshake", SockAddr | ProxyError | None], None],
+        end: Callable[["ProxyHandshake", RawAddress | ProxyError | None], None],
     ) -> None:
         self.sock = sock
         self.peer = peer
@@ -69,7 +69,7 @@ class ProxyHandshake:
             self._finish(source)
         return True
 
-    def _source(self) -> SockAddr | None:
+    def _source(self) -> RawAddress | None:
         """Where the client comes from, None if that isn't told; raises BlockingIOError until the header is whole."""
         arrived = self.sock.recv(proxy_header.MAX_BYTES - len(self.header), socket.MSG_PEEK)
         if not arrived:
@@ -81,7 +81,7 @@ class ProxyHandshake:
         self.sock.recv(found.length - len(self.header))
         return found.source
 
-    def _finish(self, result: SockAddr | ProxyError | None) -> None:
+    def _finish(self, result: RawAddress | ProxyError | None) -> None:
         if self._timer:
             self._timer.cancel()
             asyncio.get_running_loop().remove_reader(self.sock)
@@ -97,8 +97,8 @@ class ProxyHandshakes:
 
     def __init__(
         self,
-        on_ready: Callable[[int, SockAddr, bool, bool], None],
-        on_failed: Callable[[int, SockAddr, bool, str], None],
+        on_ready: Callable[[int, RawAddress, bool, bool], None],
+        on_failed: Callable[[int, RawAddress, bool, str], None],
     ) -> None:
         self._on_ready = on_ready
         self._on_failed = on_failed
@@ -112,7 +112,7 @@ class ProxyHandshakes:
         """Each of them."""
         return iter(self._under_way)
 
-    def begin(self, descriptor: int, peer: SockAddr, began_at: float, header: bytes = b"") -> None:
+    def begin(self, descriptor: int, peer: RawAddress, began_at: float, header: bytes = b"") -> None:
         """Wait for the header of a client, the beginning of which may have been read before."""
         sock = socket.socket(fileno=descriptor)
         sock.setblocking(False)
@@ -125,7 +125,7 @@ class ProxyHandshakes:
         for prelude in [*self._under_way]:
             prelude.fail("the end of the drain")
 
-    def _end(self, prelude: ProxyHandshake, result: SockAddr | ProxyError | None) -> None:
+    def _end(self, prelude: ProxyHandshake, result: RawAddress | ProxyError | None) -> None:
         self._under_way.discard(prelude)
         is_unix = prelude.sock.family == socket.AF_UNIX
         descriptor = prelude.sock.detach()

@@ -8,7 +8,7 @@ import errno
 import socket
 from collections.abc import Iterable
 
-from echod.net.sockets import SockAddr
+from echod.net.sockets import RawAddress
 
 LINE, REPLY = b"are you well?\n", b"ARE YOU WELL?\n"
 
@@ -34,25 +34,25 @@ class SelfProbe:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[SockAddr, socket.socket] = {}
+        self._waiting: dict[RawAddress, socket.socket] = {}
         """The client sockets that are not accepted yet, by their address; the oldest first."""
-        self._given_up: dict[SockAddr, socket.socket] = {}
+        self._given_up: dict[RawAddress, socket.socket] = {}
         """The subset of `_waiting` whose check has ended without a reply."""
-        self._predecessors: dict[SockAddr, float] = {}
+        self._predecessors: dict[RawAddress, float] = {}
         """Addresses of the predecessor's checks, and until when each may be accepted; their sockets are closed."""
         self._proven: socket.socket | None = None
 
     @property
-    def names(self) -> list[SockAddr]:
+    def names(self) -> list[RawAddress]:
         """The addresses of self-checks that have not been accepted yet."""
         return [*self._waiting, *self._predecessors]
 
-    def expect(self, names: Iterable[SockAddr]) -> None:
+    def expect(self, names: Iterable[RawAddress]) -> None:
         """Recognize these addresses as self-checks of the predecessor, for `_PREDECESSORS_S` from now."""
         until = asyncio.get_running_loop().time() + _PREDECESSORS_S
         self._predecessors.update(dict.fromkeys(names, until))
 
-    def is_ours(self, peer: SockAddr) -> bool:
+    def is_ours(self, peer: RawAddress) -> bool:
         """Whether a client that was just accepted is a self-check; call exactly once per accept."""
         if not self._waiting and not self._predecessors:
             return False
@@ -78,10 +78,10 @@ class SelfProbe:
         self._proven = listener if is_right else self._proven
         return is_right
 
-    async def _ask(self, family: int, target: SockAddr) -> bool:
+    async def _ask(self, family: int, target: RawAddress) -> bool:
         loop = asyncio.get_running_loop()
         client = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        name: SockAddr = ""
+        name: RawAddress = ""
         try:
             client.bind(_own_name(family, target))
             name = client.getsockname()
@@ -93,7 +93,7 @@ class SelfProbe:
         finally:
             self._leave(name, client)
 
-    def _leave(self, name: SockAddr, client: socket.socket) -> None:
+    def _leave(self, name: RawAddress, client: socket.socket) -> None:
         if name not in self._waiting or _is_unconnected(client):
             self._waiting.pop(name, None)
             client.close()
@@ -114,7 +114,7 @@ def _is_unconnected(client: socket.socket) -> bool:
     return False
 
 
-def _own_name(family: int, target: SockAddr) -> SockAddr:
+def _own_name(family: int, target: RawAddress) -> RawAddress:
     """Return what to bind to (any port, any name), so that our address is known before the listener sees it."""
     if family == socket.AF_UNIX or not isinstance(target, tuple):
         return ""  # any name in the abstract namespace (unix(7), autobind)

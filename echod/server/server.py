@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from echod.config.schema import Config, Timeouts
 from echod.net.listener_set import ListenerSet
-from echod.net.sockets import Bound, Key
+from echod.net.sockets import BoundSocket, ListenerKey, Prepared
 from echod.process.limits import allowed_memory_bytes
 from echod.server import timeouts
 from echod.server.clients import Clients
@@ -53,8 +53,6 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self.clients = Clients(config.limits, stats, open_files)
         self._listeners = ListenerSet(self.clients.accept, self.clients.admission.starved, acceptor)
-        self.proxied: frozenset[Key] = frozenset()
-        """The listeners whose clients come with a PROXY header."""
         self.is_leaving = False
         self._is_cutting = False
         self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
@@ -67,7 +65,7 @@ class Server:
         return self._listeners.addresses
 
     @property
-    def listening(self) -> dict[Key, Bound]:
+    def listening(self) -> dict[ListenerKey, BoundSocket]:
         """The sockets of the listeners in force."""
         return self._listeners.bound
 
@@ -89,16 +87,12 @@ class Server:
 
     # -- a configuration -------------------------------------------------------------------------------------------
 
-    def apply(self, config: Config, sockets: Mapping[Key, Bound | None], proxied: frozenset[Key]) -> None:
-        """Put `config` in force with these listeners: a socket is a new one, None stays as it is, the others retire.
-
-        The clients of `proxied` ones come with a PROXY header.
-        """
-        self._listeners.apply(sockets, config.timeouts.drain, dict.fromkeys(proxied, self.clients.accept_proxied))
-        self.proxied = proxied
+    def apply(self, config: Config, listeners: Prepared) -> None:
+        """Put the configuration in force, and listen on exactly these listeners; raises ListenError."""
+        self._listeners.apply(listeners, config.timeouts.drain)
         self._config = config
         self.clients.limits = config.limits
-        self.clients.admission.listeners = len(sockets)
+        self.clients.admission.listeners = len(listeners)
         self.clients.memory.set_limit(config.limits.held_bytes or allowed_memory_bytes() // MEMORY_SHARE)
         for connection in self.clients.served:
             connection.set_line_bytes(config.limits.line_bytes)

@@ -6,7 +6,7 @@ handover that fails has cost nothing.
 
 import os
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,13 +16,13 @@ from msgspec import Struct
 from echod.config.schema import Config
 from echod.net.bind import InheritedSocket
 from echod.net.socket_activation import Inherited, UnusableSocketError, adopt
-from echod.net.sockets import Bound, Endpoint, Key, SockAddr
+from echod.net.sockets import BoundSocket, ListenerKey, RawAddress, SocketAddress
 from echod.server.connection import Connection
 from echod.server.proxy_handshake import ProxyHandshake
 from echod.server.state import ConnectionState, SavedAddress
 from echod.upgrade.state_file import HandoverError, Listening, State
 
-ListenerSet = dict[Key, Bound]
+ListenerSet = dict[ListenerKey, BoundSocket]
 
 
 # -- what is left to the next program ----------------------------------------------------------------------------------
@@ -58,19 +58,19 @@ def state_of_handshake(prelude: ProxyHandshake) -> ConnectionState:
     )
 
 
-def listening(listeners: Mapping[Key, Bound], proxied: Collection[Key] = ()) -> list[Listening]:
-    """Everything about listening sockets; the clients of `proxied` ones come with a PROXY header."""
+def listening(listeners: Mapping[ListenerKey, BoundSocket]) -> list[Listening]:
+    """Everything about listening sockets."""
     return [
         Listening(
             descriptor=bound.socket.fileno(),
-            family=endpoint.family,
-            address=address_of(endpoint.sockaddr),
-            number=number,
+            family=key.address.family,
+            address=address_of(key.address.sockaddr),
+            number=key.number,
+            settings=bound.settings,
             file=bound.file,
             is_inherited=bound.is_inherited,
-            is_proxied=(endpoint, number) in proxied,
         )
-        for (endpoint, number), bound in listeners.items()
+        for key, bound in listeners.items()
     ]
 
 
@@ -80,7 +80,7 @@ def config(in_force: Config) -> dict[str, Any]:
     return described
 
 
-def address_of(sockaddr: SockAddr) -> SavedAddress:
+def address_of(sockaddr: RawAddress) -> SavedAddress:
     """A socket address as it is written."""
     return [*sockaddr] if isinstance(sockaddr, tuple) else os.fsencode(sockaddr)
 
@@ -94,10 +94,8 @@ class Predecessor(Struct, frozen=True):
     state: State
     listeners: ListenerSet
     admin: ListenerSet
-    proxied: frozenset[Key]
-    """The listeners whose clients come with a PROXY header."""
     inherited: tuple[InheritedSocket, ...]
-    clients: Iterable[tuple[int, SockAddr, ConnectionState]]
+    clients: Iterable[tuple[int, RawAddress, ConnectionState]]
     """To be gone through once."""
 
     @property
@@ -109,7 +107,7 @@ class Predecessor(Struct, frozen=True):
             return Config()
 
     @property
-    def ourselves(self) -> list[SockAddr]:
+    def ourselves(self) -> list[RawAddress]:
         """Clients under way that are our own."""
         return [sockaddr_of(address) for address in self.state.service.ourselves]
 
@@ -124,25 +122,24 @@ def predecessor(state: State, clients: Iterable[ConnectionState]) -> Predecessor
         listeners, admin = (_bound(each, known) for each in (state.service.listeners, state.service.admin))
     except (OSError, UnusableSocketError) as error:
         raise HandoverError(f"a listening socket: {error}") from error
-    proxied = frozenset(_key(each) for each in state.service.listeners if each.is_proxied)
-    return Predecessor(state, listeners, admin, proxied, inherited, _clients(clients))
+    return Predecessor(state, listeners, admin, inherited, _clients(clients))
 
 
 class Outline(Struct, frozen=True):
     """The listeners that a state tells of, by their names alone, for who is not to hold them."""
 
-    listeners: dict[Key, None]
-    admin: dict[Key, None]
+    listeners: dict[ListenerKey, None]
+    admin: dict[ListenerKey, None]
     inherited: tuple[InheritedSocket, ...]
     """With a closed socket each: they are listened on already, so nobody needs another."""
 
 
 def outline(state: State) -> Outline:
     """What a program has to know of the listeners to prepare what it would do with them."""
-    endpoints = {each.descriptor: _key(each)[0] for each in state.service.listeners}
+    addresses = {each.descriptor: _key(each).address for each in state.service.listeners}
     with socket.socket() as closed:
         inherited = tuple(
-            InheritedSocket(name, endpoints[descriptor], closed) for name, descriptor in state.process.inherited
+            InheritedSocket(name, addresses[descriptor], closed) for name, descriptor in state.process.inherited
         )
     listeners, admin = (
         {_key(each): None for each in described} for described in (state.service.listeners, state.service.admin)
@@ -154,15 +151,16 @@ def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -
     bound: ListenerSet = {}
     for each in described:
         sock = known.get(each.descriptor) or _socket(each.descriptor)
-        bound[_key(each)] = Bound(sock, each.file, each.is_inherited)
+        bound[_key(each)] = BoundSocket(sock, each.settings, each.file, each.is_inherited)
     return bound
 
 
-def _key(described: Listening) -> Key:
-    return Endpoint(socket.AddressFamily(described.family), sockaddr_of(described.address)), described.number
+def _key(described: Listening) -> ListenerKey:
+    address = SocketAddress(socket.AddressFamily(described.family), sockaddr_of(described.address))
+    return ListenerKey(address, described.number)
 
 
-def _clients(clients: Iterable[ConnectionState]) -> Iterator[tuple[int, SockAddr, ConnectionState]]:
+def _clients(clients: Iterable[ConnectionState]) -> Iterator[tuple[int, RawAddress, ConnectionState]]:
     for each in clients:
         with suppress(OSError):  # no such descriptor: nothing is left of it
             os.set_inheritable(each.descriptor, False)
@@ -176,7 +174,7 @@ def _socket(descriptor: int) -> socket.socket:
     return sock
 
 
-def sockaddr_of(address: SavedAddress) -> SockAddr:
+def sockaddr_of(address: SavedAddress) -> RawAddress:
     """A socket address as the socket module has it."""
     if isinstance(address, list):
         return tuple(address)

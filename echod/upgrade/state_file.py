@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from echod.net.sockets import DEFAULT_SETTINGS, ListenerSettings
 from echod.server.state import ConnectionState, SavedAddress
 
 VERSION = 1
@@ -42,11 +43,10 @@ class Listening(Struct, kw_only=True, omit_defaults=True):
     family: int
     address: SavedAddress
     number: int = 0
+    settings: ListenerSettings = DEFAULT_SETTINGS
     file: tuple[int, int] | None = None
     """Device and inode of a Unix socket's file, if it is ours to remove."""
     is_inherited: bool = False
-    is_proxied: bool = False
-    """Whether its clients come with a PROXY header."""
 
 
 class Process(Struct, kw_only=True, omit_defaults=True):

@@ -262,8 +262,7 @@ def test_a_device_stays_root_s() -> None:
 def test_a_socket_s_file_is_given_away_and_nothing_else(open_path: Path) -> None:
     """The user gets the file of a Unix socket, but not one that was put in its place."""
     path = open_path / "sock"
-    (bound,) = bind.bind_all([bind.Wanted(UnixAddress(str(path)))]).values()
-    assert bound
+    (bound,) = bind.new_sockets(bind.bind_all([bind.ListenEntry(UnixAddress(str(path)))]))
     bound.give(NOBODY.pw_uid, NOBODY.pw_gid)
     assert _owner(path) == (NOBODY.pw_uid, NOBODY.pw_gid)
     path.unlink()
@@ -272,6 +271,6 @@ def test_a_socket_s_file_is_given_away_and_nothing_else(open_path: Path) -> None
     assert _owner(path) == (0, 0)
     bound.close()
     assert path.exists()
-    tcp = sockets.Bound(socket.socket(), None)
+    tcp = sockets.BoundSocket(socket.socket())
     tcp.give(NOBODY.pw_uid, NOBODY.pw_gid)
     tcp.close()

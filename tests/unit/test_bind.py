@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,18 +15,18 @@ import pytest
 
 from echod.net import bind, socket_activation, sockets
 from echod.net.address import Address, HandedOver, TcpAddress, UnixAddress
-from echod.net.bind import Wanted
+from echod.net.bind import ListenEntry
 from echod.net.socket_activation import Inherited
 from echod.process import lockfile
 from tests.support.daemon import DEADLINE_S
 
-Sockets = dict[sockets.Key, sockets.Bound | None]
+Sockets = dict[sockets.ListenerKey, sockets.BoundSocket]
 
 ANY = TcpAddress("127.0.0.1", 0)
 
 
-def wanted(*addresses: Address) -> list[Wanted]:
-    return [Wanted(address) for address in addresses]
+def wanted(*addresses: Address) -> list[ListenEntry]:
+    return [ListenEntry(address) for address in addresses]
 
 
 @pytest.fixture
@@ -37,26 +37,31 @@ def opened() -> Iterator[Sockets]:
     bind.discard(found)
 
 
+def bind_new(entries: list[ListenEntry], inherited: Sequence[bind.InheritedSocket] = ()) -> Sockets:
+    """Bind the entries; none of them exists already."""
+    prepared = bind.bind_all(entries, inherited=inherited)
+    return dict(zip(prepared, bind.new_sockets(prepared), strict=True))
+
+
 def _names(found: Sockets) -> list[str]:
-    return [sockets.peer_name(bound.socket.family, bound.socket.getsockname()) for bound in found.values() if bound]
+    return [sockets.peer_name(bound.socket.family, bound.socket.getsockname()) for bound in found.values()]
 
 
 def test_several_free_ports_can_be_asked_for(opened: Sockets) -> None:
     """Port 0 twice means two listeners; a kept one is not bound again."""
-    opened |= bind.bind_all(wanted(ANY, ANY))
+    opened |= bind_new(wanted(ANY, ANY))
     assert len(set(_names(opened))) == 2
     again = bind.bind_all(wanted(ANY, ANY, ANY), kept=opened)
     try:
-        assert [bound is None for bound in again.values()] == [True, True, False]
+        assert [isinstance(each, sockets.BoundSocket) for each in again.values()] == [False, False, True]
     finally:
         bind.discard(again)
 
 
 def test_nobody_is_let_in_before_all_is_sure(opened: Sockets, tmp_path: Path) -> None:
     """What is only bound refuses clients: were the rest to fail, those let in would be reset."""
-    opened |= bind.bind_all(wanted(ANY, UnixAddress(str(tmp_path / "sock"))))
+    opened |= bind_new(wanted(ANY, UnixAddress(str(tmp_path / "sock"))))
     for bound in opened.values():
-        assert bound
         with socket.socket(bound.socket.family) as client, pytest.raises(ConnectionRefusedError):
             client.connect(bound.socket.getsockname())
         bound.listen()
@@ -101,9 +106,9 @@ def test_a_host_name_stands_for_each_of_its_addresses() -> None:
 
 def test_both_wildcards_can_be_listed(opened: Sockets) -> None:
     """[::] means IPv6 alone, so 0.0.0.0 can be listed beside it."""
-    opened |= bind.bind_all(wanted(TcpAddress("0.0.0.0", 0)))
+    opened |= bind_new(wanted(TcpAddress("0.0.0.0", 0)))
     port = int(_names(opened)[0].rpartition(":")[2])
-    opened |= bind.bind_all(wanted(TcpAddress("::", port)))
+    opened |= bind_new(wanted(TcpAddress("::", port)))
     assert len(opened) == 2
 
 
@@ -112,7 +117,7 @@ def test_a_low_port_without_the_privilege_says_what_is_needed() -> None:
     unprivileged = (
         "import os; from echod.net import bind; from echod.net.address import TcpAddress\n"
         "os.setgid(65534); os.setuid(65534)\n"
-        "try: bind.bind_all([bind.Wanted(TcpAddress('127.0.0.1', 7))])\n"
+        "try: bind.bind_all([bind.ListenEntry(TcpAddress('127.0.0.1', 7))])\n"
         "except bind.BindErrors as error: print(error)"
     )
     if os.geteuid() != 0 or int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 7:
@@ -138,7 +143,7 @@ def test_who_binds_the_same_path_in_the_same_moment_is_waited_for(opened: Socket
     lock = lockfile.lock(f"{tmp_path}/sock.lock")
     done = threading.Timer(0.2, os.close, [lock])
     done.start()
-    opened |= bind.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+    opened |= bind_new(wanted(UnixAddress(str(tmp_path / "sock"))))
     done.join()
     assert os.listdir(tmp_path) == ["sock"]
 
@@ -156,7 +161,7 @@ def test_nobody_keeps_us_from_binding_by_a_lock_on_the_directory(opened: Sockets
     directory = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
-        opened |= bind.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
+        opened |= bind_new(wanted(UnixAddress(str(tmp_path / "sock"))))
     finally:
         os.close(directory)
 
@@ -166,13 +171,13 @@ def test_of_many_that_start_at_once_one_gets_the_path(tmp_path: Path) -> None:
     path = str(tmp_path / "sock")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
-    results: list[sockets.Bound | str] = []
+    results: list[sockets.BoundSocket | str] = []
     together = threading.Barrier(8)
 
     def start() -> None:
         together.wait(DEADLINE_S)
         try:
-            results.extend(bound for bound in bind.bind_all(wanted(UnixAddress(path))).values() if bound)
+            results.extend(bind_new(wanted(UnixAddress(path))).values())
         except bind.BindErrors as error:
             results.append(str(error))
 
@@ -181,7 +186,7 @@ def test_of_many_that_start_at_once_one_gets_the_path(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join(DEADLINE_S)
-    (bound,) = (result for result in results if isinstance(result, sockets.Bound))
+    (bound,) = (result for result in results if isinstance(result, sockets.BoundSocket))
     others = [result for result in results if isinstance(result, str)]
     assert others == [f"unix:{path}: address already in use; `ss -lxp` shows by whom"] * 7
     bound.close()
@@ -205,9 +210,8 @@ def test_a_live_socket_is_not_replaced_by_another_spelling(
     is_listening: bool, opened: Sockets, spellings: list[UnixAddress]
 ) -> None:
     """Its file stays, whether it is listened on already or not."""
-    opened |= bind.bind_all(wanted(spellings[0]))
+    opened |= bind_new(wanted(spellings[0]))
     for bound in opened.values():
-        assert bound
         if is_listening:
             bound.listen()
         for other in spellings:
@@ -226,7 +230,7 @@ def test_a_live_socket_of_a_real_path_too_long_is_not_replaced(opened: Sockets, 
     first, second = tmp_path / "1", tmp_path / "2"
     for link in (first, second):
         link.symlink_to(real)
-    opened |= bind.bind_all(wanted(UnixAddress(f"{first}/q")))
+    opened |= bind_new(wanted(UnixAddress(f"{first}/q")))
     assert (real / "q").is_socket()
     for link in (first, second):
         with pytest.raises(bind.BindErrors, match="already in use"):
@@ -235,17 +239,21 @@ def test_a_live_socket_of_a_real_path_too_long_is_not_replaced(opened: Sockets, 
 
 def test_another_spelling_is_the_listener_that_there_is(opened: Sockets, spellings: list[UnixAddress]) -> None:
     """What a reload keeps is known by what it is."""
-    opened |= bind.bind_all(wanted(spellings[0], TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
+    opened |= bind_new(wanted(spellings[0], TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
     ports = [int(name.rpartition(":")[2]) for name in _names(opened)[1:]]
     (path, v4, v6) = opened
-    there: Sockets = {path: None}
-    there |= {(sockets.Endpoint(v4[0].family, ("127.0.0.1", ports[0])), 0): None}
-    there |= {(sockets.Endpoint(v6[0].family, ("::1", ports[1], 0, 0)), 0): None}
+    there = dict.fromkeys(
+        [
+            path,
+            sockets.ListenerKey(sockets.SocketAddress(v4.address.family, ("127.0.0.1", ports[0])), 0),
+            sockets.ListenerKey(sockets.SocketAddress(v6.address.family, ("::1", ports[1], 0, 0)), 0),
+        ]
+    )
     for unix in spellings:
         for mapped in ("::ffff:127.0.0.1", "::FFFF:7f00:1"):
             for loopback in ("::1", "0:0:0:0:0:0:0:1"):
                 addresses = wanted(unix, TcpAddress(mapped, ports[0]), TcpAddress(loopback, ports[1]))
-                assert bind.bind_all(addresses, kept=there) == there
+                assert bind.bind_all(addresses, kept=there) == dict.fromkeys(there, sockets.DEFAULT_SETTINGS)
 
 
 def test_two_spellings_of_one_address_are_a_fault(spellings: list[UnixAddress]) -> None:
@@ -262,8 +270,8 @@ def test_two_spellings_of_one_address_are_a_fault(spellings: list[UnixAddress]) 
 
 def test_an_ipv4_mapped_address_is_the_ipv4_address(opened: Sockets) -> None:
     """Bound as IPv6 alone, which [::] is here, the kernel refuses it."""
-    opened |= bind.bind_all(wanted(TcpAddress("::ffff:127.0.0.1", 0)))
-    assert [bound and bound.socket.family for bound in opened.values()] == [socket.AF_INET]
+    opened |= bind_new(wanted(TcpAddress("::ffff:127.0.0.1", 0)))
+    assert [bound.socket.family for bound in opened.values()] == [socket.AF_INET]
 
 
 def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
@@ -279,13 +287,12 @@ def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
 
 def test_instances_share_a_port(opened: Sockets) -> None:
     """With reuse_port several sockets listen on one port; one without it can't join them."""
-    opened |= bind.bind_all([Wanted(ANY, reuse_port=True)])
+    opened |= bind_new([ListenEntry(ANY, sockets.ListenerSettings(reuse_port=True))])
     port = int(_names(opened)[0].rpartition(":")[2])
-    second = bind.bind_all([Wanted(TcpAddress("127.0.0.1", port), reuse_port=True)])
+    second = bind_new([ListenEntry(TcpAddress("127.0.0.1", port), sockets.ListenerSettings(reuse_port=True))])
     try:
         assert _names(second) == _names(opened)
         for bound in opened.values():
-            assert bound
             bound.listen()
         with pytest.raises(bind.BindErrors, match="already in use"):
             bind.bind_all(wanted(TcpAddress("127.0.0.1", port)))
@@ -312,15 +319,17 @@ def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_t
     by_address, by_name, unwanted = handed_over("a"), handed_over("web", str(tmp_path / "web")), handed_over("b")
     host, port = by_address.socket.getsockname()
     entries = wanted(HandedOver("web"), TcpAddress(host, port), ANY)
-    opened |= bind.bind_all(entries, inherited=[by_address, by_name, unwanted])
-    bounds = [bound for bound in opened.values() if bound]
+    opened |= bind_new(entries, inherited=[by_address, by_name, unwanted])
+    bounds = [*opened.values()]
     assert [bound.is_inherited for bound in bounds] == [True, True, False, True]
     assert [bounds[0].socket, bounds[1].socket, bounds[3].socket] == [
         by_name.socket,
         by_address.socket,
         unwanted.socket,
     ]
-    assert set(bind.bind_all(entries, kept=opened, inherited=[by_address, by_name, unwanted]).values()) == {None}
+    again = bind.bind_all(entries, kept=opened, inherited=[by_address, by_name, unwanted])
+    assert [*again] == [*opened]
+    assert bind.new_sockets(again) == []
 
 
 def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spellings: list[UnixAddress]) -> None:
@@ -328,15 +337,15 @@ def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spel
     mapped = socket.create_server(("::ffff:127.0.0.1", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     port = mapped.getsockname()[1]
     inherited = [handed_over("a", spellings[2].path), *socket_activation.adopt([Inherited("b", mapped.detach())])]
-    opened |= bind.bind_all(wanted(spellings[1], TcpAddress("127.0.0.1", port)), inherited=inherited)
-    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
+    opened |= bind_new(wanted(spellings[1], TcpAddress("127.0.0.1", port)), inherited=inherited)
+    assert [bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
 
 
 def test_several_sockets_of_one_name(opened: Sockets) -> None:
     """All sockets of one unit bear its name unless it says otherwise: an entry takes each of them."""
     inherited = [handed_over("echod.socket"), handed_over("echod.socket")]
-    opened |= bind.bind_all(wanted(HandedOver("echod.socket")), inherited=inherited)
-    assert [bound and bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
+    opened |= bind_new(wanted(HandedOver("echod.socket")), inherited=inherited)
+    assert [bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
 
 
 def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None:
@@ -350,8 +359,8 @@ def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None
     (again,) = socket_activation.adopt(
         [Inherited("web", socket.create_server(("::1", 0), family=socket.AF_INET6).detach())]
     )
-    opened |= bind.bind_all(wanted(HandedOver("web")), inherited=[again])
-    assert [bound and bound.socket for bound in opened.values()] == [again.socket]
+    opened |= bind_new(wanted(HandedOver("web")), inherited=[again])
+    assert [bound.socket for bound in opened.values()] == [again.socket]
 
 
 def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
@@ -367,8 +376,7 @@ def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
 def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Path) -> None:
     """Closing what was handed over removes no path: the socket is still listened on."""
     path = tmp_path / "sock"
-    for bound in bind.bind_all([], inherited=[handed_over("a", str(path))]).values():
-        assert bound
+    for bound in bind_new([], [handed_over("a", str(path))]).values():
         bound.close()
     assert path.exists()
 

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from echod.net import bind, listener, sockets
 from echod.net.address import TcpAddress, UnixAddress, parse_address
 from echod.net.listener import CLOSE_S, QUIET_S, Listener
 from echod.net.listener_set import TELL_STARVED_S, ListenerSet
-from echod.net.sockets import SockAddr
+from echod.net.sockets import ListenerSettings, RawAddress
 from tests.support.daemon import DEADLINE_S
 from tests.unit.test_bind import wanted
 
@@ -34,14 +34,13 @@ class Door:
     """A listener and those who came through it."""
 
     def __init__(self, address: str = "127.0.0.1:0", *, is_shared: bool = False) -> None:
-        (bound,) = bind.bind_all(wanted(parse_address(address))).values()
-        assert bound
+        (bound,) = bind.new_sockets(bind.bind_all(wanted(parse_address(address))))
         if is_shared:
             bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self.came: asyncio.Queue[socket.socket] = asyncio.Queue()
         self.starved: list[OSError] = []
         self.listener = Listener(
-            bound, lambda descriptor, _: self.came.put_nowait(socket.socket(fileno=descriptor)), self.starved.append
+            bound, lambda descriptor, *_: self.came.put_nowait(socket.socket(fileno=descriptor)), self.starved.append
         )
         self._address = parse_address(self.listener.address)
 
@@ -179,7 +178,7 @@ def test_listeners_that_are_closed_at_once_are_gone() -> None:
     """A second signal may come in the very turn of the loop in which the first began to close the listeners."""
 
     async def scenario() -> None:
-        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), lambda _: None)
+        listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         (port,) = (int(address.rpartition(":")[2]) for address in listeners.addresses)
         listeners.apply({}, bound_s=8)
@@ -196,17 +195,16 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
     """All or nothing: one of the new listeners can't be watched, and none of them is left."""
 
     async def scenario() -> None:
-        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), lambda _: None)
+        listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.addresses
         new = bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
-        *_, last = new.values()
-        assert last
+        *_, last = bind.new_sockets(new)
         last.socket.close()
         with pytest.raises((OSError, ValueError)):
             listeners.apply(new, bound_s=8)
         assert listeners.addresses == before
-        assert [bound.socket.fileno() for bound in new.values() if bound] == [-1, -1]
+        assert [bound.socket.fileno() for bound in bind.new_sockets(new)] == [-1, -1]
         listeners.apply({}, bound_s=0)
         await listeners.retired()
 
@@ -261,7 +259,7 @@ def test_a_long_starvation_is_told_once() -> None:
 
     async def scenario() -> None:
         starved: list[OSError] = []
-        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), starved.append)
+        listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), starved.append)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0))), bound_s=8)
         for listener_of_them in [*listeners, *listeners]:
             listener_of_them._accept_failed(OSError(errno.EMFILE, "Too many open files"))
@@ -280,12 +278,11 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
     """Bound is not yet listened on: who is quicker in between keeps the port, and the listeners stay as they were."""
 
     async def scenario() -> None:
-        listeners = ListenerSet(lambda descriptor, _: os.close(descriptor), lambda _: None)
+        listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
         listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
         before = listeners.bound.keys()
         new = bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0)))
-        (_, second) = new.values()
-        assert second
+        (_, second) = bind.new_sockets(new)
         with socket.socket() as quicker:
             quicker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             quicker.bind(second.socket.getsockname())
@@ -300,31 +297,27 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
     _run(scenario())
 
 
-def test_one_that_retires_hands_its_clients_where_it_did() -> None:
-    """One that stays can be told another place; who waits in the backlog of one that goes comes where it did."""
+def test_a_retiring_listener_keeps_its_settings() -> None:
+    """Clients of a kept listener get the new settings; those in the backlog of a retiring listener get its old ones."""
 
     async def scenario() -> None:
-        came: asyncio.Queue[str] = asyncio.Queue()
+        accepted: asyncio.Queue[str] = asyncio.Queue()
 
-        def to(place: str) -> Callable[[int, SockAddr], None]:
-            def on_accept(descriptor: int, _: SockAddr) -> None:
-                came.put_nowait(place)
-                os.close(descriptor)
+        def on_accept(descriptor: int, _: RawAddress, settings: ListenerSettings) -> None:
+            accepted.put_nowait(settings.name)
+            os.close(descriptor)
 
-            return on_accept
-
-        listeners = ListenerSet(to("here"), lambda _: None)
-        bound = bind.bind_all(wanted(parse_address("127.0.0.1:0")))
-        (key,) = bound
-        for place in ("there", "here", "there"):
-            listeners.apply(bound, 1.0, {key: to("there")} if place == "there" else {})
-            bound = {key: None}
+        listeners = ListenerSet(on_accept, lambda _: None)
+        prepared = bind.bind_all([bind.ListenEntry(parse_address("127.0.0.1:0"), ListenerSettings(name="first"))])
+        (key,) = prepared
+        for name in ("first", "second", "third"):
+            listeners.apply(prepared if name == "first" else {key: ListenerSettings(name=name)}, 1.0)
             with socket.create_connection(listeners.bound[key].socket.getsockname()):
-                assert await came.get() == place
+                assert await accepted.get() == name
         with socket.create_connection(listeners.bound[key].socket.getsockname()):
             listeners.apply({}, 1.0)
             await listeners.retired()
-            assert await came.get() == "there"
+            assert await accepted.get() == "third"
 
     _run(scenario())
 
@@ -334,13 +327,12 @@ def test_each_reply_is_sent_at_once(is_inherited: bool) -> None:
     """Accepted sockets have TCP_NODELAY; the options of an inherited listener stay as they are."""
 
     async def scenario() -> None:
-        (bound,) = bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))).values()
-        assert bound
+        (bound,) = bind.new_sockets(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))))
         bound.socket.listen()
         came: asyncio.Queue[socket.socket] = asyncio.Queue()
         it = Listener(
-            sockets.Bound(bound.socket, is_inherited=is_inherited),
-            lambda descriptor, _: came.put_nowait(socket.socket(fileno=descriptor)),
+            sockets.BoundSocket(bound.socket, is_inherited=is_inherited),
+            lambda descriptor, *_: came.put_nowait(socket.socket(fileno=descriptor)),
             lambda _: None,
         )
         with socket.create_connection(bound.socket.getsockname()):
@@ -359,14 +351,13 @@ def test_an_accepted_client_comes_with_its_address(address: str) -> None:
     """The address is that of the socket module, whichever code accepts."""
 
     async def scenario() -> None:
-        came: asyncio.Queue[SockAddr] = asyncio.Queue()
+        came: asyncio.Queue[RawAddress] = asyncio.Queue()
 
-        def on_accept(descriptor: int, peer: SockAddr) -> None:
+        def on_accept(descriptor: int, peer: RawAddress, _: ListenerSettings) -> None:
             os.close(descriptor)
             came.put_nowait(peer)
 
-        (bound,) = bind.bind_all(wanted(parse_address(address))).values()
-        assert bound
+        (bound,) = bind.new_sockets(bind.bind_all(wanted(parse_address(address))))
         it = Listener(bound, on_accept, lambda _: None)
         with socket.create_connection(bound.socket.getsockname()[:2]) as client:
             assert await came.get() == client.getsockname()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echod.net.sockets import ListenerSettings
 from echod.server.state import ConnectionState
 from echod.upgrade import state_file
 from echod.upgrade.state_file import HandoverError, Listening, Process, Service, State
@@ -27,7 +28,12 @@ STATE = State(
     ),
     Service(
         listeners=[
-            Listening(descriptor=4, family=2, address=["127.0.0.1", 8888]),
+            Listening(
+                descriptor=4,
+                family=2,
+                address=["127.0.0.1", 8888],
+                settings=ListenerSettings(name="listen[0]", proxy_protocol=True, reuse_port=True),
+            ),
             Listening(descriptor=5, family=10, address=["::", 8888, 0, 0, "and IPv4"], is_inherited=True),
             Listening(descriptor=7, family=1, address=b"/run/\xff.sock", file=(64, 1234567)),
         ],
