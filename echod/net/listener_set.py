@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 
 from echod.net.listener import CLOSE_S, Acceptor, Listener, python_acceptor
 from echod.net.sockets import Bound, Key, SockAddr
+from echod.process.tasks import background_once
 
 OnAccept = Callable[[int, SockAddr], None]
 
@@ -27,7 +28,7 @@ class ListenerSet:
         self._acceptor = acceptor
         self._starved_told_at = float("-inf")
         self._in_force: dict[Key, Listener] = {}
-        self._retiring: dict[Listener, asyncio.Task[None]] = {}
+        self._retiring: dict[Listener, asyncio.Task[object]] = {}
 
     def __iter__(self) -> Iterator[Listener]:
         """All of them, the retiring ones too."""
@@ -121,5 +122,5 @@ class ListenerSet:
             listener.close_now()
             del self._retiring[listener]
 
-        self._retiring[listener] = task = asyncio.get_running_loop().create_task(close(), name="close listener")
+        self._retiring[listener] = task = background_once(close, "close listener")
         task.add_done_callback(forget)

@@ -16,6 +16,7 @@ from echod.config.schema import Config, Timeouts
 from echod.net.listener_set import ListenerSet
 from echod.net.sockets import Bound, Key
 from echod.process.limits import allowed_memory_bytes
+from echod.process.tasks import background
 from echod.server import timeouts
 from echod.server.clients import Clients
 from echod.server.connection import Connection
@@ -57,7 +58,7 @@ class Server:
         """The listeners whose clients come with a PROXY header."""
         self.is_leaving = False
         self._is_cutting = False
-        self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
+        self._sweeper = background(self._sweep, "sweep")
 
     # -- what others ask -------------------------------------------------------------------------------------------
 
