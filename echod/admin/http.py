@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from echod.admin.cpu_share import CpuShare
 from echod.net.sockets import LINGER_S
+from echod.process.tasks import background_once
 
 if TYPE_CHECKING:
     import h11
@@ -78,7 +79,7 @@ class Exchange:
         self._has_ended = False
         self._is_answered = False
         self._is_paused = False
-        self._answering: asyncio.Future[None] | None = None
+        self._answering: asyncio.Task[object] | None = None
         self._unsent = b""
         self._timer = self._loop.call_later(REQUEST_S, share.run, self._time_out)
 
@@ -190,7 +191,7 @@ class Exchange:
 
     def reply_later(self, answer: Awaitable[Answer]) -> None:
         """Send the answer when `answer` has produced it; `answer` must not raise."""
-        self._answering = asyncio.ensure_future(self._reply_once_found(answer))
+        self._answering = background_once(lambda: self._reply_once_found(answer), "admin answer")
 
     async def _reply_once_found(self, answer: Awaitable[Answer]) -> None:
         found = await answer

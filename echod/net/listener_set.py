@@ -9,6 +9,7 @@ import msgspec
 
 from echod.net.listener import CLOSE_S, Acceptor, Listener, OnAccept, python_acceptor
 from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared
+from echod.process.tasks import background_once
 
 TELL_STARVED_S = 10.0
 """At most this often the owner hears that clients wait for want of descriptors or memory: each pause is only 0.2 s."""
@@ -25,7 +26,7 @@ class ListenerSet:
         self._acceptor = acceptor
         self._starved_told_at = float("-inf")
         self._in_force: dict[ListenerKey, Listener] = {}
-        self._retiring: dict[Listener, asyncio.Task[None]] = {}
+        self._retiring: dict[Listener, asyncio.Task[object]] = {}
 
     def __iter__(self) -> Iterator[Listener]:
         """All of them, the retiring ones too."""
@@ -115,5 +116,5 @@ class ListenerSet:
             listener.close_now()
             del self._retiring[listener]
 
-        self._retiring[listener] = task = asyncio.get_running_loop().create_task(close(), name="close listener")
+        self._retiring[listener] = task = background_once(close, "close listener")
         task.add_done_callback(forget)

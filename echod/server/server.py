@@ -16,6 +16,7 @@ from echod.config.schema import Config, Timeouts
 from echod.net.listener_set import ListenerSet
 from echod.net.sockets import BoundSocket, ListenerKey, Prepared
 from echod.process.limits import allowed_memory_bytes
+from echod.process.tasks import background
 from echod.server import timeouts
 from echod.server.clients import Clients
 from echod.server.connection import Connection
@@ -55,7 +56,7 @@ class Server:
         self._listeners = ListenerSet(self.clients.accept, self.clients.admission.starved, acceptor)
         self.is_leaving = False
         self._is_cutting = False
-        self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
+        self._sweeper = background(self._sweep, "sweep")
 
     # -- what others ask -------------------------------------------------------------------------------------------
 

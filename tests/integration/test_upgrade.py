@@ -525,6 +525,10 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def _is_preflight(pid: int) -> bool:
+    return b"preflight" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+
+
 def _until_there(look: Callable[[], list[int]]) -> list[int]:
     end = time.monotonic() + DEADLINE_S
     while not (found := look()):
@@ -710,7 +714,8 @@ def test_a_preflight_that_outlives_us_holds_nothing_of_ours(installed: Installed
         installed.switch("two")
         echod.send(signal.SIGUSR2)
         echod.wait_for("upgrade started")
-        (child,) = _until_there(lambda: _children(echod.pid))
+        # Until its execve the child has a copy of every descriptor.
+        (child,) = _until_there(lambda: [pid for pid in _children(echod.pid) if _is_preflight(pid)])
         try:
             echod.process.kill()
             echod.process.wait()
