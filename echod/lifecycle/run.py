@@ -189,13 +189,13 @@ def _steps(server: Server, endpoint: Endpoint, reloads: Reloader, around: Runtim
             endpoint.wake()
 
     def replace(*, is_wanted_again: bool) -> None:
-        server.clients.look()  # the next sweep is of the next program
+        server.clients.sample()  # the next sweep is of the next program
         pasts = chain(
             (snapshot.past(connection, is_counted=is_counted) for connection, is_counted in server.clients.each()),
             map(snapshot.state_of_handshake, server.clients.handshakes),
         )
         descriptors = [connection.descriptor for connection, _ in server.clients.each()]
-        descriptors += [prelude.sock.fileno() for prelude in server.clients.handshakes]
+        descriptors += [handshake.sock.fileno() for handshake in server.clients.handshakes]
         again = [SignalEvent(Action.UPGRADE, "USR2", 0)] if is_wanted_again else []
         around.successor.replace(service(), pasts, descriptors, again)
 

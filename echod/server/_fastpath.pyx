@@ -11,7 +11,7 @@ from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.string cimport memchr, memmove
 
-INTERFACE = 1
+INTERFACE = 2
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int descriptor, void *buffer, size_t size, int flags)
@@ -134,23 +134,23 @@ cdef ssize_t answer(size_t size, size_t line_bytes, long long *lines) noexcept n
     return target - replies
 
 
-# The work of reads in the current iteration of the event loop, and its limits: see `fastpath.limit_turn`.
+# The work of reads in the current iteration of the event loop, and its limits: see `fastpath.limit_iteration`.
 cdef size_t units = 0
 cdef size_t check_units, budget_units, unit_bytes
-cdef bint is_checking = False
+cdef bint is_detecting_next = False
 
 
-def limit_turn(size_t check, size_t budget, size_t size):
-    """See `fastpath.limit_turn`."""
+def limit_iteration(size_t check, size_t budget, size_t size):
+    """See `fastpath.limit_iteration`."""
     global check_units, budget_units, unit_bytes
     check_units, budget_units, unit_bytes = check, budget, size
 
 
-def begin_turn():
-    """See `fastpath.begin_turn`."""
-    global units, is_checking
+def begin_iteration():
+    """See `fastpath.begin_iteration`."""
+    global units, is_detecting_next
     units = 0
-    is_checking = False
+    is_detecting_next = False
 
 
 cdef class HotPath:
@@ -158,7 +158,7 @@ cdef class HotPath:
 
     While `is_hot` is true, ordinary chunks are answered here; while it is false, the callback only calls `_read`. A
     subclass implements `_read`, and `_receive`, `_keep_pending` and `_lose` for everything that is not ordinary;
-    `_check_turn` and `_postpone` handle many clients that have input at once.
+    `_detect_iteration` and `_postpone` handle very many clients that have input at once.
     """
 
     cdef public int descriptor
@@ -173,11 +173,11 @@ cdef class HotPath:
         self.room_bytes = CHUNK_BYTES
 
     def __call__(self):
-        global is_checking
+        global is_detecting_next
         if units >= check_units:
-            if not is_checking:
-                is_checking = True
-                self._check_turn()
+            if not is_detecting_next:
+                is_detecting_next = True
+                self._detect_iteration()
             if units >= budget_units:
                 self._postpone()
                 return

@@ -1,50 +1,57 @@
-"""How a client gets on: since when it has been quiet, in the middle of a line, or taking none of its replies.
+"""A client's activity: since when it has been quiet, in the middle of a line, or accepting none of its replies.
 
-Owns what the last look saw. Its rule: looks are compared, not events timed, so a span it tells is never too long. It
-is told the time and the figures; connections, sockets and the configuration are not known here.
+The state is sampled periodically, and spans are measured between samples, so a span is never reported too long. This
+module gets the time and all figures as arguments; it knows neither connections nor the configuration.
 """
 
 from collections.abc import Mapping
 
 
 class Activity:
-    """What one client's last look saw, and since when it has been so; times in seconds of the owner's clock."""
+    """What the last sample of one client saw, and since when; times are in seconds of the owner's clock."""
 
-    __slots__ = ("_bytes_in", "_lines", "_taken", "line_since", "owed", "quiet_since", "taken_since")
+    __slots__ = ("_accepted_bytes", "_bytes_in", "_lines", "accepted_at", "line_since", "owed_bytes", "quiet_since")
 
     def __init__(self, now: float) -> None:
-        self.quiet_since = self.taken_since = now
+        self.quiet_since = now
+        """Since when there has been no input, no partial line and no reply that is owed."""
+        self.accepted_at = now
+        """When the client last accepted bytes of its replies, or was owed none."""
         self.line_since: float | None = None
-        self.owed = 0
-        self._bytes_in = self._lines = self._taken = 0
+        """Since when the partial line has been incomplete; None if there is none."""
+        self.owed_bytes = 0
+        self._bytes_in = self._lines = self._accepted_bytes = 0
 
-    def past(self) -> dict[str, float | None]:
-        """What it has seen, for one that goes on with the same client by the same clock: see `resume`."""
+    def save(self) -> dict[str, float | None]:
+        """Return the state for `restore` in another process with the same clock."""
         return {name.removeprefix("_"): getattr(self, name) for name in self.__slots__}
 
-    def resume(self, past: Mapping[str, float | None]) -> None:
-        """Go on from what another has seen."""
+    def restore(self, saved: Mapping[str, float | None]) -> None:
+        """Continue from what `save` returned; keys that are missing keep their initial values."""
         for name in self.__slots__:
-            setattr(self, name, past.get(name.removeprefix("_"), getattr(self, name)))
+            setattr(self, name, saved.get(name.removeprefix("_"), getattr(self, name)))
 
-    def is_untaken(self, bytes_out: int) -> bool:
-        """Whether replies were written of which the last look didn't see that they were taken."""
-        return bytes_out != self._taken
+    def has_new_replies(self, bytes_out: int) -> bool:
+        """Whether replies were written that the last sample did not see accepted."""
+        return bytes_out != self._accepted_bytes
 
-    def measure(self, now: float, taken: int, owed: int) -> None:
-        """See how many bytes of replies the client has taken in all, and how many it is owed still."""
-        if taken != self._taken or not self.owed:
-            self._taken = taken
-            self.taken_since = now
-        self.owed = owed
+    def measure(self, now: float, *, accepted_bytes: int, owed_bytes: int) -> None:
+        """Record how many bytes of replies the client has accepted in total, and how many it is still owed."""
+        if accepted_bytes != self._accepted_bytes or not self.owed_bytes:
+            self._accepted_bytes = accepted_bytes
+            self.accepted_at = now
+        self.owed_bytes = owed_bytes
 
-    def look(self, now: float, bytes_in: int, lines: int, *, is_in_line: bool, is_unread: bool) -> None:
-        """See what has come; to be called after `measure`. `is_unread`: we don't read from the client at present."""
+    def sample(self, now: float, bytes_in: int, lines: int, *, is_in_line: bool, is_read_paused: bool) -> None:
+        """Record what has arrived; call it after `measure`.
+
+        While reading is paused, a partial line does not age: its rest may have arrived, and we do not read it.
+        """
         if not is_in_line:
             self.line_since = None
-        elif self.line_since is None or lines != self._lines or is_unread:
+        elif self.line_since is None or lines != self._lines or is_read_paused:
             self.line_since = now
-        if is_in_line or self.owed or bytes_in != self._bytes_in:
+        if is_in_line or self.owed_bytes or bytes_in != self._bytes_in:
             self.quiet_since = now
         self._bytes_in = bytes_in
         self._lines = lines

@@ -1,6 +1,6 @@
 """Admission control: enforces the connection limits, and ends the clients beyond them with an error line.
 
-Owns the connections that are being rejected, the self-checks, and the number of clients per address. `Clients` owns the
+Owns the connections that are being rejected, the self-probes, and the number of clients per address. `Clients` owns the
 connections that are served.
 """
 
@@ -11,15 +11,23 @@ import structlog
 
 from echod.config.schema import RESERVED_FILES, Limits
 from echod.server.connection import Connection
+from echod.telemetry.reasons import RejectReason
 from echod.telemetry.stats import Stats
 
-LEAST_LINGERING = RESERVED_FILES // 2
-MOST_LINGERING = 1024
+MIN_LINGERING = RESERVED_FILES // 2
+MAX_LINGERING = 1024
 """Bounds for how many rejected clients may linger at once to read their error line. Between them, it is the number of
 descriptors that the admitted connections leave. The oldest is closed for the next, so rejected clients delay nobody."""
 
-TELL_S = 10.0
+LOG_INTERVAL_S = 10.0
 """The shortest time between two log lines about rejected clients, so that a flood of clients does not flood the log."""
+
+ERRORS = {
+    RejectReason.LIMIT: "too many connections",
+    RejectReason.ADDRESS: "too many connections from your address",
+    RejectReason.PROXY: "",
+}
+"""The error line for each rejected client; an empty one is not sent."""
 
 _MAPPED = "::ffff:"
 
@@ -38,25 +46,25 @@ class Admission:
         self._stats = stats
         self._open_files = open_files
         self._per_host: Counter[str | None] = Counter()
-        self._told = dict(stats.rejected)
-        self._told_at = float("-inf")
+        self._logged = dict(stats.rejected)
+        self._logged_at = float("-inf")
 
     @property
     def uncounted(self) -> list[Connection]:
-        """The connections outside limits and statistics: rejected clients that linger, and self-checks."""
+        """The connections outside limits and statistics: rejected clients that linger, and self-probes."""
         return [*self._rejected, *self._others]
 
     @property
-    def are_uncounted(self) -> bool:
-        """Whether any rejected client or self-check is connected."""
+    def has_uncounted(self) -> bool:
+        """Whether any rejected client or self-probe is connected."""
         return bool(self._rejected or self._others)
 
-    def refusal(self, host: str | None, connections: int, limits: Limits) -> tuple[str, str] | None:
-        """Return the statistics' name and the error text if another client from `host` is one too many, else None."""
+    def check(self, host: str | None, connections: int, limits: Limits) -> RejectReason | None:
+        """Return why one more client from `host` exceeds a limit, or None if it may be admitted."""
         if connections >= limits.connections:
-            return "limit", "too many connections"
+            return RejectReason.LIMIT
         if host and 0 < limits.connections_per_address <= self._per_host[_address(host)]:
-            return "address", "too many connections from your address"
+            return RejectReason.ADDRESS
         return None
 
     def admit(self, host: str | None) -> None:
@@ -70,17 +78,19 @@ class Admission:
         if not self._per_host[address]:
             del self._per_host[address]
 
-    def reject(self, connection: Connection, reason: str, words: str, limits: Limits) -> None:
+    def reject(self, connection: Connection, reason: RejectReason, limits: Limits) -> None:
         """Send a client its error line and let it linger; call `forget` when it is closed."""
-        self._stats.rejected[reason] += 1
-        if len(self._rejected) >= self._room(limits) - 1:  # this one has its descriptor already
-            next(iter(self._rejected)).make_room()
+        self._stats.rejected[reason.value] += 1
+        # The client being rejected has its descriptor already.
+        unused = self._open_files - RESERVED_FILES // 2 - self.listeners - limits.connections
+        if len(self._rejected) >= min(max(unused, MIN_LINGERING), MAX_LINGERING) - 1:
+            next(iter(self._rejected)).close_early()
         self._rejected[connection] = None
-        connection.finish(reason, words)
-        log.debug("connection rejected", peer=connection.peer, reason=reason)
+        connection.finish(reason, ERRORS[reason])
+        log.debug("connection rejected", peer=connection.peer, reason=reason.value)
 
     def keep(self, connection: Connection) -> None:
-        """Keep a connection that is not counted: a self-check, or a client that the predecessor rejected."""
+        """Keep a connection that is not counted: a self-probe, or a client that the predecessor rejected."""
         self._others.add(connection)
 
     def forget(self, connection: Connection) -> None:
@@ -88,19 +98,15 @@ class Admission:
         self._rejected.pop(connection, None)
         self._others.discard(connection)
 
-    def _room(self, limits: Limits) -> int:
-        left = self._open_files - RESERVED_FILES // 2 - self.listeners - limits.connections
-        return min(max(left, LEAST_LINGERING), MOST_LINGERING)
-
-    def tell(self, connections: int) -> None:
-        """Log how many clients were rejected since the last such line, at most once per `TELL_S`."""
+    def log_rejected(self, connections: int) -> None:
+        """Log how many clients were rejected since the last such line, at most once per `LOG_INTERVAL_S`."""
         now = time.monotonic()
-        if self._stats.rejected != self._told and now - self._told_at >= TELL_S:
-            counts = {reason: count - self._told[reason] for reason, count in self._stats.rejected.items()}
-            self._told, self._told_at = dict(self._stats.rejected), now
+        if self._stats.rejected != self._logged and now - self._logged_at >= LOG_INTERVAL_S:
+            counts = {reason: count - self._logged[reason] for reason, count in self._stats.rejected.items()}
+            self._logged, self._logged_at = dict(self._stats.rejected), now
             log.warning("connections rejected", connections=connections, **counts)
 
-    def starved(self, error: OSError) -> None:
+    def log_starved(self, error: OSError) -> None:
         """Log that accepting is paused for lack of descriptors or memory; clients wait in the backlog."""
         advice = "raise the limit of open files, or lower limits.connections"
         log.warning("accepting paused", error=error.strerror, advice=advice)

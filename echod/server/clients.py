@@ -13,14 +13,15 @@ import structlog
 
 from echod.config.schema import Limits
 from echod.net.sockets import ListenerSettings, RawAddress, peer_name
-from echod.server.admission import TELL_S, Admission
+from echod.server.admission import LOG_INTERVAL_S, Admission
 from echod.server.connection import Connection
-from echod.server.memory import Memory
+from echod.server.memory import MemoryLimit
 from echod.server.parking import Parking
-from echod.server.proxy_handshake import ProxyHandshakes
+from echod.server.proxy_handshake import ProxyHandshake, ProxyHandshakes
 from echod.server.scheduler import Scheduler
 from echod.server.self_probe import SelfProbe
 from echod.server.state import ConnectionState
+from echod.telemetry.reasons import CloseReason, RejectReason
 from echod.telemetry.stats import Stats
 
 log = structlog.get_logger()
@@ -32,8 +33,8 @@ class Clients:
     def __init__(self, limits: Limits, stats: Stats, open_files: int) -> None:
         """`open_files` is the process's limit of descriptors."""
         self.loop = asyncio.get_running_loop()
-        self.turns = Scheduler()
-        self.memory = Memory(self._on_memory_full)
+        self.scheduler = Scheduler()
+        self.memory = MemoryLimit(self._on_memory_exceeded)
         self.limits = limits
         self.served: set[Connection] = set()
         """The admitted connections, which count in limits and statistics."""
@@ -41,7 +42,7 @@ class Clients:
         """The served connections that are sampled regularly; the others are parked."""
         self._parking = Parking[Connection]()
         self.admission = Admission(stats, open_files)
-        self.handshakes = ProxyHandshakes(self._admit, self._on_bad_header)
+        self.handshakes = ProxyHandshakes(self._on_header, self._on_bad_header)
         """The clients whose PROXY header is not complete yet; they hold a place but are not in the statistics."""
         self.self_probe = SelfProbe()
         self.emptied = asyncio.Event()
@@ -49,7 +50,7 @@ class Clients:
         self.unacknowledged = 0
         """How many connections closed before the client's kernel had acknowledged every byte."""
         self.is_draining = False
-        self._told_full_at = -math.inf
+        self._memory_logged_at = -math.inf
         self._stats = stats
 
     # -- queries ---------------------------------------------------------------------------------------------------
@@ -59,56 +60,51 @@ class Clients:
         return len(self.served) + len(self.handshakes)
 
     @property
-    def are_any(self) -> bool:
-        """Whether any connection is open, including self-checks and clients that are being rejected."""
-        return bool(len(self) or self.admission.are_uncounted)
+    def has_any(self) -> bool:
+        """Whether any connection is open, including self-probes and clients that are being rejected."""
+        return bool(len(self) or self.admission.has_uncounted)
 
     @property
     def connections(self) -> list[Connection]:
-        """All connections, including self-checks and clients that are being rejected."""
+        """All connections, including self-probes and clients that are being rejected."""
         return [*self.served, *self.admission.uncounted]
 
     # -- accept ----------------------------------------------------------------------------------------------------
 
     def accept(self, descriptor: int, peer: RawAddress, settings: ListenerSettings) -> None:
         """Serve an accepted client, once its PROXY header is read if it sends one; reject it if a limit is reached."""
-        if self._is_self_probe(descriptor, peer):
-            return
-        if not settings.proxy_protocol:
-            self._admit(descriptor, peer, _is_unix(peer), False)
-        elif refusal := self.admission.refusal(None, len(self), self.limits):
-            self._reject(descriptor, peer, _is_unix(peer), *refusal)
+        is_unix = not isinstance(peer, tuple)
+        if self.self_probe.is_self_probe(peer):  # by its socket address: a PROXY header could lie
+            connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=False)
+            self.admission.keep(connection)
+            connection.open()
+        elif not settings.proxy_protocol:
+            self._admit(descriptor, peer, is_unix=is_unix)
+        elif reason := self.admission.check(None, len(self), self.limits):
+            self._reject(descriptor, peer, reason, is_unix=is_unix)
         else:
             self.handshakes.begin(descriptor, peer, self.loop.time())
 
-    def adopt(self, descriptor: int, peer: RawAddress, past: ConnectionState) -> None:
+    def adopt(self, descriptor: int, peer: RawAddress, saved: ConnectionState) -> None:
         """Continue to serve a client of the predecessor, regardless of limits; it is in the statistics already."""
-        if past.header is not None:
-            self.handshakes.begin(descriptor, peer, past.opened_at, past.header)
+        if saved.header is not None:
+            self.handshakes.begin(descriptor, peer, saved.opened_at, saved.header)
             return
-        connection = self._connection(descriptor, peer, past.family == socket.AF_UNIX, is_counted=past.is_counted)
-        connection.resume(past)
-        if past.is_counted:
+        is_unix = saved.family == socket.AF_UNIX
+        connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=saved.is_counted)
+        connection.restore(saved)
+        if saved.is_counted:
             self._serve(connection)
         else:
             self.admission.keep(connection)
         connection.open()
 
-    def _is_self_probe(self, descriptor: int, peer: RawAddress) -> bool:
-        """Serve the client and return True if it is a self-check, known by its socket address: a header could lie."""
-        is_ours = self.self_probe.is_ours(peer)
-        if is_ours:
-            connection = self._connection(descriptor, peer, _is_unix(peer), is_counted=False)
-            self.admission.keep(connection)
-            connection.open()
-        return is_ours
-
-    def _admit(self, descriptor: int, peer: RawAddress, is_unix: bool, is_anonymous: bool) -> None:  # noqa: FBT001
+    def _admit(self, descriptor: int, peer: RawAddress, *, is_unix: bool, is_anonymous: bool = False) -> None:
         host = peer[0] if isinstance(peer, tuple) else None
-        if refusal := self.admission.refusal(host, len(self), self.limits):
-            self._reject(descriptor, peer, is_unix, *refusal)
+        if reason := self.admission.check(host, len(self), self.limits):
+            self._reject(descriptor, peer, reason, is_unix=is_unix)
             return
-        connection = self._connection(descriptor, peer, is_unix, is_counted=True)
+        connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=True)
         connection.is_anonymous = is_anonymous
         self._serve(connection)
         self._stats.accepted += 1
@@ -121,33 +117,38 @@ class Clients:
         self.active.add(connection)
         self.admission.admit(connection.host)
 
-    def _on_bad_header(self, descriptor: int, peer: RawAddress, is_unix: bool, why: str) -> None:  # noqa: FBT001 (a callback)
-        log.debug("no PROXY header", peer=peer_name(socket.AF_UNIX if is_unix else socket.AF_INET, peer), why=why)
-        self._reject(descriptor, peer, is_unix, "proxy", "")
+    def _on_header(self, handshake: ProxyHandshake, descriptor: int, source: RawAddress | None) -> None:
+        peer = handshake.peer if source is None else source
+        self._admit(descriptor, peer, is_unix=handshake.is_unix, is_anonymous=source is None)
 
-    def _reject(self, descriptor: int, peer: RawAddress, is_unix: bool, reason: str, words: str) -> None:  # noqa: FBT001
-        connection = self._connection(descriptor, peer, is_unix, is_counted=False)
-        self.admission.reject(connection, reason, words, self.limits)
+    def _on_bad_header(self, handshake: ProxyHandshake, descriptor: int, why: str) -> None:
+        family = socket.AF_UNIX if handshake.is_unix else socket.AF_INET
+        log.debug("no PROXY header", peer=peer_name(family, handshake.peer), why=why)
+        self._reject(descriptor, handshake.peer, RejectReason.PROXY, is_unix=handshake.is_unix)
 
-    def _connection(self, descriptor: int, peer: RawAddress, is_unix: bool, *, is_counted: bool) -> Connection:  # noqa: FBT001
+    def _reject(self, descriptor: int, peer: RawAddress, reason: RejectReason, *, is_unix: bool) -> None:
+        connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=False)
+        self.admission.reject(connection, reason, self.limits)
+
+    def _connection(self, descriptor: int, peer: RawAddress, *, is_unix: bool, is_counted: bool) -> Connection:
         now = self.loop.time()
         return Connection(self, descriptor, peer, self.limits.line_bytes, now, is_unix=is_unix, is_counted=is_counted)
 
     # -- timeouts and drain ----------------------------------------------------------------------------------------
 
-    def look(self) -> None:
+    def sample(self) -> None:
         """Sample every connection now, so that its state is current when a live upgrade takes a snapshot."""
         now = self.loop.time()
         for connection in self.served:
-            connection.look(now)
+            connection.sample(now)
 
     def park(self, connection: Connection, idle_s: float) -> None:
         """Stop sampling a silent connection until it has input or its idle timeout ends."""
         self.active.discard(connection)
-        self._parking.add(connection, connection.pace.quiet_since + idle_s if idle_s else math.inf)
+        self._parking.add(connection, connection.activity.quiet_since + idle_s if idle_s else math.inf)
 
-    def shrink(self) -> None:
-        """Release the set's memory after many were parked: half a megabyte for ten thousand connections."""
+    def shrink_active(self) -> None:
+        """Release the memory of `active` after many were parked: half a megabyte for ten thousand connections."""
         self.active = set(self.active)
 
     def unpark_due(self, now: float) -> None:
@@ -178,18 +179,18 @@ class Clients:
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
-    def _on_memory_full(self) -> None:
+    def _on_memory_exceeded(self) -> None:
         for connection in self.served:
             connection.is_hot = False  # from now on each read checks the limit
         now = self.loop.time()
-        if now - self._told_full_at < TELL_S:
+        if now - self._memory_logged_at < LOG_INTERVAL_S:
             return
-        self._told_full_at = now
+        self._memory_logged_at = now
         log.warning(
             "memory limit exceeded",
             held_bytes=self.memory.held_bytes,
             limit_bytes=self.memory.limit_bytes,
-            advice="clients that hold much are not read from; raise limits.held_bytes or lower limits.connections",
+            advice="reading from clients that hold much is paused; raise limits.held_bytes or lower limits.connections",
         )
 
     # -- close -----------------------------------------------------------------------------------------------------
@@ -200,12 +201,12 @@ class Clients:
             self._count_closed(connection)
         else:
             self.admission.forget(connection)
-        if not self.served and not self.are_any:
+        if not self.served and not self.has_any:
             self.emptied.set()
 
     def _count_closed(self, connection: Connection) -> None:
         reason = connection.reason
-        assert reason is not None
+        assert isinstance(reason, CloseReason)
         self.served.discard(connection)
         self.active.discard(connection)
         self._parking.discard(connection)
@@ -213,11 +214,11 @@ class Clients:
         self._stats.close(reason, connection)
         self.unacknowledged += connection.unacknowledged_bytes > 0
         # A client that sends nothing is usually a probe, such as a balancer's health check every second.
-        is_probe = not connection.bytes_in and reason in ("client", "reset")
+        is_probe = not connection.bytes_in and reason in (CloseReason.CLIENT, CloseReason.RESET)
         (log.debug if is_probe else log.info)(
             "connection closed",
             peer=connection.peer,
-            reason=reason,
+            reason=reason.value,
             lines=connection.lines,
             bytes_in=connection.bytes_in,
             bytes_out=connection.bytes_out,
@@ -230,8 +231,3 @@ class Clients:
         """Yield each connection, and whether it is served (True) or uncounted (False)."""
         yield from ((connection, True) for connection in self.served)
         yield from ((connection, False) for connection in self.admission.uncounted)
-
-
-def _is_unix(peer: RawAddress) -> bool:
-    """Whether an accepted socket with this peer is a Unix socket."""
-    return not isinstance(peer, tuple)

@@ -2,9 +2,9 @@
 
 An ordinary line passes through `HotPath.__call__` and `_receive` only: it creates no task or timer, writes no log line
 and does not read the clock. Readiness is level-triggered, so each readable client gets one bounded read per iteration
-of the event loop. If very many clients have input, their reads are queued (`Scheduler`). The owner samples progress
-periodically with `look` and enforces the timeouts. This module knows nothing of other connections, signals or the
-server; it reports the end of a connection through `Owner.on_closed`.
+of the event loop. If very many clients have input, their reads are queued (`Scheduler`). The owner samples the client's
+progress periodically and enforces the timeouts. This module knows nothing of other connections, signals or the server;
+it reports the end of a connection through `Owner.on_closed`.
 """
 
 import asyncio
@@ -18,9 +18,10 @@ from echod.net import sockets
 from echod.protocol.echo import Echo, error_line
 from echod.server.activity import Activity
 from echod.server.fastpath import CHUNK_BYTES, HotPath
-from echod.server.memory import SPARE_BYTES, UNREAD_BYTES, Memory
+from echod.server.memory import SPARE_BYTES, UNREAD_BYTES, MemoryLimit
 from echod.server.scheduler import Scheduler
 from echod.server.state import ConnectionState
+from echod.telemetry.reasons import CloseReason, EndReason, end_reason
 
 LEAST_CHUNK_BYTES = 16_384
 """The smallest read buffer, however long the partial line that the read continues."""
@@ -52,8 +53,8 @@ class Owner(Protocol):
     """What a connection needs from the object that owns it."""
 
     loop: asyncio.AbstractEventLoop
-    turns: Scheduler
-    memory: Memory
+    scheduler: Scheduler
+    memory: MemoryLimit
 
     def on_active(self, connection: "Connection") -> None:
         """Handle input on a parked connection."""
@@ -63,7 +64,7 @@ class Owner(Protocol):
 
 
 class Connection(HotPath):
-    """Echoes one client's lines until either side ends; `reason` then holds the statistics' name for why.
+    """Echoes one client's lines until either side ends; `reason` then says why.
 
     Owns the descriptor, which must be non-blocking, from construction on. While `is_hot` is true, there is no partial
     line, no pending reply and nothing unusual, so the fast path may answer on its own.
@@ -80,12 +81,12 @@ class Connection(HotPath):
         "_owner",
         "_pending",
         "_waits_for_memory",
+        "activity",
         "echo",
         "is_anonymous",
         "is_counted",
         "is_unix",
         "opened_at",
-        "pace",
         "parked_until",
         "reason",
         "sockaddr",
@@ -93,7 +94,7 @@ class Connection(HotPath):
         "unacknowledged_bytes",
     )
 
-    def __init__(  # noqa: PLR0913 (what an accept knows)
+    def __init__(  # noqa: PLR0913 (everything that is known at an accept)
         self,
         owner: Owner,
         descriptor: int,
@@ -112,19 +113,22 @@ class Connection(HotPath):
         self.sockaddr = peer
         self.line_bytes = line_bytes
         self.is_counted = is_counted
-        """False for a client that is being rejected, and for our own self-check."""
+        """Whether limits and statistics count the client: false for a rejected client and for our own self-probe."""
         self.is_anonymous = False
         """Whether the PROXY header names no client, as in a health check by the balancer itself."""
         self.echo = Echo(line_bytes)
-        self.pace = Activity(now)
+        self.activity = Activity(now)
         self.opened_at = now
         self.state = State.OPEN
-        self.reason: str | None = None
+        self.reason: EndReason | None = None
+        """Why the connection ends; None while it is open."""
         self.is_hot = True
         self.parked_until: float | None = None
         """When the idle timeout ends, if the connection is parked; None if it is sampled regularly."""
         self.unacknowledged_bytes = 0
-        self._pending = b""
+        """How many bytes the client's kernel had not acknowledged when the linger ended."""
+        # Deleting the front of a bytearray takes amortized linear time; slicing bytes would copy the rest each time.
+        self._pending = bytearray()
         self._counted_bytes = 0
         self._waits_for_memory = False
         self._has_ended = False
@@ -153,8 +157,8 @@ class Connection(HotPath):
 
     @property
     def pending(self) -> bytes:
-        """Pending replies: bytes owed to the client that the kernel has not accepted yet."""
-        return self._pending
+        """A copy of the pending replies: bytes owed to the client that the kernel has not accepted yet."""
+        return bytes(self._pending)
 
     @property
     def held_bytes(self) -> int:
@@ -169,7 +173,7 @@ class Connection(HotPath):
     @property
     def lacks_memory(self) -> bool:
         """Whether the memory limit is exceeded and nothing may be read from this client."""
-        return self._owner.memory.is_full and self.state is State.OPEN and not self._spare_bytes(_chunk)
+        return self._owner.memory.is_exceeded and self.state is State.OPEN and not self._spare_bytes(_chunk)
 
     def set_line_bytes(self, line_bytes: int) -> None:
         """Change the line limit; it also applies to the partial line."""
@@ -177,15 +181,16 @@ class Connection(HotPath):
 
     # -- start -----------------------------------------------------------------------------------------------------
 
-    def resume(self, past: ConnectionState) -> None:
+    def restore(self, saved: ConnectionState) -> None:
         """Restore the state that the predecessor saved at a live upgrade; call before `open`."""
-        self.echo = Echo(self.line_bytes, past.unfinished, past.lines)
-        self.pace.resume(past.pace)
-        self.opened_at, self.reason = past.opened_at, past.reason
-        self.bytes_in, self.bytes_out = past.bytes_in, past.bytes_out
-        self._pending = past.unsent
-        self._has_ended = past.reason == "client"
-        if past.reason is not None:
+        self.echo = Echo(self.line_bytes, saved.unfinished, saved.lines)
+        self.activity.restore(saved.pace)
+        self.opened_at = saved.opened_at
+        self.bytes_in, self.bytes_out = saved.bytes_in, saved.bytes_out
+        self._pending = bytearray(saved.unsent)
+        if saved.reason is not None:
+            self.reason = end_reason(saved.reason)
+            self._has_ended = self.reason is CloseReason.CLIENT
             self.state = State.FLUSHING
         self._count_held()
 
@@ -194,7 +199,7 @@ class Connection(HotPath):
         if self.state is State.FLUSHING:
             self._end_when_sent()
         elif self.echo.has_more and not self._pending:
-            self._owner.turns.add(self)
+            self._owner.scheduler.add(self)
         self._watch()
         self._check_hot()
 
@@ -208,7 +213,7 @@ class Connection(HotPath):
         """
         begun = self.echo.unfinished_bytes
         room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
-        if self._owner.memory.is_full and self.state is State.OPEN:
+        if self._owner.memory.is_exceeded and self.state is State.OPEN:
             room = room[: self._spare_bytes(room)]
             if not room:
                 self._waits_for_memory = True
@@ -247,10 +252,10 @@ class Connection(HotPath):
             self._owner.on_active(self)
         self._count_held()
         if self.echo.error:
-            self.finish(self.echo.error.value)
+            self.finish(CloseReason(self.echo.error.value))
             return
         if self.echo.has_more and not self._pending:
-            self._owner.turns.add(self)
+            self._owner.scheduler.add(self)
         elif not is_answered and (error := sockets.failure(self.descriptor)):
             # libuv reports an error on a descriptor once and then stops polling it. The read above may have returned
             # only the input before the error. Without a send, nothing else would report it.
@@ -272,7 +277,7 @@ class Connection(HotPath):
         if self.state is State.OPEN and not self._pending:
             self._after_unusual(is_answered=True)
         elif self.echo.error:
-            self.finish(self.echo.error.value)
+            self.finish(CloseReason(self.echo.error.value))
         return False
 
     def _send(self, replies: bytes) -> None:
@@ -290,7 +295,7 @@ class Connection(HotPath):
 
     def _keep_pending(self, replies: bytes) -> None:
         """Keep replies that the kernel did not accept; stop reading until they are sent."""
-        self._pending = replies
+        self._pending = bytearray(replies)
         self.is_hot = False
         self._count_held()
         self._watch()
@@ -303,25 +308,25 @@ class Connection(HotPath):
         except OSError as error:
             self._lose(error.errno or 0)
             return
-        self._pending = self._pending[sent:]
+        del self._pending[:sent]
         self._count_held()
         if self._pending:
             return
         if self.state is State.FLUSHING:
             self._end_when_sent()
         elif self.echo.has_more:
-            self._owner.turns.add(self)
+            self._owner.scheduler.add(self)
         self._watch()
         self._check_hot()
 
-    def _check_turn(self) -> None:
-        self._owner.turns.check()
+    def _detect_iteration(self) -> None:
+        self._owner.scheduler.schedule_run()
 
     def _postpone(self) -> None:
         """Queue this client's read, because very many clients have input at once."""
         self._is_postponed = True
         self._watch()
-        self._owner.turns.postpone(self)
+        self._owner.scheduler.postpone(self)
 
     def read_postponed(self) -> None:
         """Read once, if the connection still waits for input."""
@@ -364,7 +369,7 @@ class Connection(HotPath):
         self.is_hot = (
             self.state is State.OPEN
             and not (self._pending or self._is_draining or self.parked_until is not None)
-            and not self._owner.memory.is_full
+            and not self._owner.memory.is_exceeded
             and self.echo.is_clean
         )
 
@@ -373,8 +378,8 @@ class Connection(HotPath):
     def _count_held(self) -> None:
         held = self.held_bytes if self.state is not State.CLOSED else 0
         if held != self._counted_bytes:
-            more, self._counted_bytes = held - self._counted_bytes, held
-            self._owner.memory.change(more)
+            added, self._counted_bytes = held - self._counted_bytes, held
+            self._owner.memory.add(added)
 
     def _spare_bytes(self, room: memoryview) -> int:
         """How much may be read into `room` while the memory limit is exceeded.
@@ -391,8 +396,8 @@ class Connection(HotPath):
             return len(room)
         return sockets.peek(self.descriptor, room).rfind(b"\n") + 1
 
-    def on_memory(self) -> None:
-        """Start to read again; the next read checks the memory limit once more."""
+    def retry_read(self) -> None:
+        """Wait for input again after a pause for memory; the next read checks the memory limit once more."""
         self._waits_for_memory = False
         self._watch()
 
@@ -405,7 +410,7 @@ class Connection(HotPath):
             self.close()
         elif self.state is State.OPEN:
             replies = self.echo.finish()
-            self.reason = self.echo.error.value if self.echo.error else "client"
+            self.reason = CloseReason(self.echo.error.value) if self.echo.error else CloseReason.CLIENT
             self.is_hot = False
             self.state = State.FLUSHING
             if replies:
@@ -413,7 +418,7 @@ class Connection(HotPath):
             self._end_when_sent()
             self._watch()
 
-    def finish(self, reason: str, error: str = "") -> None:
+    def finish(self, reason: EndReason, error: str = "") -> None:
         """End gracefully: send pending replies and the `error` line, half-close, read to the end of stream, close."""
         if self.state is not State.OPEN:
             return
@@ -430,7 +435,7 @@ class Connection(HotPath):
         self._end_when_sent()
         self._watch()
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: CloseReason) -> None:
         """Close now; the client loses the replies that the kernel has not accepted."""
         if self.state is not State.CLOSED:
             self.bytes_out -= len(self._pending)
@@ -440,13 +445,13 @@ class Connection(HotPath):
     def end_now(self) -> None:
         """Close now; the client counts as aborted if replies, answers to complete lines, or unread input are left."""
         if self.is_owed or (self.state is State.OPEN and self.unread_bytes()):
-            self.abort("cut")
+            self.abort(CloseReason.CUT)
         else:
-            self.reason = self.reason or "drained"
+            self.reason = self.reason or CloseReason.DRAINED
             self.close()
 
-    def make_room(self) -> None:
-        """Close before the linger ends, because others need the descriptor.
+    def close_early(self) -> None:
+        """Close before the linger ends, because another client needs the descriptor.
 
         Input that has arrived is read first: closing a socket with unread input resets the client.
         """
@@ -457,7 +462,7 @@ class Connection(HotPath):
 
     def close_if_done(self) -> None:
         """Close if the client has ended its stream and its kernel has acknowledged every reply."""
-        if self._has_ended and not self.pace.owed:
+        if self._has_ended and not self.activity.owed_bytes:
             self.close()
 
     def _end_when_sent(self) -> None:
@@ -472,18 +477,19 @@ class Connection(HotPath):
             self._lose(error.errno or 0)
             return
         self.state = State.LINGERING
-        self._linger = self._owner.loop.call_later(sockets.LINGER_S, self._give_up)
+        self._linger = self._owner.loop.call_later(sockets.LINGER_S, self._end_linger)
 
-    def _give_up(self) -> None:
-        self._measure(0.0)
-        self.unacknowledged_bytes = max(0, self.pace.owed - 1)  # the FIN counts as one
+    def _end_linger(self) -> None:
+        self._measure_progress(0.0)
+        self.unacknowledged_bytes = max(0, self.activity.owed_bytes - 1)  # the FIN counts as one
         self.close()
 
     def _lose(self, error: int) -> None:  # noqa: ARG002 (every error means the same: the client is gone)
         """Close because the connection has failed, for example by a reset."""
-        if self.reason is None or self.reason == "client":
+        if self.reason is None or self.reason is CloseReason.CLIENT:
             # A balancer usually ends its health check with a reset; that is not a lost client.
-            self.reason = "client" if self.is_anonymous and not self.bytes_in else "reset"
+            is_health_check = self.is_anonymous and not self.bytes_in
+            self.reason = CloseReason.CLIENT if is_health_check else CloseReason.RESET
         self.close()
 
     def close(self) -> None:
@@ -500,7 +506,7 @@ class Connection(HotPath):
         if self._linger:
             self._linger.cancel()
         self._is_reading = self._is_writing = False
-        self._pending = b""
+        self._pending = bytearray()
         self._count_held()
         self._owner.memory.forget(self)
         os.close(self.descriptor)
@@ -508,21 +514,25 @@ class Connection(HotPath):
 
     # -- time ------------------------------------------------------------------------------------------------------
 
-    def look(self, now: float) -> None:
+    def sample(self, now: float) -> None:
         """Sample the client's progress for the timeouts; the owner calls this periodically."""
-        pace = self.pace
-        if pace.owed or self.state is not State.OPEN or pace.is_untaken(self.bytes_out):
-            self._measure(now)
-        # While replies are pending or lines are unanswered, the rest of a partial line is not even read.
-        is_in_line = self.echo.held_bytes > 0
-        pace.look(now, self.bytes_in, self.lines, is_in_line=is_in_line, is_unread=self.is_owed)
+        activity = self.activity
+        if activity.owed_bytes or self.state is not State.OPEN or activity.has_new_replies(self.bytes_out):
+            self._measure_progress(now)
+        activity.sample(
+            now,
+            self.bytes_in,
+            self.lines,
+            is_in_line=self.echo.held_bytes > 0,
+            is_read_paused=self.is_owed,
+        )
 
     def is_silent(self, now: float) -> bool:
-        """Whether, as of the last `look`, there has been no input for a while, no partial line and no pending reply."""
+        """Whether the last sample saw no input since an earlier one, no partial line and no reply that is owed."""
         return (
             self.state is State.OPEN
-            and self.pace.quiet_since < now
-            and not (self.pace.owed or self._is_draining or self.echo.held_bytes)
+            and self.activity.quiet_since < now
+            and not (self.activity.owed_bytes or self._is_draining or self.echo.held_bytes)
         )
 
     def park(self, until: float) -> None:
@@ -537,7 +547,7 @@ class Connection(HotPath):
 
     def start_draining(self, now: float) -> None:
         """Measure quiet time from now on, and wait for the client to acknowledge every reply before closing."""
-        self.pace.quiet_since = now
+        self.activity.quiet_since = now
         self._is_draining = True
         self.is_hot = False
 
@@ -545,11 +555,11 @@ class Connection(HotPath):
         """How many bytes have arrived but have not been read."""
         return sockets.unread_bytes(self.descriptor) if self.state is not State.CLOSED else 0
 
-    def _measure(self, now: float) -> None:
-        """Measure what is owed: bytes that the client's kernel has not acknowledged, or ours not accepted (Unix)."""
+    def _measure_progress(self, now: float) -> None:
+        """Measure the bytes owed: not acknowledged by the client's kernel (TCP), or not accepted by ours (Unix)."""
         if self.state is State.CLOSED:
             return
         unsent = len(self._pending)
         queued = sockets.unacknowledged_bytes(self.descriptor)
         owed = unsent if self.is_unix else unsent + queued
-        self.pace.measure(now, self.bytes_out - unsent - queued, owed)
+        self.activity.measure(now, accepted_bytes=self.bytes_out - unsent - queued, owed_bytes=owed)

@@ -15,15 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
+INTERFACE = 2
+"""Version of the functions and classes that the compiled module has to offer; raise it with every change of them."""
+
 CHUNK_BYTES = 65_536
 """The largest read."""
-
-# All connections share this buffer: only the event loop's thread uses it, and copies its content before the next read.
-_chunk = memoryview(bytearray(CHUNK_BYTES))
-
-
-INTERFACE = 1
-"""Version of the functions and classes that the compiled module has to offer; raised with every change of them."""
 
 UNIT_BYTES = 4096
 """A read counts as one unit of work, plus one for every UNIT_BYTES that it returns."""
@@ -38,19 +34,22 @@ libuv polls up to 48 times in a row, without running timers or adding new descri
 ready each time. Without a budget, that many clients with constant input could delay all others for seconds.
 """
 
+# All connections share this buffer: only the event loop's thread uses it, and copies its content before the next read.
+_chunk = memoryview(bytearray(CHUNK_BYTES))
 
-class _Turn:
+
+class _Iteration:
     """The work of reads in the current iteration of the event loop, and its limits."""
 
-    __slots__ = ("budget_units", "check_units", "is_checking", "unit_bytes", "units")
+    __slots__ = ("budget_units", "check_units", "is_detecting_next", "unit_bytes", "units")
 
     def __init__(self) -> None:
         self.units = 0
-        self.is_checking = False
+        self.is_detecting_next = False
         self.check_units, self.budget_units, self.unit_bytes = CHECK_UNITS, BUDGET_UNITS, UNIT_BYTES
 
 
-_turn = _Turn()
+_iteration = _Iteration()
 
 
 class PythonHotPath:
@@ -59,8 +58,8 @@ class PythonHotPath:
     The object itself is the callback, because a bound method for each connection would take 80 bytes. A subclass
     implements `_read`, which replaces the read here while `is_hot` is false, `_receive` for input (b"" at the end of
     the stream), `_keep_pending` for replies that the kernel did not accept, and `_lose` for an errno. It also
-    implements `_check_turn`, which schedules `begin_turn` for the next iteration of the event loop, and
-    `_postpone`, which schedules `read_now` for later.
+    implements `_detect_iteration`, which has `begin_iteration` called in the next iteration of the event loop, and
+    `_postpone`, which has `read_now` called later.
     """
 
     __slots__ = ("bytes_in", "bytes_out", "descriptor", "hot_lines", "is_hot", "line_bytes")
@@ -77,20 +76,20 @@ class PythonHotPath:
 
     def __call__(self) -> None:
         """Read once and answer, or queue the read if this iteration of the event loop has no budget left."""
-        turn = _turn
-        if turn.units >= turn.check_units:
-            if not turn.is_checking:
-                turn.is_checking = True
-                self._check_turn()
-            if turn.units >= turn.budget_units:
+        iteration = _iteration
+        if iteration.units >= iteration.check_units:
+            if not iteration.is_detecting_next:
+                iteration.is_detecting_next = True
+                self._detect_iteration()
+            if iteration.units >= iteration.budget_units:
                 self._postpone()
                 return
         self.read_now()
 
     def read_now(self) -> None:
         """Read once and answer."""
-        turn = _turn
-        turn.units += 1
+        iteration = _iteration
+        iteration.units += 1
         if not self.is_hot:
             self._read()
             return
@@ -101,7 +100,7 @@ class PythonHotPath:
         except OSError as error:
             self._lose(error.errno or 0)
             return
-        turn.units += received // turn.unit_bytes
+        iteration.units += received // iteration.unit_bytes
         self._receive(_chunk[:received].tobytes())
 
     def _read(self) -> None:
@@ -116,7 +115,7 @@ class PythonHotPath:
     def _lose(self, error: int) -> None:
         raise NotImplementedError
 
-    def _check_turn(self) -> None:
+    def _detect_iteration(self) -> None:
         raise NotImplementedError
 
     def _postpone(self) -> None:
@@ -130,7 +129,7 @@ def _load() -> "tuple[ModuleType | None, str]":
         from echod.server import _fastpath
     except ImportError as error:
         return None, str(error)
-    if getattr(_fastpath, "INTERFACE", 0) != INTERFACE:  # as in a checkout that was updated and not built again
+    if getattr(_fastpath, "INTERFACE", 0) != INTERFACE:  # a checkout that was updated and not built again
         return None, "it was built for another version of echod; `make fastpath` builds it anew"
     return _fastpath, ""
 
@@ -154,21 +153,23 @@ def acceptor(listener: socket.socket) -> "Callable[[], Accepted | None]":
     return python_acceptor(listener)
 
 
-def begin_turn() -> None:
+def begin_iteration() -> None:
     """Allow direct reads again, and count their work from zero; call it when an iteration of the event loop begins."""
     if _compiled:
-        _compiled.begin_turn()
+        _compiled.begin_iteration()
     else:
-        _turn.units = 0
-        _turn.is_checking = False
+        _iteration.units = 0
+        _iteration.is_detecting_next = False
 
 
-def limit_turn(check_units: int = CHECK_UNITS, budget_units: int = BUDGET_UNITS, unit_bytes: int = UNIT_BYTES) -> None:
+def limit_iteration(
+    *, check_units: int = CHECK_UNITS, budget_units: int = BUDGET_UNITS, unit_bytes: int = UNIT_BYTES
+) -> None:
     """Set how much work reads may do in one iteration of the event loop: see CHECK_UNITS and BUDGET_UNITS."""
     if _compiled:
-        _compiled.limit_turn(check_units, budget_units, unit_bytes)
+        _compiled.limit_iteration(check_units, budget_units, unit_bytes)
     else:
-        _turn.check_units, _turn.budget_units, _turn.unit_bytes = check_units, budget_units, unit_bytes
+        _iteration.check_units, _iteration.budget_units, _iteration.unit_bytes = check_units, budget_units, unit_bytes
 
 
-limit_turn()
+limit_iteration()

@@ -1,4 +1,4 @@
-"""The memory held for all clients together: partial lines, complete lines not answered yet, and pending replies.
+"""The limit of the memory held for all clients together: partial lines, unanswered lines, and pending replies.
 
 Owns the sum, and the set of clients whose reading is paused because of it. While the sum exceeds its limit, echod reads
 from a client only if that client holds very little, or if the rest of its partial line has arrived and the excess is
@@ -26,19 +26,20 @@ reading its replies."""
 class Waiting(Protocol):
     """A client whose reading is paused because the memory limit is exceeded."""
 
-    def on_memory(self) -> None:
+    def retry_read(self) -> None:
         """Try to read again."""
 
 
-class Memory:
-    """Counts the bytes held for clients against a limit; calls `on_full` when the limit is exceeded."""
+class MemoryLimit:
+    """Counts the bytes held for clients against a limit; calls `on_exceeded` when they exceed it."""
 
-    def __init__(self, on_full: Callable[[], None]) -> None:
+    def __init__(self, on_exceeded: Callable[[], None]) -> None:
         self.held_bytes = 0
         self.limit_bytes = 0
-        self.is_full = False
+        self.is_exceeded = False
+        """Whether the limit was exceeded and the sum has not fallen to `RESUME_SHARE` of it since."""
         self._waiting: set[Waiting] = set()
-        self._on_full = on_full
+        self._on_exceeded = on_exceeded
 
     @property
     def waiting(self) -> int:
@@ -53,20 +54,20 @@ class Memory:
     def set_limit(self, limit_bytes: int) -> None:
         """Change the limit; it applies immediately."""
         self.limit_bytes = limit_bytes
-        self.change(0)
+        self.add(0)
 
-    def change(self, more_bytes: int) -> None:
+    def add(self, more_bytes: int) -> None:
         """Add to the bytes held, or subtract if `more_bytes` is negative."""
         self.held_bytes += more_bytes
-        if not self.is_full and self.held_bytes > self.limit_bytes:
-            self.is_full = True
-            self._on_full()
-        elif self.is_full and self.held_bytes <= self.limit_bytes * RESUME_SHARE:
-            self.is_full = False
+        if not self.is_exceeded and self.held_bytes > self.limit_bytes:
+            self.is_exceeded = True
+            self._on_exceeded()
+        elif self.is_exceeded and self.held_bytes <= self.limit_bytes * RESUME_SHARE:
+            self.is_exceeded = False
             self.retry()
 
     def wait(self, client: Waiting) -> None:
-        """Call the client's `on_memory` once, when memory may be available again."""
+        """Call the client's `retry_read` once, when memory may be available again."""
         self._waiting.add(client)
 
     def forget(self, client: Waiting) -> None:
@@ -77,4 +78,4 @@ class Memory:
         """Let every paused client try to read again; the owner calls this periodically."""
         waiting, self._waiting = self._waiting, set()
         for client in waiting:
-            client.on_memory()
+            client.retry_read()

@@ -17,21 +17,12 @@ import msgspec
 from msgspec import Struct, field
 
 from echod import __version__
+from echod.telemetry.reasons import CloseReason, RejectReason
 
 State = Literal["serving", "draining"]
 
-CLOSE_REASONS = (
-    "client",
-    "reset",
-    "idle",
-    "line timeout",
-    "write timeout",
-    "line too long",
-    "invalid utf-8",
-    "drained",
-    "cut",
-)
-REJECT_REASONS = ("limit", "address", "proxy")
+CLOSE_REASONS = tuple(reason.value for reason in CloseReason)
+REJECT_REASONS = tuple(reason.value for reason in RejectReason)
 
 
 class Figure(Struct, frozen=True):
@@ -291,9 +282,9 @@ class Stats(Struct):
             elif name in past:
                 setattr(self, name, past[name])
 
-    def close(self, reason: str, traffic: Traffic) -> None:
+    def close(self, reason: CloseReason, traffic: Traffic) -> None:
         """Count a connection as closed and add what it has counted."""
-        self.closed[reason] += 1
+        self.closed[reason.value] += 1
         self.lines += traffic.lines
         self.bytes_in += traffic.bytes_in
         self.bytes_out += traffic.bytes_out

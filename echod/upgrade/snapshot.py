@@ -41,20 +41,20 @@ def past(connection: Connection, *, is_counted: bool) -> ConnectionState:
         lines=connection.lines,
         unfinished=connection.echo.unfinished,
         unsent=connection.pending,
-        reason=connection.reason,
-        pace=connection.pace.past(),
+        reason=connection.reason and connection.reason.value,
+        pace=connection.activity.save(),
     )
 
 
-def state_of_handshake(prelude: ProxyHandshake) -> ConnectionState:
+def state_of_handshake(handshake: ProxyHandshake) -> ConnectionState:
     """Everything about a client whose PROXY header isn't there yet."""
     return ConnectionState(
-        descriptor=prelude.sock.fileno(),
-        family=prelude.sock.family,
-        peer=address_of(prelude.peer),
+        descriptor=handshake.sock.fileno(),
+        family=handshake.sock.family,
+        peer=address_of(handshake.peer),
         is_counted=False,
-        opened_at=prelude.began_at,
-        header=prelude.header,
+        opened_at=handshake.began_at,
+        header=handshake.header,
     )
 
 

@@ -22,7 +22,7 @@ import pytest
 from echod.config.schema import RESERVED_FILES
 from echod.net.sockets import LINGER_S
 from echod.process.limits import allowed_open_files
-from echod.server.admission import LEAST_LINGERING
+from echod.server.admission import MIN_LINGERING
 from tests.integration.test_inheriting import activated, two_sockets
 from tests.support.daemon import (
     CONSOLE_SCRIPT,
@@ -588,7 +588,7 @@ def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, 
     rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"
     path.write_text(f"listen = [{kept}, {gone}]\n{rest}")
     with installed.serving("-c", str(path)) as echod, contextlib.ExitStack() as clients:
-        served, *_ = [clients.enter_context(connect(port)) for _ in range(LEAST_LINGERING + 1)]
+        served, *_ = [clients.enter_context(connect(port)) for _ in range(MIN_LINGERING + 1)]
         assert ask(served, b"hello\n") == b"HELLO\n"
         late = [clients.enter_context(connect(port)) for _ in range(5)]
         path.write_text(f"listen = [{kept}]\n{rest}")

@@ -4,6 +4,7 @@ import pytest
 
 from echod.config.schema import Limits
 from echod.server.admission import Admission
+from echod.telemetry.reasons import RejectReason
 from echod.telemetry.stats import Stats
 
 
@@ -25,19 +26,16 @@ def test_an_ipv4_client_of_a_dual_stack_listener_counts_by_its_ipv4_address(
     """Whichever listener it came through; clients of Unix sockets have no address to be limited by."""
     admission = Admission(Stats({}), 1024)
     limits = Limits(connections_per_address=1)
-    assert admission.refusal(first, 0, limits) is None
+    assert admission.check(first, 0, limits) is None
     admission.admit(first)
-    refusal = admission.refusal(second, 1, limits)
-    assert bool(refusal) is is_same
+    reason = admission.check(second, 1, limits)
+    assert bool(reason) is is_same
     admission.release(first)
-    assert admission.refusal(second, 0, limits) is None
+    assert admission.check(second, 0, limits) is None
 
 
 def test_the_limit_of_all_comes_first() -> None:
     """If both limits are reached, the error names the global one, which the client cannot avoid."""
     admission = Admission(Stats({}), 1024)
     admission.admit("192.0.2.1")
-    assert admission.refusal("192.0.2.1", 1, Limits(connections=1, connections_per_address=1)) == (
-        "limit",
-        "too many connections",
-    )
+    assert admission.check("192.0.2.1", 1, Limits(connections=1, connections_per_address=1)) is RejectReason.LIMIT

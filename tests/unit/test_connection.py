@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -18,9 +20,10 @@ from echod.protocol.echo import SLICE_LINES
 from echod.server import fastpath, scheduler, timeouts
 from echod.server.connection import Connection, State
 from echod.server.fastpath import CHUNK_BYTES
-from echod.server.memory import SPARE_BYTES, Memory
+from echod.server.memory import SPARE_BYTES, MemoryLimit
 from echod.server.scheduler import Scheduler
 from echod.server.state import ConnectionState
+from echod.telemetry.reasons import CloseReason
 from tests.support.daemon import DEADLINE_S
 
 LINE_BYTES = 65_536
@@ -40,8 +43,8 @@ class Keeper:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.turns = Scheduler()
-        self.memory = Memory(self._on_full)
+        self.scheduler = Scheduler()
+        self.memory = MemoryLimit(self._on_full)
         self.memory.set_limit(1 << 30)
         self.full = 0
         self.active: list[Connection] = []
@@ -65,7 +68,7 @@ class Keeper:
         ours.setblocking(False)
         connection = kind(self, ours.detach(), "", LINE_BYTES, self.loop.time(), is_unix=True)
         if past:
-            connection.resume(past)
+            connection.restore(past)
         return connection
 
     def open(self, ours: socket.socket, **options: Any) -> Connection:
@@ -140,7 +143,7 @@ def test_one_client_holds_at_most_the_line_limit_and_three_chunks(begun: int) ->
         await until(lambda: connection.pending)
         held = connection.held_bytes
         sending.cancel()
-        connection.abort("cut")
+        connection.abort(CloseReason.CUT)
         return held
 
     rest = GROWING[begun:] + b"\n" + 1000 * ("ΐ".encode() * 100 + b"\n")
@@ -164,6 +167,35 @@ def test_what_was_owed_before_an_upgrade_is_forgotten_when_it_was_taken() -> Non
         await until(lambda: not connection.pending)
         assert sys.getrefcount(unsent) == before
         connection.end_now()
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_sending_pending_replies_takes_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads a large reply in small portions costs no copy of the rest for each of them."""
+    portion, portions = 2_048, 8_192
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        keeper = Keeper()
+        unsent = b"0123456789abcdef" * (portion * portions // 16)
+        saved = ConnectionState(descriptor=0, family=socket.AF_UNIX, peer=b"", opened_at=0.0, unsent=unsent)
+        connection = keeper.open(ours, past=saved)
+        sent: list[bytes] = []
+
+        def write(_: int, data: bytearray) -> int:
+            sent.append(bytes(memoryview(data)[:portion]))
+            return portion
+
+        monkeypatch.setattr(os, "write", write)
+        began_at = time.process_time()
+        while connection.held_bytes:
+            connection._on_writable()
+            assert keeper.memory.held_bytes == connection.held_bytes == len(unsent) - portion * len(sent)
+        assert time.process_time() - began_at < 2, "copying the rest each time takes tens of seconds"
+        monkeypatch.undo()
+        assert b"".join(sent) == unsent
+        connection.abort(CloseReason.CUT)
 
     with pair() as (ours, client):
         run(scenario(ours, client))
@@ -200,7 +232,7 @@ def test_a_client_that_sends_much_at_once_leaves_others_their_turn() -> None:
 
 def test_costly_input_waits_its_turn_and_everyone_else_is_answered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of whitespace lines, each of which costs as much as a whole chunk of text: an echo comes in between."""
-    monkeypatch.setattr(scheduler, "SLICE_S", 0.0)  # one step a turn
+    monkeypatch.setattr(scheduler, "STEPS_S", 0.0)  # one step a turn
     chunk = b" \n" * (CHUNK_BYTES // 2)
     assert chunk.count(b"\n") > SLICE_LINES
 
@@ -228,9 +260,9 @@ def test_costly_input_waits_its_turn_and_everyone_else_is_answered_meanwhile(mon
 @pytest.fixture
 def short_turns() -> Iterator[None]:
     """Turns of the event loop have room for five reads."""
-    fastpath.limit_turn(check_units=2, budget_units=5)
+    fastpath.limit_iteration(check_units=2, budget_units=5)
     yield
-    fastpath.limit_turn()
+    fastpath.limit_iteration()
 
 
 @pytest.mark.usefixtures("short_turns")
@@ -275,8 +307,8 @@ def test_a_client_that_is_gone_before_its_turn_to_be_read_from_is_no_trouble() -
             connection()  # as the event loop does
         waiting = [each for each in connections if each.bytes_in == 0]
         assert len(waiting) > 8
-        waiting[0].abort("cut")
-        waiting[1].finish("drained")
+        waiting[0].abort(CloseReason.CUT)
+        waiting[1].finish(CloseReason.DRAINED)
         await until(lambda: all(each.bytes_in or each.state is not State.OPEN for each in connections))
         for each in connections:
             each.end_now()
@@ -304,7 +336,7 @@ def test_lines_that_wait_their_turn_cross_an_upgrade() -> None:
             bytes_in=before.bytes_in,
             lines=before.lines,
             unfinished=before.echo.unfinished,
-            pace=before.pace.past(),
+            pace=before.activity.save(),
         )
         before.close()
         after = keeper.open(ours, past=past)
@@ -332,7 +364,7 @@ def test_the_client_ends_its_stream_with_nothing_pending() -> None:
         client.shutdown(socket.SHUT_WR)
         assert await received(client, 100) == b"ONE\nTWO\n"
         await until(lambda: keeper.closed)
-        assert (connection.state, connection.reason, connection.lines) == (State.CLOSED, "client", 2)
+        assert (connection.state, connection.reason, connection.lines) == (State.CLOSED, CloseReason.CLIENT, 2)
 
     with pair() as (ours, client):
         run(scenario(ours, client))
@@ -352,7 +384,7 @@ def test_the_client_ends_its_stream_with_replies_pending() -> None:
             while await keeper.loop.sock_recv(client, CHUNK_BYTES):
                 pass
         await until(lambda: keeper.closed)
-        assert (connection.reason, connection.bytes_out) == ("client", 7)
+        assert (connection.reason, connection.bytes_out) == (CloseReason.CLIENT, 7)
 
     with pair() as (ours, client):
         fill(ours)
@@ -365,14 +397,14 @@ def test_finished_it_lingers_until_the_client_ends_its_stream() -> None:
     async def scenario(ours: socket.socket, client: socket.socket) -> None:
         keeper = Keeper()
         connection = keeper.open(ours)
-        connection.finish("idle", "idle for 1 s")
-        connection.finish("drained")
+        connection.finish(CloseReason.IDLE, "idle for 1 s")
+        connection.finish(CloseReason.DRAINED)
         assert connection.state is State.LINGERING
         await keeper.loop.sock_sendall(client, b"too late\n")
         assert await received(client, 100) == b"ERROR idle for 1 s\n"
         client.shutdown(socket.SHUT_WR)
         await until(lambda: keeper.closed)
-        assert (connection.reason, connection.lines, connection.bytes_in) == ("idle", 0, 0)
+        assert (connection.reason, connection.lines, connection.bytes_in) == (CloseReason.IDLE, 0, 0)
 
     with pair() as (ours, client):
         run(scenario(ours, client))
@@ -384,7 +416,7 @@ def test_it_lingers_no_longer_than_a_second(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def scenario(ours: socket.socket) -> None:
         keeper = Keeper()
-        keeper.open(ours).finish("drained")
+        keeper.open(ours).finish(CloseReason.DRAINED)
         await until(lambda: keeper.closed)
 
     with pair() as (ours, _):
@@ -399,7 +431,7 @@ def test_finished_with_replies_pending_it_sends_them_first() -> None:
         connection = keeper.open(ours)
         await keeper.loop.sock_sendall(client, b"a line\n")
         await until(lambda: connection.pending)
-        connection.finish("idle", "idle for 1 s")
+        connection.finish(CloseReason.IDLE, "idle for 1 s")
         assert connection.state.name == "FLUSHING"
         data = b""
         while more := await keeper.loop.sock_recv(client, CHUNK_BYTES):
@@ -425,7 +457,7 @@ def test_a_reset_is_noticed_even_right_after_input(sent: bytes) -> None:
             client.send(sent)
         reset(client)
         await until(lambda: keeper.closed)
-        assert connection.reason == "reset"
+        assert connection.reason is CloseReason.RESET
 
     with tcp_pair() as (ours, client):
         run(scenario(ours, client))
@@ -440,7 +472,7 @@ def test_a_reset_is_noticed_while_replies_are_pending() -> None:
         await until(lambda: client.send(b"a line\n") and connection.pending)
         reset(client)
         await until(lambda: keeper.closed)
-        assert connection.reason == "reset"
+        assert connection.reason is CloseReason.RESET
 
     with tcp_pair() as (ours, client):
         fill(ours)
@@ -457,7 +489,7 @@ def test_a_client_that_resets_after_its_end_of_stream_counts_as_reset() -> None:
         connection._receive_end()
         reset(client)
         await until(lambda: keeper.closed)
-        assert connection.reason == "reset"
+        assert connection.reason is CloseReason.RESET
 
     with tcp_pair() as (ours, client):
         fill(ours)
@@ -472,10 +504,10 @@ def test_what_failed_before_it_was_opened_is_lost() -> None:
         reset(client)
         connection = keeper.open(ours)
         await until(lambda: keeper.closed)
-        assert connection.reason == "reset"
+        assert connection.reason is CloseReason.RESET
         assert connection.unread_bytes() == 0
         connection._lose(errno.ECONNRESET)
-        connection.abort("cut")
+        connection.abort(CloseReason.CUT)
         assert len(keeper.closed) == 1
 
     with tcp_pair() as (ours, client):
@@ -488,13 +520,13 @@ def test_what_failed_before_it_was_opened_is_lost() -> None:
 @pytest.mark.parametrize(
     ("begun", "late", "reason"),
     [
-        (b"hello\n", b"", "idle"),
+        (b"hello\n", b"", CloseReason.IDLE),
         (b"hello\n", b"again\n", None),
-        (b"begun", b"", "line timeout"),
+        (b"begun", b"", CloseReason.LINE_TIMEOUT),
         (b"begun", b" and ended\n", None),
     ],
 )
-def test_what_has_arrived_and_was_not_read_is_in_time(begun: bytes, late: bytes, reason: str | None) -> None:
+def test_what_has_arrived_and_was_not_read_is_in_time(begun: bytes, late: bytes, reason: CloseReason | None) -> None:
     """A process that was stopped for a while reads before it calls anyone idle or slow."""
 
     async def scenario(ours: socket.socket, client: socket.socket) -> None:
@@ -509,8 +541,8 @@ def test_what_has_arrived_and_was_not_read_is_in_time(begun: bytes, late: bytes,
         timeouts.enforce_timeouts(
             connection, keeper.loop.time() + 2, limits
         )  # no turn of the loop in between: it wasn't read
-        assert connection.reason == reason
-        connection.abort("cut")
+        assert connection.reason is reason
+        connection.abort(CloseReason.CUT)
 
     with pair() as (ours, client):
         run(scenario(ours, client))
@@ -523,7 +555,7 @@ def test_a_parked_connection_comes_back_with_its_next_input() -> None:
         keeper = Keeper()
         connection = keeper.open(ours)
         now = keeper.loop.time()
-        connection.look(now)
+        connection.sample(now)
         assert connection.is_silent(now + 1)
         connection.park(now + 300)
         assert not connection.is_hot
@@ -531,7 +563,7 @@ def test_a_parked_connection_comes_back_with_its_next_input() -> None:
         assert await received(client, 6) == b"HELLO\n"
         assert keeper.active == [connection]
         assert connection.is_hot
-        connection.look(now + 2)
+        connection.sample(now + 2)
         assert not connection.is_silent(now + 2)
         connection.end_now()
 
@@ -549,9 +581,9 @@ def test_a_connection_that_is_not_at_rest_is_never_silent(sent: bytes) -> None:
         client.send(sent)
         await until(lambda: connection.bytes_in)
         for later in range(3):
-            connection.look(keeper.loop.time() + later)
+            connection.sample(keeper.loop.time() + later)
         assert not connection.is_silent(keeper.loop.time() + 10)
-        connection.abort("cut")
+        connection.abort(CloseReason.CUT)
 
     with pair() as (ours, client):
         if sent.endswith(b"\n"):
@@ -561,7 +593,7 @@ def test_a_connection_that_is_not_at_rest_is_never_silent(sent: bytes) -> None:
 
 def test_replies_that_wait_their_turn_past_a_look_are_owed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that takes none of them is aborted, although nothing of it was owed when its input was first seen."""
-    monkeypatch.setattr(scheduler, "SLICE_S", 0.0)  # one step a turn
+    monkeypatch.setattr(scheduler, "STEPS_S", 0.0)  # one step a turn
 
     async def scenario(ours: socket.socket, client: socket.socket) -> None:
         keeper = Keeper()
@@ -576,7 +608,7 @@ def test_replies_that_wait_their_turn_past_a_look_are_owed_too(monkeypatch: pyte
         timeouts.enforce_timeouts(connection, start + 1, limits)
         assert not connection.is_silent(start + 2)
         timeouts.enforce_timeouts(connection, start + 3, limits)
-        assert connection.reason == "write timeout"
+        assert connection.reason is CloseReason.WRITE_TIMEOUT
 
     with pair() as (ours, client):
         fill(ours)
@@ -598,7 +630,7 @@ def test_what_clients_hold_is_counted_and_given_back() -> None:
         client.send(b" line\n")
         await until(lambda: connection.pending)
         assert keeper.memory.held_bytes == len(connection.pending) == 13
-        connection.abort("cut")
+        connection.abort(CloseReason.CUT)
         assert keeper.memory.held_bytes == 0
 
     with pair() as (ours, client):
@@ -617,7 +649,7 @@ def test_a_client_that_is_lost_while_it_takes_its_turn_holds_nothing() -> None:
         assert keeper.memory.held_bytes
         client.close()
         await until(lambda: keeper.closed)
-        assert connection.reason == "reset"
+        assert connection.reason is CloseReason.RESET
         assert keeper.memory.held_bytes == 0
 
     with pair() as (ours, client):
@@ -648,7 +680,7 @@ def test_over_the_limit_only_a_client_that_holds_little_is_read_from() -> None:
         assert await received(client, 20_002) == b"X" * 20_000 + b"Y\n"
         assert not keeper.memory.waiting
         for each in (greedy, modest):
-            each.abort("cut")
+            each.abort(CloseReason.CUT)
         assert keeper.memory.held_bytes == 0
 
     with pair() as (ours, client), pair() as (others, other):
@@ -662,12 +694,12 @@ def test_over_the_limit_no_read_brings_more_than_a_little() -> None:
         keeper = Keeper()
         keeper.memory.set_limit(0)
         connection = keeper.open(ours)
-        keeper.memory.change(1)
+        keeper.memory.add(1)
         connection.is_hot = False
         client.send(b"x" * 50_000)
         await until(lambda: keeper.memory.waiting)
         assert SPARE_BYTES < connection.held_bytes <= 2 * SPARE_BYTES
-        connection.abort("cut")
+        connection.abort(CloseReason.CUT)
 
     with pair() as (ours, client):
         run(scenario(ours, client))
@@ -690,7 +722,7 @@ def test_a_client_that_waits_for_memory_has_a_line_timeout_all_the_same() -> Non
         timeouts.enforce_timeouts(connection, start, limits)
         keeper.memory.retry()
         timeouts.enforce_timeouts(connection, start + 2, limits)
-        assert connection.reason == "line timeout"
+        assert connection.reason is CloseReason.LINE_TIMEOUT
         connection.close()
         assert keeper.memory.held_bytes == 0
 
@@ -739,7 +771,7 @@ def test_far_over_the_limit_no_partial_line_is_read_to_its_end() -> None:
         keeper.memory.set_limit(19_000)
         keeper.memory.retry()
         assert await received(client, 20_001) == b"X" * 20_000 + b"\n"
-        connection.abort("cut")
+        connection.abort(CloseReason.CUT)
 
     with pair() as (ours, client):
         run(scenario(ours, client))

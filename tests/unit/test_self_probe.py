@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import uvloop
+from structlog.testing import capture_logs
 
 from echod.process import limits
 from echod.server import self_probe
@@ -21,7 +22,7 @@ async def _passes(check: SelfProbe, listener: socket.socket, reply: bytes | None
     asked = asyncio.ensure_future(check.passes(listener, DEADLINE_S if reply else 1))
     client, peer = await loop.sock_accept(listener)
     with client:
-        assert check.is_ours(peer)
+        assert check.is_self_probe(peer)
         assert await loop.sock_recv(client, 100) == LINE
         if reply:
             await loop.sock_sendall(client, reply)
@@ -54,8 +55,8 @@ def test_nobody_else_is_taken_for_our_check() -> None:
             stranger.bind(name)
         client, peer = await loop.sock_accept(listener)
         with client:
-            assert check.is_ours(peer)
-            assert not check.is_ours(peer), "a later client with that address is not ours"
+            assert check.is_self_probe(peer)
+            assert not check.is_self_probe(peer), "a later client with that address is not ours"
             assert await loop.sock_recv(client, 100) == LINE
             assert await loop.sock_recv(client, 100) == b"", "our end is closed once it is accepted"
         assert check.names == []
@@ -91,23 +92,25 @@ def test_the_check_of_the_predecessor_is_expected_for_a_moment(monkeypatch: pyte
     async def scenario() -> None:
         check = SelfProbe()
         check.expect([("127.0.0.1", 1), ("127.0.0.1", 2)])
-        assert check.is_ours(("127.0.0.1", 1))
-        assert not check.is_ours(("127.0.0.1", 1))
+        assert check.is_self_probe(("127.0.0.1", 1))
+        assert not check.is_self_probe(("127.0.0.1", 1))
         monkeypatch.setattr(self_probe, "_PREDECESSORS_S", -1.0)
         check.expect([("127.0.0.1", 2)])
-        assert not check.is_ours(("127.0.0.1", 2))
+        assert not check.is_self_probe(("127.0.0.1", 2))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(scenario())
 
 
-def test_a_check_that_can_t_be_made_tells_nothing() -> None:
-    """A refusal, as of a port that is being closed, says nothing about the service."""
+def test_an_impossible_probe_is_logged_once_and_proves_nothing() -> None:
+    """A refused connection, as of a port that is being closed, says nothing about the service."""
 
-    async def scenario() -> bool:
+    async def scenario() -> list[bool]:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))
-            return await SelfProbe().passes(bound, DEADLINE_S)
+            probe = SelfProbe()
+            return [await probe.passes(bound, DEADLINE_S) for _ in range(2)]
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(scenario())
+    with capture_logs() as logged, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(scenario()) == [True, True]
+    assert logged == [{"event": "self-probe impossible", "log_level": "debug", "why": "connection refused"}]

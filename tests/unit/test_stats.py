@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from echod import __version__
 from echod.cli.stats_rates import flat
 from echod.process import limits
-from echod.telemetry.stats import CLOSE_REASONS, REJECT_REASONS, Stats, figures
+from echod.telemetry.reasons import CloseReason, EndReason, RejectReason, end_reason
+from echod.telemetry.stats import REJECT_REASONS, Stats, figures
 
 NAMES = {
     "pid",
@@ -59,7 +60,7 @@ class Carried:
 
 counts = st.integers(0, 2**70)
 carried = st.builds(Carried, lines=counts, bytes_in=counts, bytes_out=counts, held_bytes=counts)
-closings = st.lists(st.tuples(st.sampled_from(CLOSE_REASONS), carried), max_size=20)
+closings = st.lists(st.tuples(st.sampled_from(CloseReason), carried), max_size=20)
 
 
 def new_stats(**gauges: Callable[[], int]) -> Stats:
@@ -110,7 +111,7 @@ def test_all_starts_at_nothing() -> None:
 
 
 @given(closings, st.lists(carried, max_size=20))
-def test_sums(closed: list[tuple[str, Carried]], live: list[Carried]) -> None:
+def test_sums(closed: list[tuple[CloseReason, Carried]], live: list[Carried]) -> None:
     """Lines and bytes are those of the closed connections and of the live ones, at this moment."""
     stats = new_stats()
     for reason, traffic in closed:
@@ -121,12 +122,14 @@ def test_sums(closed: list[tuple[str, Carried]], live: list[Carried]) -> None:
     assert shown["bytes_in"] == sum(each.bytes_in for each in everyone)
     assert shown["bytes_out"] == sum(each.bytes_out for each in everyone)
     assert shown["connections"]["closed"] == {
-        reason: [other for other, _ in closed].count(reason) for reason in CLOSE_REASONS
+        reason.value: [other for other, _ in closed].count(reason) for reason in CloseReason
     }
 
 
 @given(closings, st.lists(carried, max_size=20), st.integers(0, 9))
-def test_accepted_is_open_and_closed(closed: list[tuple[str, Carried]], live: list[Carried], rejected: int) -> None:
+def test_accepted_is_open_and_closed(
+    closed: list[tuple[CloseReason, Carried]], live: list[Carried], rejected: int
+) -> None:
     """Accepted = open + closed; a rejected client is in neither."""
     stats = new_stats()
     stats.accepted = len(closed) + len(live)
@@ -147,14 +150,15 @@ def test_a_snapshot_does_not_change_and_changes_nothing() -> None:
     as_text = json.dumps(before)
     stats.accepted += 1
     stats.rejected["limit"] += 1
-    stats.close("client", Carried(1, 2, 3))
+    stats.close(CloseReason.CLIENT, Carried(1, 2, 3))
     assert json.dumps(before) == as_text
 
 
-def test_an_unknown_reason_is_no_silent_count() -> None:
-    """A connection can only be closed for a reason that the contract names."""
-    with pytest.raises(KeyError):
-        new_stats().close("whim", Carried(0, 0, 0))
+@pytest.mark.parametrize("reason", [*CloseReason, *RejectReason])
+def test_a_reason_is_restored_from_its_value(reason: EndReason) -> None:
+    """A live upgrade passes the value on; one that this version does not know counts as drained."""
+    assert end_reason(reason.value) is reason
+    assert end_reason("unknown") is CloseReason.DRAINED
 
 
 def test_what_others_count_is_passed_on() -> None:
