@@ -2,10 +2,10 @@
 
 Whatever prevents the build is a warning of one line, because echod runs in Python without it. In the environment:
 ECHOD_FASTPATH=0 skips the build; ECHOD_BUILD_STRICT=1, for CI, turns compiler warnings and a failed build into errors;
-CC, CFLAGS and LDFLAGS mean what they mean everywhere.
+CC, CFLAGS and LDFLAGS have their usual meaning.
 
-There is one file to compile, so this calls the compiler itself. A switch to setuptools would bring the flags that the
-interpreter was built with, and a platform tag even for a wheel without the extension.
+There is one file to compile, so this calls the compiler directly. setuptools would add the flags that the interpreter
+was built with, and a platform tag even to a wheel without the extension.
 """
 
 import argparse
@@ -25,26 +25,26 @@ PROJECT = Path(__file__).resolve().parent.parent
 SOURCE = "echod/server/_fastpath.pyx"
 NAME = f"_fastpath{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-# -fwrapv: CPython's headers expect it. No debug information and no path of this machine: a build can be reproduced.
+# CPython's headers expect -fwrapv. Without debug information and paths of this machine, builds are reproducible.
 RELEASE = (
     *("-O3", "-g0", "-DNDEBUG", "-fwrapv", "-fvisibility=hidden"),
     *("-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", "-Wl,-z,relro,-z,now"),
 )
 
-# A finding ends the process. Without -fwrapv, which would define what the sanitizer looks for.
+# A finding ends the process. Not with -fwrapv, which would make the overflows that UBSan looks for defined.
 SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 class NotBuiltError(Exception):
-    """Why there is no compiled fast path, in one line; `details` is all that the failed program said."""
+    """The fast path was not compiled. The message is one line; `details` is the whole output of the failed program."""
 
     def __init__(self, reason: str, details: str = "") -> None:
         super().__init__(reason)
         self.details = details
 
 
-def build(folder: Path, flags: Sequence[str] = RELEASE) -> Path:
-    """Compile the extension into the folder, for the Python that runs this; raises NotBuiltError."""
+def build(directory: Path, flags: Sequence[str] = RELEASE) -> Path:
+    """Compile the extension into the directory, for the running Python; raise NotBuiltError if that fails."""
     _refuse_if_off()
     compiler = _compiler()
     include = sysconfig.get_path("include")
@@ -54,21 +54,21 @@ def build(folder: Path, flags: Sequence[str] = RELEASE) -> Path:
         # With relative names, because the generated code and the compiler's messages repeat them.
         cython = (sys.executable, "-P", "-m", "cython", "-3", "--module-name", "echod.server._fastpath")
         strict = ("-Werror",) if is_strict() else ()
-        _run(*cython, "-Wextra", *strict, "-o", f"{work}/_fastpath.c", SOURCE, folder=PROJECT)
+        _run(*cython, "-Wextra", *strict, "-o", f"{work}/_fastpath.c", SOURCE, directory=PROJECT)
         flags = (*flags, f"-ffile-prefix-map={work}=.", "-Wall", "-Wextra", *strict, *_flags("CFLAGS"))
         _run(
             *(*compiler, "-shared", "-fPIC", f"-I{include}", *flags),
             *("_fastpath.c", "-o", NAME, *_flags("LDFLAGS")),
-            folder=work,
+            directory=work,
         )
         # Renamed into place, because a running echod may have mapped the old one.
-        new = folder / f"{NAME}.{os.getpid()}"
+        new = directory / f"{NAME}.{os.getpid()}"
         shutil.copy(f"{work}/{NAME}", new)
-    return new.rename(folder / NAME)
+    return new.rename(directory / NAME)
 
 
 def build_in_place() -> None:
-    """Compile it beside its source, if what is there is missing or older; removes an old one that can't be replaced."""
+    """Compile the extension beside its source, unless it is up to date; remove an old one even if the build fails."""
     _refuse_if_off()
     target = PROJECT / "echod" / "server" / NAME
     sources = (PROJECT / SOURCE, Path(__file__))
@@ -88,7 +88,7 @@ def is_strict() -> bool:
 
 
 def _compiler() -> list[str]:
-    """The compiler's command: CC, else the one that compiled this Python, else the system's."""
+    """Return the compiler's command: CC, else the compiler of this Python, else the system's."""
     if named := os.environ.get("CC"):
         if not shutil.which(shlex.split(named)[0]):
             raise NotBuiltError(f"CC={named} not found")
@@ -103,10 +103,10 @@ def _flags(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
 
-def _run(*command: str, folder: str | Path) -> None:
-    environment = os.environ | {"LC_ALL": "C"}  # its messages are searched
+def _run(*command: str, directory: str | Path) -> None:
+    environment = os.environ | {"LC_ALL": "C"}  # the messages are parsed
     done = subprocess.run(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         program = "cython" if "cython" in command else command[0]
@@ -118,7 +118,7 @@ def _run(*command: str, folder: str | Path) -> None:
 
 
 def report(error: NotBuiltError | None) -> str:
-    """What to tell who builds; raises SystemExit where a failed build is an error."""
+    """Return a line about the result; raise SystemExit if a failed build is an error."""
     if error is None:
         return "fast path: compiled"
     said = f"fast path: not built: {error}; echod runs in Python"
@@ -127,23 +127,23 @@ def report(error: NotBuiltError | None) -> str:
     return said
 
 
-if __name__ != "__main__":  # the command needs no hatchling, and is in a hurry
+if __name__ != "__main__":  # the command needs no hatchling, and its import takes time
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
     class FastPathHook(BuildHookInterface[Any]):
-        """Puts the extension into a wheel and gives that its platform's tag; an editable one is built in place."""
+        """Adds the extension and the platform tag to a wheel; for an editable install, compiles it in place."""
 
-        _folder: "tempfile.TemporaryDirectory[str] | None" = None
+        _directory: "tempfile.TemporaryDirectory[str] | None" = None
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-            """Compile it before the wheel is made."""
+            """Compile the extension before the wheel is built."""
             failure = None
             try:
                 if version == "editable":
                     build_in_place()
                 else:
-                    self._folder = tempfile.TemporaryDirectory(prefix="echod-fastpath-")
-                    built = build(Path(self._folder.name))
+                    self._directory = tempfile.TemporaryDirectory(prefix="echod-fastpath-")
+                    built = build(Path(self._directory.name))
                     build_data["force_include"][str(built)] = f"echod/server/{built.name}"
                     build_data |= {"infer_tag": True, "pure_python": False}
             except NotBuiltError as error:
@@ -151,16 +151,16 @@ if __name__ != "__main__":  # the command needs no hatchling, and is in a hurry
             print(f"echod: {report(failure)}", file=sys.stderr)
 
         def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-            """Remove what was made for the wheel."""
+            """Remove the temporary directory."""
             del version, build_data, artifact_path
-            if self._folder:
-                self._folder.cleanup()
+            if self._directory:
+                self._directory.cleanup()
 
 
 def main() -> None:
-    """Do what the Makefile asks for, and say in one line what came of it."""
-    parser = argparse.ArgumentParser(description="Compile the fast path beside its source, if that has changed.")
-    parser.add_argument("--sanitize", metavar="DIR", help="compile it into DIR, with AddressSanitizer and UBSan")
+    """Compile the extension as the arguments say, and print the result in one line."""
+    parser = argparse.ArgumentParser(description="Compile the fast path beside its source, if the source has changed.")
+    parser.add_argument("--sanitize", metavar="DIR", help="compile into DIR instead, with AddressSanitizer and UBSan")
     options = parser.parse_args()
     failure = None
     try:

@@ -6,7 +6,7 @@ hand. With --check, write nothing and exit with status 1 if a page is stale.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from echod.admin.metrics import exposition
 from echod.config.schema import SECTIONS, Config, Listen
-from echod.telemetry.stats import Stats
+from echod.telemetry.stats import Stats, figures
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -71,30 +71,7 @@ def _note(kind: Any, name: str) -> Any:
 
 # -- statistics and metrics --------------------------------------------------------------------------------------------
 
-_MEANINGS = {
-    "pid": "process id; an upgrade keeps it",
-    "version": "version of the running program",
-    "fast_path": "whether the compiled fast path is in use",
-    "state": "`serving`, or `draining` from the first signal to stop on",
-    "uptime_s": "seconds since the start; an upgrade does not reset it",
-    "upgrades": "live upgrades since the start",
-    "config_generation": "configurations put in force, the first one included",
-    "connections.open": "clients connected now",
-    "connections.accepted": "clients admitted: the open connections and the closed ones",
-    "connections.rejected": "clients rejected, by reason; they are neither accepted nor closed",
-    "connections.closed": "connections closed, by reason",
-    "lines": "messages answered",
-    "bytes_in": "bytes received from clients",
-    "bytes_out": "bytes of replies, without those that an abort discarded",
-    "reloads.applied": "reloads put in force",
-    "reloads.refused": "reloads refused",
-    "reloads.last_error": "errors of the last reload if it was refused, otherwise empty",
-    "held_bytes": "bytes of partial lines, unanswered lines and pending replies, of all clients together",
-    "loop_lag_ms": "how late the event loop has been at worst recently, in milliseconds",
-    "log_dropped": "log events lost because the log's reader or disk accepted none",
-    "rss_bytes": "resident memory; `null` without `/proc`",
-    "open_files": "open descriptors; `null` without `/proc`",
-}
+_KINDS = {bool: "boolean", str: "text", float: "number", int: "integer", dict: "counts by reason"}
 
 
 def _snapshot() -> dict[str, Any]:
@@ -104,18 +81,15 @@ def _snapshot() -> dict[str, Any]:
 
 def statistics() -> str:
     """A table of the statistics by their path."""
-    rows = [(f"`{path}`", kind, _MEANINGS[path]) for path, kind in _paths(_snapshot())]
+    groups = {name.rpartition(".")[0] for name in figures()}
+    rows = []
+    for name, figure in figures().items():
+        if name not in groups:
+            value: Any = _snapshot()
+            for key in name.split("."):
+                value = value[key]
+            rows.append((f"`{name}`", _KINDS[type(value)], figure.help))
     return _table(("statistic", "type", "meaning"), rows)
-
-
-def _paths(stats: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in stats.items():
-        path = prefix + name
-        if path in _MEANINGS:
-            kinds = {bool: "boolean", str: "text", float: "number", int: "integer", dict: "counts by reason"}
-            yield path, kinds[type(value)]
-        else:
-            yield from _paths(value, f"{path}.")
 
 
 def metrics() -> str:

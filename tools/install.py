@@ -1,7 +1,8 @@
-"""What `make install` and `make uninstall` do: echod in a virtual environment of its own, its units, its configuration.
+"""Install and uninstall echod for the system: a virtual environment of its own, the units and the configuration.
 
-All is made aside and put in place by renaming, so that an echod that is running, or was there before, is never half of
-one. What was made is written down beside the program; removing it removes just that.
+`make install` and `make uninstall` call this. Everything is built in a temporary directory and renamed into place, so
+that a running or earlier echod is never replaced by half of one. A record beside the program lists what was installed,
+and `uninstall` removes exactly that.
 """
 
 import argparse
@@ -22,17 +23,17 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 UNITS = ("echod.service", "echod@.service", "echod.socket")
 
-HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 (what is refused)
-"""What the units hide from the service: ProtectHome=, PrivateTmp=."""
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 (paths to refuse)
+"""Directories that the units hide from the service: ProtectHome=, PrivateTmp=."""
 
 
 class RefusedError(Exception):
-    """Why nothing is done, and what to do about it."""
+    """The installation cannot be done; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything goes, as the installed system will see it; `on_disk` is where it is put now (DESTDIR)."""
+    """The target paths as the installed system will see them; `on_disk` adds DESTDIR."""
 
     destdir: str
     prefix: str
@@ -41,42 +42,42 @@ class Places:
     mandir: str
 
     def on_disk(self, path: str) -> Path:
-        """Where the file is now that will be `path`."""
+        """Return where to write the file that the installed system will see at `path`."""
         return Path(self.destdir + path)
 
     @property
     def program(self) -> str:
-        """The virtual environment."""
+        """The path of the virtual environment."""
         return f"{self.prefix}/lib/echod"
 
     @property
     def command(self) -> str:
-        """What people type."""
+        """The path of the command."""
         return f"{self.prefix}/bin/echod"
 
     @property
     def config(self) -> str:
-        """The configuration."""
+        """The path of the configuration file."""
         return f"{self.sysconfdir}/echod/echod.toml"
 
     @property
     def readme(self) -> str:
-        """What the units name as their documentation."""
+        """The path of the documentation that the units name."""
         return f"{self.prefix}/share/doc/echod/README.md"
 
 
 @dataclass(slots=True)
 class Record:
-    """What an installation has made: paths as the installed system sees them."""
+    """What an installation created: paths as the installed system sees them."""
 
     directories: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     config_sha256: str | None = None
-    """Of the configuration as it was put there; None: it was there already."""
+    """The hash of the configuration file as installed; None if there was one already."""
 
     @classmethod
     def read(cls, places: Places) -> "Record | None":
-        """What the last installation has made; None if there is none."""
+        """Return the record of the last installation; None if there is none."""
         try:
             return cls(**json.loads(_record_file(places).read_text()))
         except FileNotFoundError:
@@ -91,12 +92,12 @@ def _record_file(places: Places) -> Path:
 
 
 def install(places: Places, pip_options: Sequence[str]) -> None:
-    """Install, or replace what is installed; a configuration that is there is kept."""
+    """Install echod, or replace an installed one; keep an existing configuration."""
     _refuse_what_the_service_cannot_read(places)
     before = Record.read(places)
     program = places.on_disk(places.program)
     if not before and program.exists():
-        raise RefusedError(f"{program} is there, but `make install` didn't make it: move it away")
+        raise RefusedError(f"{program} exists, but `make install` did not create it: move it away")
     record = Record(before.directories, [], before.config_sha256) if before else Record()
     _make_directory(places, f"{places.prefix}/lib", record)
     with _staged(program) as staged:
@@ -116,8 +117,8 @@ def _refuse_what_the_service_cannot_read(places: Places) -> None:
     for path in (python, os.path.realpath(sys.base_prefix)):
         if _is_hidden(path):
             raise RefusedError(
-                f"{python} is where the service can't read it (the units hide home directories and /tmp): "
-                "name a Python of the system, as in `make install PYTHON=/usr/bin/python3`"
+                f"the service cannot read {python} (the units hide home directories and /tmp): "
+                "use a Python of the system, as in `make install PYTHON=/usr/bin/python3`"
             )
     for name in ("prefix", "sysconfdir", "unitdir", "mandir"):
         path = getattr(places, name)
@@ -127,13 +128,13 @@ def _refuse_what_the_service_cannot_read(places: Places) -> None:
         path = getattr(places, name)
         if _is_hidden(path):
             raise RefusedError(
-                f"{name.upper()}={path} is where the service can't read it (the units hide home directories and /tmp): "
-                "take /usr/local or a folder in /opt"
+                f"the service cannot read {name.upper()}={path} (the units hide home directories and /tmp): "
+                "use /usr/local or a directory in /opt"
             )
 
 
 def _is_hidden(path: str) -> bool:
-    """Whether the service, another user in a sandbox, is kept from it: by the sandbox or by the mode of a folder."""
+    """Whether the service cannot read the path, because of its sandbox or because of the mode of a directory."""
     if any(path == hidden or path.startswith(f"{hidden}/") for hidden in HIDDEN):
         return True
     return any(parent.exists() and not parent.stat().st_mode & stat.S_IXOTH for parent in Path(path).parents)
@@ -141,7 +142,7 @@ def _is_hidden(path: str) -> bool:
 
 @contextmanager
 def _staged(program: Path) -> Iterator[Path]:
-    """A folder beside the program, so that a rename puts it in place; gone afterwards if it still is there."""
+    """Provide a directory beside the program, from which a rename works; remove it afterwards if it is still there."""
     staged = Path(tempfile.mkdtemp(prefix=".echod-", dir=program.parent))
     staged.chmod(0o755)
     try:
@@ -160,19 +161,19 @@ def _swap(staged: Path, program: Path) -> None:
 
 
 def _build(staged: Path, final: str, pip_options: Sequence[str]) -> None:
-    """A virtual environment in `staged` that believes to be in `final`, with just the pinned packages and echod."""
+    """Create a virtual environment in `staged`, for use at `final`, with only the locked packages and echod."""
     with tempfile.TemporaryDirectory(prefix="echod-build-") as work:
         _run(sys.executable, "-m", "venv", f"{work}/venv")
         pip = (f"{work}/venv/bin/python", "-m", "pip", "-qq", "--no-input", "--disable-pip-version-check")
         locks = PROJECT / "requirements"
         _run(*pip, "install", *pip_options, "--require-hashes", "-r", f"{locks}/build.lock")
         wheels = f"{work}/wheels"
-        # By hatchling itself, because pip would hide whether there is a fast path.
+        # Call hatchling directly, because pip would hide the message about the fast path.
         _run(f"{work}/venv/bin/python", "-m", "hatchling", "build", "-t", "wheel", "-d", wheels)
         _run(sys.executable, "-m", "venv", "--without-pip", str(staged))
         into = (*pip, "--python", f"{staged}/bin/python", "install", "--no-compile", "--no-warn-script-location")
         _run(*into, *pip_options, "--require-hashes", "-r", f"{locks}/run.lock")
-        # By name: what is installed from a path writes that path down.
+        # Install by name, because pip records the path of a package that is installed from one.
         _run(*into, "--no-deps", "--no-index", "--find-links", wheels, "echod")
     for activate in (staged / "bin").glob("[Aa]ctivate*"):
         activate.unlink()
@@ -183,7 +184,7 @@ def _build(staged: Path, final: str, pip_options: Sequence[str]) -> None:
 
 def _run(*command: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment["HATCH_QUIET"] = "1"  # the path of the wheel is nobody's business
+    environment["HATCH_QUIET"] = "1"  # or it prints the path of the wheel
     try:
         subprocess.run(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, check=True)
     except subprocess.CalledProcessError as error:
@@ -191,7 +192,7 @@ def _run(*command: str) -> None:
 
 
 def _texts(places: Places) -> dict[str, str]:
-    """Units, man page, README and docs: path → content, where another prefix was chosen with it in it."""
+    """Return the units, the man page, the README and the docs by path; the units contain the chosen prefix."""
     sources = {f"{places.unitdir}/{unit}": PROJECT / "systemd" / unit for unit in UNITS}
     sources |= {places.readme: PROJECT / "README.md", f"{places.mandir}/man8/echod.8": PROJECT / "docs/echod.8"}
     pages = (PROJECT / "docs").glob("*.md")
@@ -206,7 +207,7 @@ def _texts(places: Places) -> dict[str, str]:
 
 
 def _make_directory(places: Places, path: str, record: Record) -> None:
-    """Make it and what is missing above it; what was made is recorded, the uppermost first."""
+    """Create a directory and its missing parents; record what was created, the uppermost first."""
     if path != "/" and not places.on_disk(path).is_dir():
         _make_directory(places, os.path.dirname(path), record)
         places.on_disk(path).mkdir(exist_ok=True, parents=True)
@@ -247,7 +248,7 @@ def _sha256(content: bytes) -> str:
 
 
 def running_units() -> list[str]:
-    """The units of echod that systemd runs now; none where there is no systemd."""
+    """Return the active units of echod; none without systemd."""
     names = ("echod.service", "echod@*.service", "echod.socket")
     command = ("systemctl", "list-units", "--state=active,activating,reloading", "--plain", "--no-legend", *names)
     try:
@@ -258,14 +259,14 @@ def running_units() -> list[str]:
 
 
 def next_steps(running: Sequence[str]) -> str:
-    """What to type after an installation: a service that runs already goes on with the program it has."""
+    """Return the commands to type after an installation; a running service still uses the old program."""
     services = " ".join(unit for unit in running if unit.endswith(".service"))
     if services:
         return (
-            f"{services}: running, with the program of before\n"
+            f"{services}: still running the old program\n"
             "next: systemctl daemon-reload && "
-            f"systemctl kill -s USR2 --kill-whom=main {services}   # upgrades in place, no connection is closed\n"
-            f"  or: systemctl daemon-reload && systemctl restart {services}   # after a change of the unit too"
+            f"systemctl kill -s USR2 --kill-whom=main {services}   # live upgrade, closes no connection\n"
+            f"  or: systemctl daemon-reload && systemctl restart {services}   # also applies a changed unit"
         )
     return f"next: systemctl daemon-reload{'' if running else ' && systemctl enable --now echod'}"
 
@@ -274,11 +275,11 @@ def next_steps(running: Sequence[str]) -> str:
 
 
 def uninstall(places: Places) -> None:
-    """Remove exactly what was installed; a configuration that was changed is kept."""
+    """Remove exactly what was installed; keep a configuration that was changed."""
     record = Record.read(places)
     if not record:
         raise RefusedError(
-            f"no echod in {places.on_disk(places.program)}: give the same PREFIX and DESTDIR as to install"
+            f"no echod in {places.on_disk(places.program)}: use the PREFIX and DESTDIR of the installation"
         )
     for path in record.files:
         places.on_disk(path).unlink(missing_ok=True)
@@ -290,12 +291,12 @@ def uninstall(places: Places) -> None:
             print(f"kept {places.config}")
     shutil.rmtree(places.on_disk(places.program))
     for path in reversed(record.directories):
-        with suppress(OSError):  # not empty: somebody else's files are in it
+        with suppress(OSError):  # not empty: it contains other files
             places.on_disk(path).rmdir()
 
 
 def main() -> int:
-    """Do what the Makefile asks for."""
+    """Install or uninstall, as the arguments say; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("verb", choices=["install", "uninstall"])
     for name in Places.__dataclass_fields__:
@@ -304,7 +305,7 @@ def main() -> int:
     options = parser.parse_args()
     options.destdir = options.destdir and os.path.abspath(options.destdir)
     places = Places(*(getattr(options, name).rstrip("/") for name in Places.__dataclass_fields__))
-    os.umask(0o022)  # root's may be stricter, and the service is another user
+    os.umask(0o022)  # root's may be stricter, but the service runs as another user
     try:
         running = [] if places.destdir else running_units()
         if options.verb == "install":
@@ -315,7 +316,7 @@ def main() -> int:
             uninstall(places)
             if running:
                 units = " ".join(running)
-                print(f"{units}: running still, without files; next: systemctl stop {units} && systemctl daemon-reload")
+                print(f"{units}: still running, without files; next: systemctl stop {units} && systemctl daemon-reload")
     except (RefusedError, OSError) as error:
         print(f"make {options.verb}: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ async def supervise(
     is_well: Callable[[float], Awaitable[bool]],
 ) -> None:
     """Report until cancelled; `is_well` is asked whether a client would be served within so many seconds."""
-    if not notifier.is_heard:
+    if not notifier.is_enabled:
         return
     feeding = asyncio.ensure_future(_feed(notifier, watchdog_s / 3, is_well)) if watchdog_s else None
     try:

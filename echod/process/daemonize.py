@@ -1,7 +1,7 @@
-"""Leave the terminal: go on as a daemon (python-daemon), while the caller waits until it serves or says why it can't.
+"""Continue as a daemon (python-daemon), while the calling process waits for the result of the start.
 
-python-daemon ends the caller with status 0 as soon as it has forked. So the caller waits inside the fork, in the hook
-that Python runs there, and ends with what the daemon told through a pipe. Knows no configuration and no server.
+python-daemon exits the calling process with status 0 as soon as it has forked. Therefore the caller waits in the hook
+that Python runs after a fork, and exits with the status that the daemon sends through a pipe.
 """
 
 import os
@@ -14,29 +14,29 @@ from msgspec import Struct
 UMASK = 0o027
 
 SILENT_END = (
-    "echod: could not start: the daemon ended without a word; it was killed, or there was no room for a process "
-    "(`dmesg`, ulimit -u)\n"
+    "echod: could not start: the daemon ended without a report; it was killed, or no further process was allowed "
+    "(see dmesg, ulimit -u)\n"
 )
 
 
 class DetachError(Exception):
-    """Why there is no daemon."""
+    """The process could not become a daemon."""
 
 
 class Caller(Struct):
-    """Who started the daemon and waits for word of it; hears one word at most."""
+    """The process that started the daemon and waits for its report; only the first report is sent."""
 
     _descriptor: int | None
 
     def tell(self, status: int, lines: Sequence[str]) -> bool:
-        """Let the caller print the lines and end with the status; False if nobody waits any more."""
+        """Make the caller print the lines and exit with the status; return False if it no longer waits."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return True
-        word = b"%d\n" % status + "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+        report = b"%d\n" % status + "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
         try:
-            while word:
-                word = word[os.write(descriptor, word) :]
+            while report:
+                report = report[os.write(descriptor, report) :]
         except BrokenPipeError:
             return False
         finally:
@@ -45,10 +45,11 @@ class Caller(Struct):
 
 
 def detach(before_waiting: Callable[[], object], *, silent_end: int) -> Caller:
-    """Return in the daemon: no terminal, directory /, umask 027, no core dumps, every descriptor but /dev/null closed.
+    """Return in the daemon: no terminal, directory /, umask 027, no core dumps, only /dev/null open.
 
-    The process that called ends in here, with what the daemon tells, or with status `silent_end` if it ends without a
-    word; `before_waiting` is called in it. No thread, loop or open file may be there yet. Raises DetachError, there.
+    The calling process calls `before_waiting`, waits, and exits with the status that the daemon reports, or with
+    `silent_end` if the daemon ends without a report. There must be no thread, loop or open file yet. Raise DetachError
+    in the calling process.
     """
     from daemon import DaemonContext
     from daemon.daemon import DaemonError
@@ -68,8 +69,8 @@ def detach(before_waiting: Callable[[], object], *, silent_end: int) -> Caller:
                 working_directory="/",
                 umask=UMASK,
                 prevent_core=True,
-                detach_process=True,  # None would guess
-                initgroups=False,  # privileges are dropped later, once the ports are bound
+                detach_process=True,  # None means to guess
+                initgroups=False,  # privileges are dropped later, when the ports are bound
                 signal_map={},  # the default raises SystemExit
                 files_preserve=[writing],
                 stdin=null,
@@ -86,10 +87,10 @@ def detach(before_waiting: Callable[[], object], *, silent_end: int) -> Caller:
 
 def _wait(reading: int, before_waiting: Callable[[], object], silent_end: int) -> NoReturn:
     status = silent_end
-    try:  # what is raised in a hook goes nowhere
+    try:  # Python would only print an exception from a hook, and continue
         before_waiting()
-        status, text = _heard(_read_to_end(reading), silent_end)
-        with suppress(OSError):  # nobody reads standard error: the exit status says it all the same
+        status, text = _parse(_read_to_end(reading), silent_end)
+        with suppress(OSError):  # without a standard error, the exit status is all that the caller can say
             os.write(2, text)
     finally:
         os._exit(status)
@@ -102,6 +103,6 @@ def _read_to_end(descriptor: int) -> bytes:
     return b"".join(chunks)
 
 
-def _heard(word: bytes, silent_end: int) -> tuple[int, bytes]:
-    status, newline, text = word.partition(b"\n")
+def _parse(report: bytes, silent_end: int) -> tuple[int, bytes]:
+    status, newline, text = report.partition(b"\n")
     return (int(status), text) if newline else (silent_end, SILENT_END.encode())

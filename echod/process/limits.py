@@ -1,4 +1,4 @@
-"""What the kernel knows and allows of this process."""
+"""The limits that the kernel sets for this process, and what the process uses of them."""
 
 import os
 import resource
@@ -8,13 +8,13 @@ from contextlib import suppress
 from functools import cache
 
 UNLIMITED = 2**31 - 1
-"""As many open files as there can be."""
+"""The number of open files that stands for no limit."""
 
 DELETED_DIRECTORY = "/(deleted working directory)"
 
 
 def raise_open_files() -> int:
-    """Raise the soft limit of open files (RLIMIT_NOFILE) to the hard one; return what is then in force."""
+    """Raise the soft limit of open files (RLIMIT_NOFILE) to the hard limit, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -22,19 +22,19 @@ def raise_open_files() -> int:
 
 
 def allowed_open_files() -> int:
-    """How many files this process could open: the hard limit."""
+    """Return the hard limit of open files (RLIMIT_NOFILE)."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return hard if hard != resource.RLIM_INFINITY else UNLIMITED
 
 
 def fill_standard_streams() -> None:
-    """Open /dev/null where descriptors 0, 1 or 2 are closed, or a client's socket would become standard error."""
+    """Open /dev/null for closed descriptors 0, 1 and 2, so that no client's socket becomes standard error."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        if getattr(sys, name) is None:  # so Python names a stream whose descriptor was closed
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (as long as the process)
+        if getattr(sys, name) is None:  # Python's value if the descriptor was closed
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (open as long as the process)
 
 
 def working_directory() -> str:

@@ -1,7 +1,7 @@
-"""The pid file: one daemon for each, and the pid to send signals to.
+"""The pid file: it names the pid to send signals to, and its lock allows one daemon per file.
 
-The lock is what counts, not what the file says: the kernel drops it with the process, so a file that was left behind,
-whatever pid is in it, stands in nobody's way. Only our user and root can read the file: who can read it can lock it.
+Only the lock counts, not the content: the kernel releases it with the process, so a stale file prevents nothing. Only
+echod's user and root can read the file, because whoever can read it could lock it.
 """
 
 import errno
@@ -14,32 +14,32 @@ from msgspec import Struct
 from echod.process import lockfile
 
 _LONGEST = 64
-"""Bytes; a file longer than this holds more than a pid, and isn't ours to overwrite."""
+"""The largest size of a pid file, in bytes; a longer file is something else and must not be overwritten."""
 
 
 class PidFileError(Exception):
-    """Why the pid file can't be had."""
+    """The pid file cannot be written or is locked."""
 
 
 class PidFile(Struct, frozen=True):
-    """A pid file that is ours as long as its descriptor is open."""
+    """A locked pid file; the lock lasts as long as the descriptor is open."""
 
     path: str
     descriptor: int
 
     def release(self) -> None:
-        """Remove the file and give up the lock; a file that we may no longer remove is emptied."""
+        """Remove the file and release the lock; empty the file if it cannot be removed any more."""
         if lockfile.is_at(self.path, self.descriptor):
             try:
                 os.unlink(self.path)
-            except OSError:  # privileges were dropped, and the directory isn't the new user's
+            except OSError:  # privileges were dropped, and the new user must not write the directory
                 with suppress(OSError):
                     os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)
 
 
 def acquire(path: str) -> PidFile:
-    """Lock the file, made if there is none, and write our pid into it; raises PidFileError."""
+    """Create the file if necessary, lock it and write our pid to it; raise PidFileError if that fails."""
     owner = ""
 
     def check(descriptor: int) -> None:
@@ -53,7 +53,7 @@ def acquire(path: str) -> PidFile:
     except lockfile.LockError as error:
         raise PidFileError(f"{path}: cannot be locked: {error}") from error
     except OSError as error:
-        words = "a symbolic link, which is not followed" if error.errno == errno.ELOOP else _words(error)
+        words = "is a symbolic link, which is not followed" if error.errno == errno.ELOOP else _words(error)
         raise PidFileError(f"{path}: {words}") from error
     try:
         _write_pid(path, descriptor)
@@ -64,15 +64,15 @@ def acquire(path: str) -> PidFile:
 
 
 def _owner(path: str, descriptor: int) -> str:
-    """Who has the lock, if it is taken; raises PidFileError if the file is no pid file."""
+    """Describe who holds the lock if it is taken; raise PidFileError if the file is not a pid file."""
     status = os.fstat(descriptor)
     content = os.pread(descriptor, _LONGEST + 1, 0) if stat.S_ISREG(status.st_mode) else b"no file"
     if status.st_nlink > 1 or len(content) > _LONGEST or content.strip(b"0123456789 \n\0"):
-        raise PidFileError(f"{path}: not a pid file; it would be overwritten")
-    pid = content.strip(b" \n\0").decode() or "not yet written"
+        raise PidFileError(f"{path}: not a pid file; echod would overwrite it: name another file")
+    pid = content.strip(b" \n\0").decode() or "unknown"
     if lockfile.is_private(descriptor):
         return f"already running, pid {pid}"
-    return f"locked, by pid {pid} or by another user who can read the file: remove it if no echod runs"
+    return f"locked by pid {pid}, or by another user who can read the file: remove it if no echod is running"
 
 
 def _write_pid(path: str, descriptor: int) -> None:

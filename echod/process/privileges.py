@@ -1,6 +1,6 @@
-"""Become another user for good, once everything that only root may do is done.
+"""Drop the privileges of root for good, after everything that needs them.
 
-Knows how a user is looked up, how root opens a file for him, and how the way back is barred.
+This module looks up the user, opens files for it as root, and makes sure that root cannot be regained.
 """
 
 import grp
@@ -14,25 +14,28 @@ from msgspec import Struct
 
 
 class PrivilegeError(Exception):
-    """Why privileges can't be dropped."""
+    """The privileges cannot be dropped as asked."""
 
 
 class Identity(Struct, frozen=True):
-    """Whose rights a process has: user, group, and every group."""
+    """The user and the groups that a process runs as."""
 
     name: str
     uid: int
     gid: int
     groups: tuple[int, ...]
     only_group: str = ""
-    """The group as it was asked for, if the user is to stay the same."""
+    """The group as given on the command line, if only the group is to change."""
 
     def __str__(self) -> str:
         return f"group {self.only_group}" if self.only_group else f"user {self.name}"
 
 
 def find(user: str | None, group: str | None) -> Identity | None:
-    """The identity that names or numbers stand for, None if it is ours already; raises PrivilegeError."""
+    """Look up a user and a group by name or number; return None if the process already runs as them.
+
+    Raise PrivilegeError if they do not exist.
+    """
     if user is None and group is None:
         return None
     uid, entry = (os.getuid(), _entry_of(os.getuid())) if user is None else _user(user)
@@ -41,7 +44,7 @@ def find(user: str | None, group: str | None) -> Identity | None:
     elif entry:
         gid = entry.pw_gid
     else:
-        raise PrivilegeError(f"--user: a number without a name has no group: name one with --group (got {user!r})")
+        raise PrivilegeError(f"--user: this number has no account and so no group: add --group (got {user!r})")
     if os.getresuid() == (uid,) * 3 and os.getresgid() == (gid,) * 3:
         return None
     groups = os.getgrouplist(entry.pw_name, gid) if entry else [gid]
@@ -76,13 +79,15 @@ def _group(text: str) -> int:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) < 2**32 - 1  # the last one means "leave it", setresuid(2)
+    return (
+        text.isascii() and text.isdigit() and int(text) < 2**32 - 1
+    )  # the last number means "unchanged", setresuid(2)
 
 
 def drop(identity: Identity, give: Callable[[int, int], object]) -> None:
-    """Become that user in every thread, with no way back; raises PrivilegeError.
+    """Become that user in every thread, irreversibly; raise PrivilegeError if that fails.
 
-    `give`, while we are still root, makes what the user needs his own.
+    Before that, `give` is called with the uid and the gid, to change the owner of what the user needs.
     """
     try:
         give(identity.uid, identity.gid)
@@ -92,7 +97,9 @@ def drop(identity: Identity, give: Callable[[int, int], object]) -> None:
     except OSError as error:
         raise _refused(identity, error) from error
     if identity.uid != 0 and (_is_allowed(lambda: os.seteuid(0)) or _is_allowed(lambda: os.setgroups([0]))):
-        raise PrivilegeError(f"--user: as {identity.name} the privileges of root could be regained")
+        raise PrivilegeError(
+            f"--user: {identity.name} could regain the privileges of root: choose a user without capabilities"
+        )
 
 
 def _is_allowed(attempt: Callable[[], object]) -> bool:
@@ -108,17 +115,17 @@ def _refused(identity: Identity, error: OSError) -> PrivilegeError:
     asked = (
         f"--group: cannot take {identity}" if identity.only_group else f"--user, --group: cannot become {identity.name}"
     )
-    return PrivilegeError(f"{asked}: {words}; only root can")
+    return PrivilegeError(f"{asked}: {words}; start as root")
 
 
-# -- what root opens for the user --------------------------------------------------------------------------------------
+# -- files that root opens for the user --------------------------------------------------------------------------------
 
 
 def open_for(identity: Identity, open_file: Callable[[int], int]) -> int:
-    """A descriptor of a file that the user can open again later; `open_file` gets more flags for open(2).
+    """Open a file so that the user can open it again later; `open_file` takes additional flags for open(2).
 
-    The user opens it himself if he can. What only root can open must be root's and becomes the user's; nothing in
-    its place, such as a link that was left for root to follow, is ever given away. Raises OSError, PrivilegeError.
+    The file is opened as the user if possible. A file that only root can open must belong to root, and is given to the
+    user; anything else, such as a link that someone planted, is refused. Raise OSError or PrivilegeError.
     """
     try:
         with _acting_as(identity):

@@ -1,7 +1,6 @@
-"""The service manager's side of the process: what it hands over at the start, and what it is told.
+"""Notifications to the service manager: sd_notify(3) and sd_watchdog_enabled(3).
 
-sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3), in our own words: no kept library of pure Python fits. Without a
-service manager nothing is handed over, and what is told goes nowhere.
+There is no maintained pure-Python library for them. Without a service manager, notifications are discarded.
 """
 
 import socket
@@ -10,43 +9,43 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 
 STATUS_BYTES = 1000
-"""Longest status: a message of more than 4096 bytes is ignored as a whole, with what else it says."""
+"""The longest status text. systemd ignores a whole message of more than 4096 bytes."""
 
 SEND_S = 1.0
-"""How long an important message may wait for a service manager that is busy."""
+"""How long to wait for a busy service manager with an important message."""
 
 
 def watchdog_s(environment: MutableMapping[str, str], pid: int) -> float | None:
-    """How often the service manager wants to hear of us at the latest, in seconds; None: never."""
+    """Return the watchdog's timeout in seconds; None if the service manager does not watch this process."""
     microseconds = environment.get("WATCHDOG_USEC", "")
     is_ours = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
     return int(microseconds) / 1e6 if is_ours and microseconds.isdigit() and int(microseconds) else None
 
 
 class Notifier:
-    """Tells the service manager how the service is; a message that can't be sent is lost, and nobody waits for it."""
+    """Reports the service's state to the service manager; a message that cannot be sent is lost."""
 
     def __init__(self, address: str | None) -> None:
-        """`address` is NOTIFY_SOCKET: a path, or @name in the abstract namespace; None: nobody wants to know."""
-        self.is_heard = bool(address)
+        """`address` is NOTIFY_SOCKET: a path, or @name in the abstract namespace; None without a service manager."""
+        self.is_enabled = bool(address)
         self._address = address or ""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
 
     def ready(self, status: str) -> None:
-        """Clients are served with the configuration in force; ends what `reloading` began."""
+        """Report that clients are served with the current configuration; this also ends a reload."""
         self._send(f"READY=1\n{_status(status)}", SEND_S)
 
     def reloading(self) -> None:
-        """A reload has begun; `ready` must follow, whatever comes of it."""
+        """Report that a reload has started; `ready` must follow, whether it succeeds or not."""
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send(f"RELOADING=1\nMONOTONIC_USEC={now_us}", SEND_S)
 
     def stopping(self, status: str) -> None:
-        """The drain has begun."""
+        """Report that the drain has started."""
         self._send(f"STOPPING=1\n{_status(status)}", SEND_S)
 
     def extend(self, seconds: float, status: str) -> None:
-        """The drain goes on: the stop may take so long from now, whatever the unit's limit is."""
+        """Report that the drain continues, and extend the unit's stop timeout to `seconds` from now."""
         self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}\n{_status(status)}")
 
     def alive(self) -> None:
@@ -54,11 +53,11 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def status(self, status: str) -> None:
-        """A line for `systemctl status`."""
+        """Set the line that `systemctl status` shows."""
         self._send(_status(status))
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Close the socket; send nothing after this."""
         if self._socket:
             self._socket.close()
 
@@ -72,7 +71,7 @@ class Notifier:
 
 
 def _status(text: str) -> str:
-    """One line, whatever the text holds: a line feed would begin another assignment."""
+    """Return a STATUS= assignment of one line, because a line feed would start another assignment."""
     line = "".join(character if character.isprintable() else " " for character in text)
     short = line.encode(errors="replace")[:STATUS_BYTES].decode(errors="ignore")
     return f"STATUS={short if short == line else short + ' ...'}"

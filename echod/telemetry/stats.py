@@ -102,7 +102,9 @@ class Statistics(Struct, frozen=True, kw_only=True):
 
     version: Annotated[str, Figure("The version of the running program.", kind="info", metric="echod_info")]
     pid: Annotated[int, Figure("The process id; an upgrade keeps it.", kind="info")]
-    state: Annotated[State, Figure("1 from the first signal to stop on, 0 before.", metric="echod_draining")]
+    state: Annotated[
+        State, Figure("Serving (0), or draining (1) from the first signal to stop on.", metric="echod_draining")
+    ]
     uptime_s: Annotated[
         float,
         Figure(
@@ -154,7 +156,7 @@ class Statistics(Struct, frozen=True, kw_only=True):
     rss_bytes: Annotated[
         int | None,
         Figure(
-            "Resident memory.",
+            "Resident memory; unknown without /proc.",
             unit="bytes",
             metric="echod_resident_memory_bytes",
             section="process",
@@ -172,7 +174,10 @@ class Statistics(Struct, frozen=True, kw_only=True):
         ),
     ]
     open_files: Annotated[
-        int | None, Figure("Open descriptors.", metric="echod_open_files", section="process", row="open files")
+        int | None,
+        Figure(
+            "Open descriptors; unknown without /proc.", metric="echod_open_files", section="process", row="open files"
+        ),
     ]
     log_dropped: Annotated[
         int | None,

@@ -183,13 +183,13 @@ def test_uninstall_removes_exactly_what_install_made(installation: Installation,
     assert tree(it.root) == Installation.OTHERS
     again = it.make("uninstall", check=False)
     assert again.returncode != 0
-    assert "give the same PREFIX and DESTDIR" in again.stderr
+    assert "use the PREFIX and DESTDIR" in again.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (("PREFIX=/home/me",), "take /usr/local or a directory in /opt"),
+        (("PREFIX=/home/me",), "use /usr/local or a directory in /opt"),
         (("PREFIX=opt",), "must begin with a slash"),
         (("PYTHON=no-such-python",), "no-such-python not found"),
     ],

@@ -180,7 +180,7 @@ def test_a_lock_that_others_may_have_taken_is_told_as_such(tmp_path: Path) -> No
     stranger = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(stranger, fcntl.LOCK_EX)
-        words = "locked, by pid 4711 or by another user who can read the file: remove it if no echod runs$"
+        words = "locked by pid 4711, or by another user who can read the file: remove it if no echod is running$"
         with pytest.raises(pidfile.PidFileError, match=words):
             pidfile.acquire(str(path))
     finally:

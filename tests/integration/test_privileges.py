@@ -77,7 +77,7 @@ def test_names_and_numbers() -> None:
         ("-1", None, r"--user: no such user \(got '-1'\)"),
         ("4294967295", None, "--user: no such user"),
         ("nobody", "nogrp", r"--group: no such group \(got 'nogrp'\)"),
-        ("54321", None, "name one with --group"),
+        ("54321", None, "add --group"),
     ],
 )
 def test_faults(user: str, group: str | None, words: str) -> None:
@@ -127,7 +127,7 @@ def _a_way_back() -> None:
 
     set_securebits, keep_caps_fixup = 28, 1 << 2  # prctl(2), SECBIT_NO_SETUID_FIXUP
     assert ctypes.CDLL(None).prctl(set_securebits, keep_caps_fixup, 0, 0, 0) == 0
-    with pytest.raises(privileges.PrivilegeError, match="could be regained"):
+    with pytest.raises(privileges.PrivilegeError, match="could regain the privileges of root"):
         privileges.drop(nobody(), _give_nothing)
 
 
@@ -141,9 +141,9 @@ def _not_root() -> None:
     privileges.drop(nobody(), _give_nothing)
     other = privileges.find("54321", "54321")
     assert other
-    with pytest.raises(privileges.PrivilegeError, match="cannot become 54321: operation not permitted; only root"):
+    with pytest.raises(privileges.PrivilegeError, match="cannot become 54321: operation not permitted; start as root"):
         privileges.drop(other, _give_nothing)
-    with pytest.raises(privileges.PrivilegeError, match="only root can"):
+    with pytest.raises(privileges.PrivilegeError, match="start as root"):
         privileges.open_for(other, lambda _: 0)
 
 
