@@ -128,7 +128,7 @@ def _refuse_what_the_service_cannot_read(places: Places) -> None:
         if _is_hidden(path):
             raise RefusedError(
                 f"{name.upper()}={path} is where the service can't read it (the units hide home directories and /tmp): "
-                "take /usr/local or a folder in /opt"
+                "take /usr/local or a directory in /opt"
             )
 
 
