@@ -1,4 +1,4 @@
-"""Options of the test run, the report at its end, and what tests of several suites are given."""
+"""Options of every test run, fixtures shared by several suites, and the report that is printed at the end."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,19 +10,44 @@ import pytest
 from tests.support.installed import Installed
 from tests.support.report import ROWS, Report, row
 
-# How long an example takes, or to think of one, is the machine's business: a limit of 200 ms each is no claim of ours.
-hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("patient")
+EXAMPLES = 50
+"""How many examples hypothesis tries for a property that names no number; ten times as many with `--full`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="what is a sample otherwise, in full")
-    parser.addoption("--seed", default="1", help="what the clients of the fault suite choose by; any text")
+    parser.addoption("--full", action="store_true", help="run every case and repetition, not a sample of them")
+    parser.addoption("--seed", default="1", help="seed of the random choices of the clients; any text")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the number of examples; no deadline for an example, because its time depends on the machine."""
+    hypothesis.settings.register_profile(
+        "echod",
+        max_examples=EXAMPLES * (10 if config.getoption("--full") else 1),
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("echod")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--full`, leave out the cases that are marked with `full`."""
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether to repeat as often as `make ci` does."""
+    return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A directory as `tmp_path`, but one that every user can look into: pytest keeps its own to itself."""
+    """A temporary directory that every user may enter, unlike `tmp_path`."""
     with tempfile.TemporaryDirectory(prefix="echod-") as name:
         directory = Path(name)
         directory.chmod(0o755)
@@ -31,13 +56,13 @@ def open_path() -> Iterator[Path]:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Installed:
-    """An echod that is installed, and can be so again."""
+    """An installed echod, beside which other versions can be installed."""
     return Installed(tmp_path)
 
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Report:
-    """Puts a line into the report."""
+    """Add a line to the report at the end of the run."""
     rows = request.config.stash.setdefault(ROWS, [])
 
     def add(title: str, **figures: object) -> None:

@@ -26,6 +26,7 @@ from tests.support.daemon import (
     read_to_end,
     serving,
     settings,
+    with_constants,
 )
 from tests.support.installed import Installed
 from tests.support.streams import upgrade
@@ -214,12 +215,13 @@ def test_a_client_that_leaves_before_its_header_is_there(tmp_path: Path, sent: b
         assert _counted(echod)["accepted"] == 0
 
 
-def test_a_header_has_five_seconds(tmp_path: Path) -> None:
-    """In all, however it dribbles; nobody else notices who waits."""
-    with proxied(tmp_path) as echod:
+def test_the_time_for_a_header_is_limited(tmp_path: Path) -> None:
+    """It counts from the accept, however slowly the header arrives, and other clients are served meanwhile."""
+    header_s = 2.0
+    with proxied(tmp_path, command=with_constants(f"server.proxy_handshake.HEADER_S = {header_s}")) as echod:
         began_at = time.monotonic()
         with connect(echod.port) as silent, connect(echod.port) as dribbling, connect(echod.port) as quick:
-            silent.settimeout(0.5)
+            silent.settimeout(0.2)
             quick.sendall(V1)
             for byte in V1[:12]:
                 dribbling.sendall(bytes([byte]))
@@ -230,7 +232,7 @@ def test_a_header_has_five_seconds(tmp_path: Path) -> None:
             silent.settimeout(DEADLINE_S)
             assert (read_to_end(silent), read_to_end(dribbling)) == (b"", b"")
             took_s = time.monotonic() - began_at
-            assert HEADER_S - 0.1 <= took_s < HEADER_S + 2
+            assert header_s - 0.1 <= took_s < header_s + 2
             assert ask(quick, b"hello\n") == b"HELLO\n"
         counted = _counted(echod)
         assert (counted["rejected"]["proxy"], counted["accepted"]) == (2, 1)
@@ -536,8 +538,9 @@ def _connected(host: str, port: int) -> socket.socket:
             assert time.monotonic() < end
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_every_good_header_is_followed_by_service(tmp_path: Path, name: str) -> None:
+def test_every_good_header_is_followed_by_service(tmp_path: Path) -> None:
     """Whatever it says, the client behind it gets its answer."""
-    with proxied(tmp_path) as echod, connect(echod.port) as client:
-        assert ask(client, GOOD[name][0] + b"hello\n") == b"HELLO\n"
+    with proxied(tmp_path) as echod:
+        for name, (header, *_) in GOOD.items():
+            with connect(echod.port) as client:
+                assert ask(client, header + b"hello\n") == b"HELLO\n", name

@@ -128,7 +128,7 @@ def test_an_empty_handover_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("said", ["x", "-1", "2", "250", "1e3", "99999999999999999999", "9" * 5000])
-@pytest.mark.parametrize("command", ["serve", "preflight"])
+@pytest.mark.parametrize("command", ["serve", pytest.param("preflight", marks=pytest.mark.full)])
 def test_a_handover_that_is_none(said: str, command: str) -> None:
     """Whatever somebody left in the variable: a plain error, on a standard error that is still open."""
     done = subprocess.run(

@@ -50,13 +50,14 @@ OTHERS = 20
 """At most so many lines of the log are of no client."""
 
 
-def test_connections_stay_established() -> None:
-    """50 streaming clients and 4 upgrades: every stream byte-exact, same pid, nobody refused or reset meanwhile."""
+def test_connections_stay_established(full: bool) -> None:
+    """50 streaming clients and some upgrades: every stream byte-exact, same pid, nobody refused or reset meanwhile."""
     with serving(*settings(timeouts_write=60)) as echod:
-        verdicts = asyncio.run(stream_through_upgrades(echod, 4))
+        rounds = 4 if full else 2
+        verdicts = asyncio.run(stream_through_upgrades(echod, rounds))
         assert {verdict["pid"] for verdict in verdicts} == {echod.pid}
         stats = echod.stats()
-        assert stats["upgrades"] == 4
+        assert stats["upgrades"] == rounds
         counts = stats["connections"]
         assert counts["accepted"] == counts["open"] + sum(counts["closed"].values())
 
@@ -85,7 +86,7 @@ BROKEN = {
         {"server.server": "import no_such_module"},
         "ModuleNotFoundError: No module named 'no_such_module'",
     ),
-    "hang": ({"service": "import time; time.sleep(1000)"}, "no answer from .* within 10 s"),
+    "hang": ({"service": "import time; time.sleep(1000)"}, "no answer from .* within 1 s"),
     "killed": ({"service": "import os; os.kill(os.getpid(), 9)"}, "killed by SIGKILL"),
     "unknown state": (
         {"upgrade.state_file": "READABLE = (7, 8)"},
@@ -100,6 +101,8 @@ BROKEN = {
 def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) -> None:
     """It leaves the old one serving with nothing lost, and says why."""
     changes, complaint = BROKEN[name]
+    installed.add("hasty", {"upgrade.preflight": "PREFLIGHT_S = 1.0"})
+    installed.switch("hasty")
     installed.add("two", changes)
     _is_refused(installed, complaint, lambda: installed.switch("two"))
 
@@ -269,15 +272,15 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
 def test_time_goes_on(installed: Installed) -> None:
     """A line begun before upgrades, even quicker ones than a sweep, times out as ever; uptime and durations go on."""
     installed.prove_at_once()
-    with installed.serving(*settings(timeouts_line=8)) as echod, connect(echod.port) as client:
+    with installed.serving(*settings(timeouts_line=4)) as echod, connect(echod.port) as client:
         began_at = time.monotonic()
         client.sendall(b"begun")
         while (upgraded_at := time.monotonic()) < began_at + 2:
             upgrade(echod)
-        assert read_line(client) == b"ERROR line not finished within 8 s\n"
-        assert began_at + 8 <= time.monotonic() < upgraded_at + 7.5, "not from the upgrade on"
+        assert read_line(client) == b"ERROR line not finished within 4 s\n"
+        assert began_at + 4 <= time.monotonic() < upgraded_at + 3.5, "not from the upgrade on"
         closed = echod.wait_for("connection closed", reason="line timeout")
-        assert closed["duration_s"] >= 8 + LINGER_S, "it is read for a second more, to an end that doesn't come"
+        assert closed["duration_s"] >= 4 + LINGER_S, "it is read for a second more, to an end that doesn't come"
         assert echod.stats()["uptime_s"] >= closed["duration_s"]
 
 
@@ -410,7 +413,11 @@ REACTIONS = {
 
 
 @pytest.mark.parametrize(
-    "order", [*itertools.permutations(REACTIONS)], ids=lambda order: "-".join(n.name for n in order)
+    "order",
+    [
+        pytest.param(order, id="-".join(n.name for n in order), marks=() if number % 4 == 0 else pytest.mark.full)
+        for number, order in enumerate(itertools.permutations(REACTIONS))
+    ],
 )
 def test_no_signal_is_lost_around_an_upgrade(order: tuple[signal.Signals, ...], pytestconfig: pytest.Config) -> None:
     """HUP, USR1, USR2 and TERM in every order, at any moment: each is followed, by the old program or the new one."""

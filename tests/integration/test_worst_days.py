@@ -28,6 +28,7 @@ from tests.support.daemon import (
     send_until_stuck,
     serving,
     settings,
+    with_constants,
 )
 
 NOTHING_LEFT = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
@@ -263,12 +264,13 @@ def test_a_line_that_was_not_read_yet_counts_at_the_second_signal() -> None:
 def test_a_stop_during_the_start_still_drains_who_came_in_time() -> None:
     """TERM while starting, with a client that connects at once: it is served as in any drain, exit 0."""
     port = free_port()
-    with Daemon("-l", f"127.0.0.1:{port}", *settings(timeouts_drain=15)) as echod:
+    hasty = with_constants("process.force_exit.STARTING_S = 1.0")
+    with Daemon("-l", f"127.0.0.1:{port}", *settings(timeouts_drain=15), command=hasty) as echod:
         client = connect_once_open(port)
         echod.send(signal.SIGTERM)
         client.sendall(b"half")
         echod.wait_for("drain started")
-        time.sleep(5.5)  # longer than a stop may take before anyone is served
+        time.sleep(1.5)  # longer than a stop may take before anyone is served
         assert ask(client, b" a line\n") == b"HALF A LINE\n"
         assert read_to_end(client) == b""
         client.close()

@@ -172,6 +172,14 @@ def settings(**values: object) -> list[str]:
     return [part for name, value in values.items() for part in ("--set", f"{name.replace('_', '.', 1)}={value}")]
 
 
+def with_constants(*assignments: str) -> tuple[str, ...]:
+    """Return a command that runs echod with other constants, such as `process.force_exit.STARTING_S = 1.0`."""
+    changes = "".join(
+        f"import echod.{line.partition(' = ')[0].rpartition('.')[0]}\nechod.{line}\n" for line in assignments
+    )
+    return (sys.executable, "-c", f"import sys\nfrom echod.__main__ import main\n{changes}sys.exit(main())")
+
+
 def settled(echod: Daemon, open_connections: int) -> Event:
     """The statistics once no more than so many connections are open."""
     while (stats := echod.stats())["connections"]["open"] > open_connections:

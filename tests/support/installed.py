@@ -29,9 +29,7 @@ class Installed:
 
     def add(self, name: str, changes: Mapping[str, str] | None = None) -> None:
         """Install another copy; `changes` appends text to modules, named without the leading `echod.`."""
-        shutil.copytree(
-            PROJECT / "echod", self.directory / name / "lib/echod", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(PROJECT / "echod", self.directory / name / "lib/echod")  # with the bytecode, which stays valid
         for module, text in (changes or {}).items():
             with open(self.directory / name / f"lib/echod/{module.replace('.', '/')}.py", "a") as file:
                 file.write(f"\n{text}\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from echod.config.loader import ConfigError, Loaded, load
@@ -602,7 +602,6 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=150)
 @given(configs, st.booleans())
 @example(config=Config(log=Log(file='\x7f"\'\\\b\n\t\x1f\u2028 ß😀 # """')), with_comments=True)
 @example(

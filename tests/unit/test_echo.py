@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations, product
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from echod.config.schema import Config
@@ -44,7 +44,6 @@ valid_streams = st.lists(texts, max_size=12).map(lambda lines: "\n".join(lines).
 # -- equal to the reference, however it is cut -------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
 @given(streams, st.data(), st.booleans())
 def test_any_bytes_in_any_chunks(data: bytes, draw: st.DataObject, is_ended: bool) -> None:
     """Any bytes, cut anywhere, are answered line by line, in order, up to the first bad one."""
@@ -52,14 +51,12 @@ def test_any_bytes_in_any_chunks(data: bytes, draw: st.DataObject, is_ended: boo
     assert told(cut(data, places), is_ended=is_ended) == reference(data, LIMIT, is_ended=is_ended)
 
 
-@settings(max_examples=100)
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=10))
 def test_raw_binary(data: bytes, places: list[int]) -> None:
     """Bytes that were never text get the same replies and the same error line, wherever they are cut."""
     assert told(cut(data, [min(place, len(data)) for place in places])) == reference(data, LIMIT, is_ended=True)
 
 
-@settings(max_examples=100)
 @given(valid_streams, st.lists(st.integers(0, 100), max_size=10))
 @example(data="ς\nΑΣ\nς".encode(), places=[1])
 def test_valid_text(data: bytes, places: list[int]) -> None:
@@ -70,7 +67,6 @@ def test_valid_text(data: bytes, places: list[int]) -> None:
     assert replies.decode() == "".join(f"{line}\n" for line in expected)
 
 
-@settings(max_examples=100)
 @given(streams, st.data())
 def test_replies_come_as_soon_as_they_can(data: bytes, draw: st.DataObject) -> None:
     """After each chunk, the replies so far are those to everything received so far."""
@@ -164,7 +160,6 @@ def test_long_lines(margin: str, length: int) -> None:
             assert echo.answered == len(lines)
 
 
-@settings(max_examples=150)
 @given(streams)
 def test_no_lower_case(data: bytes) -> None:
     """Replies never hold a lower-case letter of ASCII; an error line goes on in lower case, so the two differ."""
@@ -330,7 +325,6 @@ def test_limit_lowered_before_the_end_of_stream() -> None:
 # -- counting and cost -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100)
 @given(streams, st.lists(st.integers(0, 200), max_size=5))
 def test_answered(data: bytes, places: Sequence[int]) -> None:
     """`answered` counts the messages that got a reply; an error line is none."""

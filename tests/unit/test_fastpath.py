@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from echod.protocol.echo import Echo
@@ -127,7 +127,6 @@ def play(kind: type[Recorder], sent: Iterable[bytes], line_bytes: int) -> tuple[
         return replies, it.hot_lines + it.echo.answered + bool(it.echo.error), it.bytes_in, it.bytes_out
 
 
-@settings(max_examples=400, deadline=None)
 @given(chunks, st.sampled_from([LIMIT, 3, 5_000]))
 @example([b" \x1c a\x1f\r\n", b"\n", b"\x85\n", b"abc"], LIMIT)
 def test_both_paths_answer_each_chunk_as_the_reference(sent: list[bytes], line_bytes: int) -> None:

@@ -19,7 +19,7 @@ from echod.config import loader, toml
 from echod.config.schema import Config
 from tests.support.daemon import Daemon, ask, connect
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[3]
 UNITS = ("echod.service", "echod@.service", "echod.socket")
 
 pytestmark = pytest.mark.timeout(300)  # packages are installed: that takes as long as the index and the disk take

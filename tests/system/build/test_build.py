@@ -18,7 +18,7 @@ import pytest
 from echod import __version__
 from tests.support.daemon import UNMEASURED
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[3]
 EXTENSION = f"_fastpath{sysconfig.get_config_var('EXT_SUFFIX')}"
 PURE = f"echod-{__version__}-py3-none-any.whl"
 ADVICE = "(apt-get install gcc libc6-dev python3-dev)"
