@@ -1,4 +1,4 @@
-"""The composition root: parse, load, bind, run, exit. Nothing else in echod knows exit statuses or ends the process."""
+"""The entry point: runs a command and chooses the exit status. Nothing else in echod knows exit statuses."""
 
 from echod.process import blocked_signals  # isort: split
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OK = 0
 COULD_NOT_START = 1
-NO_ANSWER = 1  # of a running daemon, or one that refuses
+NO_ANSWER = 1  # a running daemon did not answer, or it refused
 ABORTED = 3
 BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 
@@ -31,11 +31,13 @@ BAD_CONFIG = 78  # EX_CONFIG, sysexits.h
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     limits.fill_standard_streams()
-    given = [*(sys.argv[1:] if arguments is None else arguments)]
-    is_rehearsal = given[:1] == ["preflight"]  # by a program that this one may replace; not for people
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    is_preflight = words[:1] == ["preflight"]  # run by an upgrade, not by people
+    if is_preflight:
+        del words[0]
     try:
         try:
-            invocation = args.parse(given[is_rehearsal:])
+            invocation = args.parse(words)
             status = OK if isinstance(invocation, Serve) else _answer(invocation)
         finally:
             sys.stdout.flush()
@@ -43,18 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _output_failed(error)
     if not isinstance(invocation, Serve):
         return status
-    # Imports make objects by the ten thousand and no garbage, and each search for it looks at all of them: a tenth of
-    # the start. It is switched on again once clients are served.
+    # Imports create objects by the ten thousand and no garbage, and each collection visits all of them: a tenth of the
+    # start. `service` switches it on again once clients are served.
     gc.disable()
-    if is_rehearsal:
-        return _rehearse(invocation)
-    is_to_detach = invocation.is_daemon and not _is_upgraded()
-    return _detach(invocation) if is_to_detach else _serve(invocation, _tell_here)
+    if is_preflight:
+        return _preflight(invocation)
+    if invocation.is_daemon and not _is_upgraded():
+        return _detach(invocation)
+    return _serve(invocation, _tell_here)
 
 
 def _output_failed(error: OSError) -> int:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail once more
-    if not isinstance(error, BrokenPipeError):  # a reader that has enough, as of `echod config | head -1`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit would fail again
+    if not isinstance(error, BrokenPipeError):  # the reader has closed, as in `echod config | head -1`
         complain([f"echod: standard output: {error.strerror}"])
     return COULD_NOT_START
 
@@ -62,19 +65,19 @@ def _output_failed(error: OSError) -> int:
 def _answer(invocation: "args.Check | args.ShowDefaults | args.Ping | args.AskStats | args.AskReload") -> int:
     from echod.cli import commands
 
-    _end_by(blocked_signals.BLOCKED)  # held only for a daemon
+    _end_by(blocked_signals.BLOCKED)  # only a daemon handles them
     if isinstance(invocation, args.Ping) or (isinstance(invocation, args.AskStats) and invocation.is_watched):
-        for number in (_signal.SIGINT, _signal.SIGTERM):  # they end in good order: with a summary, a clean terminal
+        for number in (_signal.SIGINT, _signal.SIGTERM):  # they end with a summary and a clean terminal
             _signal.signal(number, _signal.default_int_handler)
-    with suppress(KeyboardInterrupt):  # one more, or before there was anything
+    with suppress(KeyboardInterrupt):  # a second signal, or one before anything was printed
         if commands.answer(invocation, os.environ):
             return OK
     return BAD_CONFIG if isinstance(invocation, args.Check) else NO_ANSWER
 
 
 def _end_by(signals: Sequence[int]) -> None:
-    """Let these signals end the process, even if it was started with them blocked, as in a container for a daemon."""
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    """Let these signals end the process, even if it was started with them blocked, as a container may do."""
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, signals)
 
 
@@ -101,9 +104,9 @@ def _detach(serve: Serve) -> int:
 def _tell_here(status: int, lines: Sequence[str]) -> bool:
     from echod.process.sd_notify import Notifier
 
-    if status != OK:  # that all is well is in the log, which is here too
+    if status != OK:  # success is reported by the log, on the same standard error
         complain(lines)
-        # Beside it: of a service that will be tried again, `systemctl status` shows no line from before the failure.
+        # For `systemctl status`, which shows no log lines of a failed start once the unit is being restarted.
         with closing(Notifier(os.environ.get("NOTIFY_SOCKET"))) as notifier:
             notifier.status("; ".join(lines))
     return True
@@ -115,7 +118,7 @@ def _refuse(tell: "Tell", errors: Sequence[str]) -> int:
 
 
 def _serve(serve: Serve, tell: "Tell", directory: str = "") -> int:
-    # Imported here, for the other commands don't need them.
+    # Imported here, because the other commands do not need them.
     from echod.config.loader import ConfigError
     from echod.lifecycle import generation
     from echod.net import socket_activation
@@ -139,23 +142,28 @@ def _serve(serve: Serve, tell: "Tell", directory: str = "") -> int:
 
 def _start(serve: Serve, tell: "Tell", directory: str) -> int:
     from echod import service
-    from echod.upgrade.exec import command_line
+    from echod.upgrade.exec import NextProgram, command_line
 
-    # Ignored, as whoever started us may have left it, the kernel forgets how a child ended (wait(2)), and Python then
-    # takes a preflight that failed for one that went well.
+    # If our parent left SIGCHLD ignored, the kernel discards how a child ended (wait(2)), and Python would take a
+    # preflight that failed for one that succeeded.
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
-    predecessor = _legacy()
+    predecessor = _predecessor()
     directory = (predecessor.state.process.directory if predecessor else directory) or limits.working_directory()
     arguments = sys.argv[1:]
+    next_program = NextProgram(
+        command=command_line(sys.orig_argv, arguments, sys.executable, directory),
+        arguments=tuple(arguments),
+        environment=os.environ,
+        execve=os.execve,
+    )
     start = service.Start(
-        serve,
-        os.environ,
-        directory,
-        service.ExitStatuses(OK, COULD_NOT_START, ABORTED),
-        tell,
-        predecessor,
-        command_line(sys.orig_argv, arguments, sys.executable, directory),
-        os.execve,
+        options=serve,
+        environment=os.environ,
+        directory=directory,
+        statuses=service.ExitStatuses(ok=OK, could_not_start=COULD_NOT_START, aborted=ABORTED),
+        tell=tell,
+        predecessor=predecessor,
+        next_program=next_program,
     )
     return service.serve(start)
 
@@ -166,15 +174,15 @@ def _is_upgraded() -> bool:
     return bool(os.environ.get(state_file.VARIABLE))
 
 
-def _legacy() -> "Predecessor | None":
+def _predecessor() -> "Predecessor | None":
     from echod.upgrade import snapshot, state_file
 
     left = state_file.received(os.environ, os.getpid())
-    os.environ.pop(state_file.VARIABLE, None)  # not meant for children
+    os.environ.pop(state_file.VARIABLE, None)  # children must not see it
     return snapshot.predecessor(*left) if left else None
 
 
-def _rehearse(serve: Serve) -> int:
+def _preflight(serve: Serve) -> int:
     from echod import service
     from echod.config.loader import ConfigError
     from echod.lifecycle import generation
@@ -182,11 +190,12 @@ def _rehearse(serve: Serve) -> int:
 
     _end_by(blocked_signals.BLOCKED)
     try:
-        left = state_file.received(os.environ, os.getppid())
-        if not left:
-            return _refuse(_tell_here, ["preflight is for an upgrade alone, which USR2 asks for"])
+        received = state_file.received(os.environ, os.getppid())
+        if not received:
+            return _refuse(_tell_here, ["preflight is part of an upgrade; send USR2 to a running echod"])
         del os.environ[state_file.VARIABLE]
-        service.preflight(serve, os.environ, left[0])
+        state, _ = received
+        service.preflight(serve, os.environ, state)
     except ConfigError as error:
         complain(error.errors)
         return COULD_NOT_START if isinstance(error, generation.PrepareError) else BAD_CONFIG

@@ -1,6 +1,6 @@
-"""A service put together and run to its end: its configuration, signals, log, statistics, and what it was left.
+"""The composition root of a service: puts its parts together and runs it to its end.
 
-The other half of the composition root: exit statuses, arguments and what ends or replaces the process are handed in.
+`__main__` passes in the arguments, the exit statuses, and what ends or replaces the process.
 """
 
 import gc
@@ -20,13 +20,15 @@ from echod.config.schema import Config, Log
 from echod.config.sources import Serve
 from echod.lifecycle import generation, run
 from echod.lifecycle.generation import Generation, Given, Kept
-from echod.lifecycle.reload import Prepare, Reloader
+from echod.lifecycle.reload import Reloader
+from echod.lifecycle.runtime import Runtime
 from echod.net import socket_activation
 from echod.net.sockets import ListenError
 from echod.process import limits, pidfile, privileges, signals
 from echod.process.force_exit import LAST_WORDS_S, ForcedExit
+from echod.process.phase import Life, Phase
 from echod.process.sd_notify import Notifier, watchdog_s
-from echod.process.signals import Action, Delivery, SignalEvent, SignalQueue
+from echod.process.signals import Action, SignalEvent, SignalQueue
 from echod.server import fastpath
 from echod.server.server import Server
 from echod.telemetry import logs as log_files
@@ -34,20 +36,21 @@ from echod.telemetry.greeting import greeting
 from echod.telemetry.logs import STANDARD_ERROR, Logs
 from echod.telemetry.stats import Stats
 from echod.upgrade import snapshot
-from echod.upgrade.exec import Moment, Replacement
+from echod.upgrade.coordinator import Handover
+from echod.upgrade.exec import NextProgram
 from echod.upgrade.snapshot import Predecessor
 from echod.upgrade.state_file import Process, State
 
 LOG_FLUSH_S = 1.0
-"""How long the end waits for a log reader that is behind."""
+"""How long the process waits at its end for a log reader that is behind."""
 
 _IMPORTED_LATE = ("asyncio", "difflib", "structlog", "traceback", "uvloop", "echod.lifecycle.run")
 
 Tell = Callable[[int, Sequence[str]], bool]
-"""Says how the start went, to whoever asked for it: a status and lines to show. False if nobody waits any more."""
+"""Reports how the start went: an exit status and lines to show. Returns False if nobody waits for it any more."""
 
 
-class ExitStatuses(Struct, frozen=True):
+class ExitStatuses(Struct, frozen=True, kw_only=True):
     """How the process ends: the exit statuses."""
 
     ok: int
@@ -55,25 +58,22 @@ class ExitStatuses(Struct, frozen=True):
     aborted: int
 
 
-class Start(Struct, frozen=True):
+class Start(Struct, frozen=True, kw_only=True):
     """What a service is started with."""
 
     options: Serve
     environment: MutableMapping[str, str]
     directory: str
-    """Where relative paths are meant from."""
+    """The directory that relative paths refer to."""
     statuses: ExitStatuses
     tell: Tell
     predecessor: Predecessor | None
-    """What the program before us in this process has left, if there was one."""
-    command: tuple[tuple[str, ...], tuple[str, ...]]
-    """How the next program in this process is started: command, arguments."""
-    execute: Callable[..., object]
-    """os.execve."""
+    """What the program that ran in this process before has left, after a live upgrade."""
+    next_program: NextProgram
 
 
 def preflight(options: Serve, environment: MutableMapping[str, str], left: State) -> None:
-    """Do all that a program does that takes over, but serve; raises ConfigError, and whatever an import raises."""
+    """Do everything that taking over requires, except serving; raises ConfigError, and whatever an import raises."""
     import uvloop
 
     load = reader(options.sources, environment, limits.raise_open_files(), left.process.directory)
@@ -89,67 +89,79 @@ def preflight(options: Serve, environment: MutableMapping[str, str], left: State
     uvloop.new_event_loop().close()
 
 
-class _Parts(Struct, frozen=True):
-    """What there is beside a generation."""
-
-    start: Start
-    signal_queue: SignalQueue
-    guard: ForcedExit
-    delivery: Delivery
-    belongings: Process
-    prepare: Prepare
-
-
 def serve(start: Start) -> int:
     """Serve until told to stop; return the exit status. Raises what keeps a service from starting."""
+    predecessor = start.predecessor
     load = reader(start.options.sources, start.environment, limits.raise_open_files(), start.directory)
     signal_queue = SignalQueue()
-    guard = ForcedExit(signal_queue.put, unserved=start.statuses.ok, aborted=start.statuses.aborted)
-    if start.predecessor:  # whose clients are served, but for a moment
-        _take_orders(start.predecessor, guard)
-    # Around all, for who hears that there is no daemon may start the next one at once.
-    with signals.delivered(guard.deliver, guard.seconds_left) as delivery, ExitStack() as at_end:
+    forced_exit = ForcedExit(signal_queue.put, unserved=start.statuses.ok, aborted=start.statuses.aborted)
+    if predecessor:
+        _take_over_signals(predecessor, forced_exit)
+    # The lock is released last, because whoever sees that there is no daemon may start the next one at once.
+    with signals.delivered(forced_exit.deliver, forced_exit.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
         if lock:
             at_end.callback(lock.release)
-        inherited = (
-            start.predecessor.inherited
-            if start.predecessor
-            else socket_activation.inherit(start.environment, os.getpid())
-        )
+        inherited = predecessor.inherited if predecessor else socket_activation.inherit(start.environment, os.getpid())
         prepare = partial(generation.prepare, load, Given(inherited, runtime_admin(start.environment)))
-        belongings = Process(
+        first = _first(start, prepare)
+        with suppress(OSError):  # no /proc
+            limits.rss_bytes()  # opens what it needs while there are free descriptors
+        logs = Logs(first.config.log, first.log_descriptor)
+        process = Process(
             pid=os.getpid(),
             version=__version__,
             left_at=0.0,
             directory=start.directory,
-            inherited=[(heir.name, heir.socket.fileno()) for heir in inherited],
+            inherited=[(each.name, each.socket.fileno()) for each in inherited],
             pidfile=(lock.path, lock.descriptor) if lock else None,
-            log_dropped=start.predecessor.state.process.log_dropped if start.predecessor else 0,
+            log_dropped=predecessor.state.process.log_dropped if predecessor else 0,
         )
-        return _run(_first(start, prepare), _Parts(start, signal_queue, guard, delivery, belongings, prepare))
+        runtime = Runtime(
+            life=Life(),
+            signals=signal_queue,
+            stop_began_at=lambda: forced_exit.stop_began_at,
+            prepare=prepare,
+            logs=logs,
+            stats=_stats(logs, predecessor),
+            open_files=limits.allowed_open_files(),
+            notifier=Notifier(start.environment.get("NOTIFY_SOCKET")),
+            watchdog_s=watchdog_s(start.environment, os.getpid()),
+            handover=Handover(
+                next_program=start.next_program,
+                process=process,
+                delivery=delivery,
+                signals=signal_queue,
+                log_writer=logs.sink,
+            ),
+            predecessor=predecessor,
+        )
+        return _run(start, first, runtime, forced_exit)
 
 
-def _take_orders(predecessor: Predecessor, guard: ForcedExit) -> None:
-    """Follow what the program before us didn't, before what the kernel has kept; a stop may take as long as any."""
+def _take_over_signals(predecessor: Predecessor, forced_exit: ForcedExit) -> None:
+    """Queue the signals that the predecessor did not handle, before those that the kernel has kept meanwhile."""
     stop_s = _stop_s(predecessor.config)
-    guard.serving(lambda: stop_s, last_words=lambda: None)
-    for order in filter(None, (signals.order(*each) for each in predecessor.state.process.orders)):
-        guard.deliver(order)
+    forced_exit.serving(lambda: stop_s, last_words=lambda: None)
+    for name, sender_pid in predecessor.state.process.orders:
+        if event := signals.event_of(name, sender_pid):
+            forced_exit.deliver(event)
 
 
 def _lock(start: Start) -> pidfile.PidFile | None:
-    if start.predecessor and (left := start.predecessor.state.process.pidfile):
-        os.set_inheritable(left[1], False)
-        return pidfile.PidFile(*left)
+    if start.predecessor and (held := start.predecessor.state.process.pidfile):
+        path, descriptor = held
+        os.set_inheritable(descriptor, False)
+        return pidfile.PidFile(path, descriptor)
     name = start.options.pidfile
     return None if name is None else pidfile.acquire(os.path.join(start.directory, name))
 
 
 def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
+    """Prepare the first generation."""
     if start.predecessor is None:
         return _prepare_as(privileges.find(start.options.user, start.options.group), prepare)
-    # What fails now has become so since the preflight: clients have to be served all the same.
+    # The preflight has succeeded, so an error is new; the predecessor's clients have to be served all the same.
     before = start.predecessor
     try:
         first = prepare(Kept(before.listeners, before.admin))
@@ -164,10 +176,14 @@ def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
 
 
 def _prepare_as(user: privileges.Identity | None, prepare: Callable[..., Generation]) -> Generation:
-    """The first generation; what it needed root for is done, and we are the user for good."""
+    """Prepare the first generation, then become `user` for good."""
     if user is None:
         return prepare()
-    first = prepare(open_log=partial(_open_log, user))
+
+    def open_log(log: Log) -> int | None:
+        return privileges.open_for(user, partial(log_files.open_path, log.file)) if log.file else None
+
+    first = prepare(open_log=open_log)
     try:
         for module in _IMPORTED_LATE:  # the user need not be allowed to read them
             import_module(module)
@@ -180,56 +196,11 @@ def _prepare_as(user: privileges.Identity | None, prepare: Callable[..., Generat
     return first
 
 
-def _open_log(user: privileges.Identity, log: Log) -> int | None:
-
-    return privileges.open_for(user, partial(log_files.open_path, log.file)) if log.file else None
-
-
-def _run(first: Generation, parts: _Parts) -> int:
-    import asyncio
-
-    import uvloop
-
-    start = parts.start
-    with suppress(OSError):  # no /proc
-        limits.rss_bytes()  # opens what it needs as long as there are descriptors
-    logs = Logs(first.config.log, first.log_descriptor)
-    notifier = Notifier(start.environment.get("NOTIFY_SOCKET"))
-    around = run.Runtime(
-        parts.signal_queue,
-        lambda: parts.guard.stop_began_at,
-        parts.prepare,
-        logs,
-        _stats(logs, start.predecessor),
-        limits.allowed_open_files(),
-        notifier,
-        watchdog_s(start.environment, os.getpid()),
-        _successor(parts, logs),
-        start.predecessor,
-        partial(_on_serving, first, parts, logs),
-    )
-    status = start.statuses.could_not_start
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            outcome = runner.run(run.run(first, around))
-        status = start.statuses.aborted if outcome is run.Outcome.ABORTED else start.statuses.ok
-    except ListenError as error:
-        start.tell(status, [f"echod: could not start: listen: {error}"])
-    except Exception:
-        structlog.get_logger().exception("crashed")
-    parts.guard.ended(status)
-    structlog.get_logger().info("stopped", exit_status=status)
-    logs.sink.close(min(LOG_FLUSH_S, max(LAST_WORDS_S, parts.guard.remaining_s() - LAST_WORDS_S)))
-    notifier.close()
-    gc.freeze()  # the interpreter's end would look at every object once more: 40 ms in which nothing happens
-    return status
-
-
 def _stats(logs: Logs, predecessor: Predecessor | None) -> Stats:
-    lost_before = predecessor.state.process.log_dropped if predecessor else 0
+    dropped_before = predecessor.state.process.log_dropped if predecessor else 0
     stats = Stats(
         {
-            "log_dropped": lambda: lost_before + logs.sink.dropped,
+            "log_dropped": lambda: dropped_before + logs.sink.dropped,
             "rss_bytes": limits.rss_bytes,
             "open_files": limits.open_files,
         },
@@ -242,35 +213,51 @@ def _stats(logs: Logs, predecessor: Predecessor | None) -> Stats:
     return stats
 
 
-def _successor(parts: _Parts, logs: Logs) -> Replacement:
-    start = parts.start
-    moment = Moment(parts.delivery, parts.signal_queue, logs.sink)
-    return Replacement(*start.command, start.environment, parts.belongings, moment, start.execute)
+def _run(start: Start, first: Generation, runtime: Runtime, forced_exit: ForcedExit) -> int:
+    import asyncio
+
+    import uvloop
+
+    def on_serving(server: Server, reloads: Reloader) -> None:
+        gc.freeze()  # what exists now stays, and need not be searched for garbage again and again
+        gc.enable()
+        forced_exit.serving(lambda: _stop_s(reloads.config), last_words=lambda: runtime.logs.sink.close(LAST_WORDS_S))
+        if not start.predecessor:
+            _announce(start, first, runtime, server.addresses)
+
+    status = start.statuses.could_not_start
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            outcome = runner.run(run.run(first, runtime, on_serving))
+        status = start.statuses.aborted if outcome is run.Outcome.ABORTED else start.statuses.ok
+    except ListenError as error:
+        start.tell(status, [f"echod: could not start: listen: {error}"])
+    except Exception:
+        structlog.get_logger().exception("crashed")
+    runtime.life.enter(Phase.STOPPED)
+    forced_exit.ended(status)
+    structlog.get_logger().info("stopped", exit_status=status)
+    left_s = forced_exit.remaining_s() - LAST_WORDS_S
+    runtime.logs.sink.close(min(LOG_FLUSH_S, max(LAST_WORDS_S, left_s)))
+    runtime.notifier.close()
+    gc.freeze()  # or the interpreter's end would search every object for garbage: 40 ms
+    return status
 
 
-def _on_serving(first: Generation, parts: _Parts, logs: Logs, server: Server, reloads: Reloader) -> None:
-    start = parts.start
-    gc.freeze()  # what is there now stays: it needn't be looked at again and again
-    gc.enable()
-    parts.guard.serving(lambda: _stop_s(reloads.config), last_words=lambda: logs.sink.close(LAST_WORDS_S))
-    if start.predecessor:
-        return
-    if logs.is_at_terminal:
-        logs.sink.write(greeting(server.addresses, os.getpid()).encode())
-    elif os.isatty(STANDARD_ERROR):  # the log is a file, the person is here
-        os.write(STANDARD_ERROR, greeting(server.addresses, os.getpid()).encode())
-    warnings = (*first.warnings, *_warnings_of_a_daemon(start, first.config))
+def _announce(start: Start, first: Generation, runtime: Runtime, addresses: Sequence[str]) -> None:
+    """Tell whoever started echod that clients are served; stop if nobody waits for that any more."""
+    if runtime.logs.is_at_terminal:
+        runtime.logs.sink.write(greeting(addresses, os.getpid()).encode())
+    elif os.isatty(STANDARD_ERROR):  # the log is a file, but somebody is at the terminal
+        os.write(STANDARD_ERROR, greeting(addresses, os.getpid()).encode())
+    warnings = [*first.warnings]
+    if start.options.is_daemon and not first.config.log.file:
+        warnings.append("log.file is empty: a daemon has no standard error, so its log goes nowhere")
     if not start.tell(start.statuses.ok, [f"warning: {warning}" for warning in warnings]):
         structlog.get_logger().warning("start called off", why="whoever asked for it doesn't wait any more")
-        parts.signal_queue.put(SignalEvent(Action.STOP, "PIPE", 0))
+        runtime.signals.put(SignalEvent(Action.STOP, "PIPE", 0))
 
 
 def _stop_s(config: Config) -> float:
-    """How long a stop may take, but for what the guard adds."""
+    """Return how long a stop may take, apart from what the forced exit adds."""
     return config.timeouts.lame_duck + config.timeouts.drain
-
-
-def _warnings_of_a_daemon(start: Start, config: Config) -> list[str]:
-    if config.log.file or not start.options.is_daemon:
-        return []
-    return ["log.file is empty: a daemon has no standard error, so its log goes nowhere"]

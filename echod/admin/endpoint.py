@@ -24,6 +24,7 @@ from echod.admin.cpu_share import CpuShare
 from echod.admin.http import Answer, Exchange, Request
 from echod.net.listener_set import ListenerSet
 from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared, RawAddress
+from echod.process.phase import Life
 from echod.process.worker_thread import NoThreadError, aside
 
 TCP_SHARE = 0.12
@@ -57,7 +58,7 @@ log = structlog.get_logger()
 
 
 class ReloadResult(Struct, frozen=True):
-    """What a reload came to: the keys that it changed, or every fault for which nothing has changed."""
+    """The result of a reload: the keys that it changed, or every error for which nothing has changed."""
 
     changed: tuple[str, ...] = ()
     restart_needed: tuple[str, ...] = ()
@@ -68,7 +69,10 @@ class ReloadResult(Struct, frozen=True):
 class Endpoint:
     """Answers on the listeners that `apply` gives it; made and used inside a running loop."""
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], reload: Callable[[], Awaitable[ReloadResult]]) -> None:
+    def __init__(
+        self, snapshot: Callable[[], dict[str, Any]], reload: Callable[[], Awaitable[ReloadResult]], life: Life
+    ) -> None:
+        self._life = life
         self._snapshot = snapshot
         self._reload = reload
         self._pages: dict[str, Callable[[], Answer | Awaitable[Answer]]] = {
@@ -84,7 +88,6 @@ class Endpoint:
         self._costly = CpuShare(COSTLY_SHARE, lambda: None, partial(self._loop.call_soon, self._take_turns))
         self._sides = (self._side(TCP_SHARE, is_local=False), self._side(UNIX_SHARE, is_local=True))
         self._gone = asyncio.Event()
-        self._is_draining = False
 
     def _side(self, share: float, *, is_local: bool) -> "_Side":
         def exchanges() -> list[Exchange]:
@@ -114,24 +117,20 @@ class Endpoint:
         for side in self._sides:
             await side.listeners.retired()
 
-    async def rest(self) -> bool:
-        """Accept nobody until `wake`, and return when the clients that are there have their answers, or had the time.
+    async def pause(self) -> bool:
+        """Accept nobody until `resume`, and return when every client has its answer or has had END_S to ask.
 
-        False if some wait for the verdict of a reload still: they stay.
+        Return False if clients still wait for the result of a reload; they stay connected.
         """
         for side in self._sides:
-            side.listeners.pause("resting")
+            side.listeners.pause("upgrade")
         await self._emptied()
         return not self._exchanges
 
-    def wake(self) -> None:
-        """Accept clients again."""
+    def resume(self) -> None:
+        """Accept clients again after `pause`."""
         for side in self._sides:
-            side.listeners.resume("resting")
-
-    def start_draining(self) -> None:
-        """Report from now on that echod is draining: `/readyz` returns 503."""
-        self._is_draining = True
+            side.listeners.resume("upgrade")
 
     async def close(self) -> None:
         """Stop listening, answer the clients that are connected, and close."""
@@ -188,7 +187,7 @@ class Endpoint:
         match request.method, request.path:
             case "POST", "/reload" if is_local:
                 is_full = sum(exchange.is_awaited for exchange in self._exchanges) >= WAITING
-                return Answer(503, b"too many wait for a reload\n") if is_full else self._verdict()
+                return Answer(503, b"too many wait for a reload\n") if is_full else self._reload_answer()
             case "POST", "/reload":
                 return Answer(403, b"a reload is taken from the Unix socket alone\n")
             case "GET" | "HEAD", path if path in self._pages:
@@ -201,7 +200,7 @@ class Endpoint:
                 return Answer(404, f"there are {', '.join(self._pages)} and, to POST, /reload\n".encode())
 
     def _readiness(self) -> Answer:
-        return Answer(503, b"draining\n") if self._is_draining else Answer(200, b"serving\n")
+        return Answer(503, b"draining\n") if self._life.is_leaving else Answer(200, b"serving\n")
 
     def _metrics(self) -> Answer | Awaitable[Answer]:
         return self._exposition(self._snapshot()) if self._exposition else self._first_metrics()
@@ -213,11 +212,11 @@ class Endpoint:
             return Answer(503, f"no metrics: {error}\n".encode())
         return self._exposition(self._snapshot())
 
-    async def _verdict(self) -> Answer:
-        verdict = await self._reload()
-        if verdict.errors:
-            return _json(409, {"errors": verdict.errors})
-        return _json(200, {"changed": verdict.changed, "restart_needed": verdict.restart_needed})
+    async def _reload_answer(self) -> Answer:
+        result = await self._reload()
+        if result.errors:
+            return _json(409, {"errors": result.errors})
+        return _json(200, {"changed": result.changed, "restart_needed": result.restart_needed})
 
     # -- clients come and go ---------------------------------------------------------------------------------------
 

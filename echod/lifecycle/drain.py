@@ -5,17 +5,19 @@ All deadlines are measured from the signal, even if a busy event loop handles it
 
 import asyncio
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, assert_never
+from types import TracebackType
+from typing import Any, Self, assert_never
 
 import structlog
-from msgspec import Struct
 
 from echod.admin.endpoint import Endpoint
-from echod.config.schema import Timeouts
+from echod.lifecycle.runtime import Runtime
+from echod.lifecycle.status import connections, dump_stats
+from echod.process import tasks
 from echod.process.sd_notify import Notifier
-from echod.process.signals import Action, SignalEvent, SignalQueue
+from echod.process.signals import Action, SignalEvent
 from echod.server.server import PROGRESS_S, DrainResult, Server
 
 EXTENSION_S = 3.0
@@ -24,65 +26,74 @@ EXTENSION_S = 3.0
 log = structlog.get_logger()
 
 
-class Means(Struct, frozen=True):
-    """The objects that a stop needs."""
+class Stop:
+    """One stop. While the context is open, signals are handled as a stop allows; a second stop signal cuts it short."""
 
-    server: Server
-    endpoint: Endpoint
-    notifier: Notifier
-    orders: SignalQueue
-    dump_stats: Callable[[], None]
+    def __init__(self, event: SignalEvent, server: Server, endpoint: Endpoint, runtime: Runtime) -> None:
+        """`event` requested the stop."""
+        self._event = event
+        self._server = server
+        self._endpoint = endpoint
+        self._runtime = runtime
+        self._cut_short = asyncio.Event()
 
+    async def __aenter__(self) -> Self:
+        self._handling = tasks.background(self._handle_signals, "signals")
+        return self
 
-async def drain(stop: SignalEvent, began_at: float, timeouts: Timeouts, means: Means) -> DrainResult:
-    """Wait out the lame-duck time, drain the server, and close the admin endpoint; return how the drain ended.
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await tasks.end([self._handling])
+        if any(event.action is Action.DUMP_STATS for event in self._runtime.signals.take()):
+            dump_stats(self._server, self._runtime)
 
-    Signals that arrive meanwhile are handled as their phase allows. `began_at` (time.monotonic) is when the stop was
-    requested.
-    """
-    is_cut = asyncio.Event()
-    following = asyncio.ensure_future(_follow(means, is_cut))
-    cutting = asyncio.ensure_future(is_cut.wait())
-    deadline = began_at + timeouts.lame_duck + timeouts.drain
-    try:
-        if timeouts.lame_duck:
-            await _lame_duck(stop, began_at + timeouts.lame_duck, means, cutting)
-        return await _drain(stop, timeouts.drain, min(deadline, time.monotonic() + timeouts.drain), means, cutting)
-    finally:
-        for task in (following, cutting):
-            task.cancel()
-        await asyncio.gather(following, cutting, return_exceptions=True)
-        if any(order.command is Action.DUMP_STATS for order in means.orders.take()):
-            means.dump_stats()
+    async def _handle_signals(self) -> None:
+        while True:
+            event = await self._runtime.signals.get()
+            match event.action:
+                case Action.STOP:
+                    log.warning("drain cut short", **event.origin)
+                    self._cut_short.set()
+                case Action.RELOAD:
+                    log.info("reload ignored", why="draining")
+                case Action.DUMP_STATS:
+                    dump_stats(self._server, self._runtime)
+                case Action.UPGRADE:
+                    log.warning("upgrade refused", errors=["draining"])
+                case _:
+                    assert_never(event.action)
 
+    async def lame_duck(self, end: float) -> None:
+        """Keep accepting clients until `end` (time.monotonic), or until the stop is cut short."""
+        server, notifier = self._server, self._runtime.notifier
+        seconds = round(max(0.0, end - time.monotonic()), 1)
+        log.info("lame duck started", **self._event.origin, connections=server.open_connections, seconds_left=seconds)
+        notifier.stopping(_lame_duck_status(server.open_connections, seconds))
+        while (left_s := end - time.monotonic()) > 0 and not self._cut_short.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, PROGRESS_S)):
+                    await self._cut_short.wait()
+            notifier.extend(EXTENSION_S, _lame_duck_status(server.open_connections, max(0.0, end - time.monotonic())))
 
-async def _lame_duck(stop: SignalEvent, end: float, means: Means, cutting: "asyncio.Future[Literal[True]]") -> None:
-    """Keep accepting while `/readyz` reports draining, until `end` or a second signal."""
-    server, notifier = means.server, means.notifier
-    seconds = round(max(0.0, end - time.monotonic()), 1)
-    log.info("lame duck started", **stop.origin, connections=server.open_connections, seconds_left=seconds)
-    server.is_leaving = True
-    notifier.stopping(_lame_duck_status(server.open_connections, seconds))
-    while (left_s := end - time.monotonic()) > 0 and not cutting.done():
-        await asyncio.wait({cutting}, timeout=min(left_s, PROGRESS_S))
-        notifier.extend(EXTENSION_S, _lame_duck_status(server.open_connections, max(0.0, end - time.monotonic())))
+    async def drain(self, drain_s: float, deadline: float) -> DrainResult:
+        """Drain the server for at most `drain_s`, until `deadline` (time.monotonic), and close the admin endpoint.
 
-
-async def _drain(
-    stop: SignalEvent, drain_s: float, deadline: float, means: Means, cutting: "asyncio.Future[Literal[True]]"
-) -> DrainResult:
-    server = means.server
-    server.is_leaving = True
-    log.info("drain started", **stop.origin, connections=server.open_connections, seconds_left=drain_s)
-    means.notifier.stopping(_drain_status(server.open_connections, drain_s))
-    draining = asyncio.ensure_future(server.drain(partial(_report, means.notifier), deadline))
-    closing = asyncio.ensure_future(_close(means.endpoint, draining, deadline))
-    either: set[asyncio.Future[Any]] = {draining, cutting}
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if cutting.done():
-        server.abort_all()
-    drained, _ = await asyncio.gather(draining, closing)
-    return drained
+        Once the stop is cut short, clients that are still owed a reply are aborted.
+        """
+        server, notifier = self._server, self._runtime.notifier
+        log.info("drain started", **self._event.origin, connections=server.open_connections, seconds_left=drain_s)
+        notifier.stopping(_drain_status(server.open_connections, drain_s))
+        draining = asyncio.ensure_future(server.drain(partial(_report, notifier), deadline))
+        closing = asyncio.ensure_future(_close(self._endpoint, draining, deadline))
+        cutting = asyncio.ensure_future(self._cut_short.wait())
+        either: set[asyncio.Future[Any]] = {draining, cutting}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        cutting.cancel()
+        if self._cut_short.is_set():
+            server.abort_all()
+        drained, _ = await asyncio.gather(draining, closing)
+        return drained
 
 
 async def _close(endpoint: Endpoint, draining: "asyncio.Future[DrainResult]", deadline: float) -> None:
@@ -94,28 +105,6 @@ async def _close(endpoint: Endpoint, draining: "asyncio.Future[DrainResult]", de
 def _report(notifier: Notifier, count: int, seconds_left: float) -> None:
     log.info("drain progress", connections=count, seconds_left=round(seconds_left, 1))
     notifier.extend(EXTENSION_S, _drain_status(count, seconds_left))
-
-
-async def _follow(means: Means, is_cut: asyncio.Event) -> None:
-    while True:
-        order = await means.orders.get()
-        match order.command:
-            case Action.STOP:
-                log.warning("drain cut short", **order.origin)
-                is_cut.set()
-            case Action.RELOAD:
-                log.info("reload ignored", why="draining")
-            case Action.DUMP_STATS:
-                means.dump_stats()
-            case Action.UPGRADE:
-                log.warning("upgrade refused", errors=["draining"])
-            case _:
-                assert_never(order.command)
-
-
-def connections(count: int) -> str:
-    """Format a number of connections, with the right plural."""
-    return "1 connection" if count == 1 else f"{count} connections"
 
 
 def _lame_duck_status(count: int, seconds_left: float) -> str:

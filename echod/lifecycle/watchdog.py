@@ -1,44 +1,48 @@
-"""What the service manager hears while clients are served: a status line, and signs of life if it wants any.
+"""What the service manager is told while clients are served: a status line, and signs of life if it wants them.
 
 The event loop itself gives the signs of life, and only while a client would be served.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import structlog
 
+from echod.process import tasks
 from echod.process.sd_notify import Notifier
 
 STATUS_S = 2.0
-"""How often the status line is brought up to date."""
+"""How often the status line is updated."""
 
 log = structlog.get_logger()
 
 
-async def supervise(
+def supervise(
     notifier: Notifier,
     watchdog_s: float | None,
     status: Callable[[], str],
     is_well: Callable[[float], Awaitable[bool]],
-) -> None:
-    """Report until cancelled; `is_well` is asked whether a client would be served within so many seconds."""
+) -> "list[asyncio.Task[object]]":
+    """Start the tasks that report to the service manager, and return them.
+
+    `is_well` tells whether a client would be served within so many seconds.
+    """
     if not notifier.is_enabled:
-        return
-    feeding = asyncio.ensure_future(_feed(notifier, watchdog_s / 3, is_well)) if watchdog_s else None
-    try:
-        await _report(notifier, status)
-    finally:
-        if feeding:
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
+        return []
+    reporting = [tasks.background(partial(_report, notifier, status), "status")]
+    if watchdog_s:
+        reporting.append(tasks.background(partial(_feed, notifier, watchdog_s / 3, is_well), "watchdog"))
+    return reporting
 
 
 async def _report(notifier: Notifier, status: Callable[[], str]) -> None:
-    told = ""
+    reported = ""
     while True:
-        if (now := status()) != told:
-            notifier.status(told := now)
+        current = status()
+        if current != reported:
+            notifier.status(current)
+            reported = current
         await asyncio.sleep(STATUS_S)
 
 

@@ -44,13 +44,13 @@ class ForcedExit:
         self._aborted = aborted
         self._stops: list[float] = []  # the first two, by the guard's clock
         self._paused_s = 0.0
-        self._looked_at = 0.0
+        self._checked_at = 0.0
         self._serving_since: float | None = None
         self._stop_s: Callable[[], float] = lambda: 0.0
         self._last_words: Callable[[], object] = lambda: None
 
     def serving(self, stop_s: Callable[[], float], last_words: Callable[[], object]) -> None:
-        """Note that clients are served: a stop may take `stop_s()` plus END_S; an overdue one calls `last_words`."""
+        """Note that clients are served: a stop may take `stop_s()` plus END_S; call `last_words` if it is overdue."""
         self._stop_s = stop_s
         self._last_words = last_words
         self._status = self._aborted
@@ -65,13 +65,13 @@ class ForcedExit:
         """When the current stop began (time.monotonic); the present time if there is none."""
         return self._began() + self._paused_s if self._stops else time.monotonic()
 
-    def deliver(self, order: SignalEvent) -> None:
-        """Pass the order on, and record when a stop was requested."""
-        if order.command is Action.STOP and len(self._stops) < 2:
+    def deliver(self, event: SignalEvent) -> None:
+        """Pass the event on, and record when a stop was requested."""
+        if event.action is Action.STOP and len(self._stops) < 2:
             if not self._stops:
-                self._looked_at = time.monotonic()
+                self._checked_at = time.monotonic()
             self._stops.append(self._now())
-        self._put(order)
+        self._put(event)
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the next call, or None without a stop; end the process if the stop is overdue."""
@@ -92,8 +92,8 @@ class ForcedExit:
 
     def _discount_pause(self) -> None:
         now = time.monotonic()
-        overslept_s = now - self._looked_at - TICK_S
-        self._looked_at = now
+        overslept_s = now - self._checked_at - TICK_S
+        self._checked_at = now
         if overslept_s > TICK_S:
             self._paused_s += overslept_s
 

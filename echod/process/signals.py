@@ -1,8 +1,8 @@
-"""Signals as data: one table from signal to command, one thread that waits for them, one signal_queue they end in.
+"""Signals as data: a table from signal to action, a thread that waits for signals, and the queue that it fills.
 
 No handler is ever installed. The signals are blocked from the first statement of `__main__` on, so the kernel holds
 them until the thread takes them with sigwaitinfo(2); nothing is lost while Python imports, while no loop runs yet or
-while it is stuck. What a command means is not known here.
+while it is stuck. This module does not carry out any action.
 """
 
 import asyncio
@@ -43,9 +43,9 @@ _SHORTEST_S = 0.001
 
 
 class SignalEvent(Struct, frozen=True):
-    """A command, the signal that brought it and who sent it (pid 0: the kernel, as for Ctrl-C)."""
+    """What a signal asks for, its name without SIG, and who sent it (pid 0: the kernel, as for Ctrl-C)."""
 
-    command: Action
+    action: Action
     signal: str
     sender_pid: int
 
@@ -55,49 +55,49 @@ class SignalEvent(Struct, frozen=True):
         return {"signal": self.signal} | ({"sender_pid": self.sender_pid} if self.sender_pid else {})
 
 
-def order(name: str, sender_pid: int) -> SignalEvent | None:
-    """The order that a signal brings, by its name without SIG; None if it brings none."""
+def event_of(name: str, sender_pid: int) -> SignalEvent | None:
+    """Return the event of the signal with this name, without SIG; None if echod does not handle that signal."""
     number = getattr(signal, f"SIG{name}", None)
     return SignalEvent(TABLE[number], name, sender_pid) if number in TABLE else None
 
 
 class SignalQueue:
-    """A queue of orders from the signal thread to the event loop.
+    """A queue of events from the signal thread to the event loop.
 
-    As in the kernel, a command that is already pending is not added again, so no sender can fill the queue. Only stops
+    As in the kernel, an action that is already pending is not added again, so no sender can fill the queue. Only stops
     may be pending twice, because the second one means abort.
     """
 
     def __init__(self) -> None:
-        self._orders: list[SignalEvent] = []
-        self._resting: dict[Action, float] = {}
+        self._events: list[SignalEvent] = []
+        self._paused_until: dict[Action, float] = {}
         self._lock = threading.Lock()
         self._wake: Callable[[], object] | None = None
 
-    def put(self, order: SignalEvent) -> None:
-        """Add an order, unless the same command is already pending (two stops may be); callable from any thread."""
-        most = 2 if order.command is Action.STOP else 1
+    def put(self, event: SignalEvent) -> None:
+        """Add an event, unless the same action is already pending (two stops may be); callable from any thread."""
+        most = 2 if event.action is Action.STOP else 1
         with self._lock:
-            if sum(waiting.command is order.command for waiting in self._orders) >= most:
+            if sum(pending.action is event.action for pending in self._events) >= most:
                 return
-            self._orders.append(order)
+            self._events.append(event)
         wake = self._wake
         if wake:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads orders any more
+            with suppress(RuntimeError):  # the loop is closed: nobody reads events any more
                 wake()
 
     def take(self) -> list[SignalEvent]:
-        """Remove and return all pending orders."""
+        """Remove and return all pending events."""
         with self._lock:
-            orders, self._orders = self._orders, []
-        return orders
+            events, self._events = self._events, []
+        return events
 
-    def rest(self, command: Action, seconds: float) -> None:
-        """Hold orders with this command back for so many seconds; others overtake them. Call it in the event loop."""
-        self._resting[command] = asyncio.get_running_loop().time() + seconds
+    def pause(self, action: Action, seconds: float) -> None:
+        """Hold back events with this action for so many seconds; others overtake them. Call it in the event loop."""
+        self._paused_until[action] = asyncio.get_running_loop().time() + seconds
 
     async def get(self) -> SignalEvent:
-        """Wait for the next order, in order of arrival; only one reader at a time.
+        """Wait for the next event, in order of arrival; only one reader at a time.
 
         First let the event loop run one full iteration, so that a flood of signals does not starve the clients.
         """
@@ -109,27 +109,27 @@ class SignalQueue:
                 await asyncio.sleep(0)
             while True:
                 arrived.clear()
-                order, rest_s = self._next(loop.time())
-                if order:
-                    return order
+                event, pause_s = self._next(loop.time())
+                if event:
+                    return event
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(rest_s):
+                    async with asyncio.timeout(pause_s):
                         await arrived.wait()
         finally:
             self._wake = None
 
     def _next(self, now: float) -> tuple[SignalEvent | None, float | None]:
-        """Take the first order whose command does not rest; if there is none, after how many seconds there may be."""
+        """Take the first event that is not paused; if there is none, say after how many seconds there may be one."""
         with self._lock:
-            for index, order in enumerate(self._orders):
-                if self._resting.get(order.command, 0.0) <= now:
-                    return self._orders.pop(index), None
-            ends = [self._resting[order.command] for order in self._orders]
+            for index, event in enumerate(self._events):
+                if self._paused_until.get(event.action, 0.0) <= now:
+                    return self._events.pop(index), None
+            ends = [self._paused_until[event.action] for event in self._events]
         return None, min(ends) - now if ends else None
 
 
 class Delivery:
-    """The thread that hands each signal of TABLE to `deliver`, with pauses in which the kernel keeps them."""
+    """The thread that hands each signal of TABLE to `deliver`; while it is paused, the kernel keeps the signals."""
 
     def __init__(self, deliver: Callable[[SignalEvent], object], seconds_left: Callable[[], float | None]) -> None:
         self._deliver = deliver
@@ -138,7 +138,7 @@ class Delivery:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take no signal as long as the context is open."""
+        """Leave the signals to the kernel while the context is open."""
         self.close()
         try:
             yield

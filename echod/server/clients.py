@@ -13,6 +13,7 @@ import structlog
 
 from echod.config.schema import Limits
 from echod.net.sockets import ListenerSettings, RawAddress, peer_name
+from echod.process.phase import Life
 from echod.server.admission import LOG_INTERVAL_S, Admission
 from echod.server.connection import Connection
 from echod.server.memory import MemoryLimit
@@ -30,7 +31,7 @@ log = structlog.get_logger()
 class Clients:
     """Takes ownership of accepted sockets and keeps each connection until it closes (the `Owner` of connections)."""
 
-    def __init__(self, limits: Limits, stats: Stats, open_files: int) -> None:
+    def __init__(self, limits: Limits, stats: Stats, open_files: int, life: Life) -> None:
         """`open_files` is the process's limit of descriptors."""
         self.loop = asyncio.get_running_loop()
         self.scheduler = Scheduler()
@@ -49,7 +50,7 @@ class Clients:
         """Set when the last connection has closed."""
         self.unacknowledged = 0
         """How many connections closed before the client's kernel had acknowledged every byte."""
-        self.is_draining = False
+        self._life = life
         self._memory_logged_at = -math.inf
         self._stats = stats
 
@@ -108,7 +109,7 @@ class Clients:
         connection.is_anonymous = is_anonymous
         self._serve(connection)
         self._stats.accepted += 1
-        if self.is_draining:
+        if self._life.is_draining:
             connection.start_draining(self.loop.time())
         connection.open()
 
@@ -171,7 +172,6 @@ class Clients:
 
     def start_draining(self) -> None:
         """Measure the quiet time of every connection from now on, including those accepted later."""
-        self.is_draining = True
         self.unpark_all()
         now = self.loop.time()
         for connection in self.served:

@@ -16,6 +16,7 @@ from echod.config.schema import Config, Timeouts
 from echod.net.listener_set import ListenerSet
 from echod.net.sockets import BoundSocket, ListenerKey, Prepared
 from echod.process.limits import allowed_memory_bytes
+from echod.process.phase import Life
 from echod.process.tasks import background
 from echod.server import timeouts
 from echod.server.clients import Clients
@@ -50,14 +51,14 @@ class DrainResult(Struct, frozen=True):
 class Server:
     """Serves the clients of its listeners; create and use it inside a running event loop."""
 
-    def __init__(self, config: Config, stats: Stats, open_files: int) -> None:
+    def __init__(self, config: Config, stats: Stats, open_files: int, life: Life) -> None:
         """`open_files` is the process's limit of descriptors."""
+        self._life = life
         self._config = config
         self._stats = stats
         self._loop = asyncio.get_running_loop()
-        self.clients = Clients(config.limits, stats, open_files)
+        self.clients = Clients(config.limits, stats, open_files, life)
         self._listeners = ListenerSet(self.clients.accept, self.clients.admission.log_starved, acceptor)
-        self.is_leaving = False
         self._is_aborting = False
         self._sweeper = background(self._sweep, "sweep")
 
@@ -80,12 +81,12 @@ class Server:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the statistics of this moment."""
-        return self._stats.snapshot("draining" if self.is_leaving else "serving", self.clients.served)
+        return self._stats.snapshot("draining" if self._life.is_leaving else "serving", self.clients.served)
 
     async def is_well(self, deadline_s: float) -> bool:
         """Whether a client would be served within `deadline_s`; also True while clients have to wait by intention."""
         listener = self._listeners.open_socket
-        if self.clients.is_draining or listener is None or len(self.clients) >= self._config.limits.connections:
+        if self._life.is_draining or listener is None or len(self.clients) >= self._config.limits.connections:
             return True
         return await self.clients.self_probe.passes(listener, deadline_s)
 
@@ -138,7 +139,6 @@ class Server:
         """
         before = dict(self._stats.closed)
         started_at = self._loop.time()
-        self.is_leaving = True
         self._sweeper.cancel()
         self.clients.start_draining()
         self._listeners.apply({}, max(0.0, deadline - started_at))

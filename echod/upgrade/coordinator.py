@@ -1,88 +1,186 @@
-"""Upgrades, one after the other: the next program proves itself, then this one is replaced by it, or goes on.
+"""Live upgrades: the next program proves itself in a child, then execve(2) replaces this one in the same process.
 
-Requests that come while one is under way become one more. How a program proves itself, what must come to rest first and
-how it is replaced is handed in; nothing of it has changed anything until the replacement, which doesn't return.
+The steps are those of `Upgrader._upgrade`, from top to bottom. Until the execve succeeds nothing has changed that is
+not undone, so whatever fails, this program serves on.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import os
+import time
 from typing import Protocol
 
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
+from echod.admin.endpoint import Endpoint
+from echod.config.schema import Config
+from echod.process import tasks
+from echod.process.signals import Action, Delivery, SignalEvent, SignalQueue
+from echod.server.server import Server
+from echod.telemetry.log_writer import LogWriter
+from echod.telemetry.stats import Stats
+from echod.upgrade import preflight, snapshot, state_file
+from echod.upgrade.exec import NextProgram
 from echod.upgrade.preflight import PreflightError
+from echod.upgrade.state_file import Process, Service, State
 
-SETTLE_S = 5.0
-"""How long what is under way may keep an upgrade waiting: a reload, a listener that is to be closed."""
+FINISH_S = 5.0
+"""How long an upgrade waits for a reload, a retiring listener or an admin client, which cannot cross, to finish."""
+
+FLUSH_S = 0.2
+"""How long clients may wait for a log reader that is behind; what it has not taken by then is lost, and counted."""
 
 log = structlog.get_logger()
 
 
-class Replace(Protocol):
-    """Replace the program, without a turn of the event loop; raises OSError if that can't be."""
+class Reloads(Protocol):
+    """What an upgrade needs to know about reloads."""
 
-    def __call__(self, *, is_wanted_again: bool) -> None:
-        """Let the next program upgrade once more if that is wanted."""
+    config: Config
+    """The configuration in force."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no reload is running or requested."""
+
+    async def idle(self) -> None:
+        """Return when no reload is running or requested."""
 
 
-class Steps(Struct, frozen=True):
-    """What an upgrade consists of."""
+class Handover(Struct, frozen=True, kw_only=True):
+    """The parts of the process that an upgrade stops, or hands over, whatever is being served."""
 
-    prove: Callable[[], Awaitable[str]]
-    """Let the next program prove itself; returns what it says of itself, raises PreflightError."""
-    settle: Callable[[], Awaitable[None]]
-    """Bring to rest what can't cross; undone by `go_on`."""
-    go_on: Callable[[], None]
-    replace: Replace
+    next_program: NextProgram
+    process: Process
+    delivery: Delivery
+    signals: SignalQueue
+    log_writer: LogWriter
 
 
 class Upgrader:
-    """Owns the upgrade under way."""
+    """Upgrades on request, one upgrade after the other."""
 
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
+    def __init__(self, handover: Handover, server: Server, endpoint: Endpoint, reloads: Reloads, stats: Stats) -> None:
+        self._handover = handover
+        self._server = server
+        self._endpoint = endpoint
+        self._reloads = reloads
+        self._stats = stats
         self._wanted = asyncio.Event()
-        self._is_under_way = False
-        self._worker = asyncio.get_running_loop().create_task(self._work(), name="upgrades")
+        self._worker = tasks.background(self._work, "upgrades")
 
     def request(self) -> None:
-        """Upgrade, soon: after the one under way, if one is."""
+        """Upgrade soon; requests that arrive during an upgrade become one more."""
         self._wanted.set()
 
     async def close(self) -> None:
-        """Upgrade no more; one that is under way is given up."""
-        self._worker.cancel()
-        await asyncio.gather(self._worker, return_exceptions=True)
-        if self._is_under_way or self._wanted.is_set():
+        """Stop upgrading because a stop has begun; refuse an upgrade that is running or requested."""
+        await tasks.end([self._worker])
+        if self._wanted.is_set():
             _refuse("draining")
 
     async def _work(self) -> None:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            self._is_under_way = True
             try:
                 await self._upgrade()
             except PreflightError as error:
                 _refuse(*error.errors)
             except TimeoutError:
-                _refuse(f"a reload or a listener that is to be closed doesn't come to its end within {SETTLE_S:g} s")
+                _refuse(f"a reload, a retiring listener or an admin client did not finish within {FINISH_S:g} s")
             except OSError as error:
                 _refuse(f"{error.filename or 'execve'}: {(error.strerror or str(error)).lower()}")
+            except asyncio.CancelledError:
+                self._wanted.set()  # for `close`, which refuses it
+                raise
             except Exception as error:  # whatever it is, this program serves on
                 log.exception("upgrade failed")
                 _refuse(repr(error))
-            self._is_under_way = False
 
     async def _upgrade(self) -> None:
-        log.info("upgrade proven", by=await self._steps.prove())
+        """Return or raise only if this program serves on."""
+        log.info("upgrade proven", by=await self._prove())
         try:
-            async with asyncio.timeout(SETTLE_S):
-                await self._steps.settle()
-            self._steps.replace(is_wanted_again=self._wanted.is_set())
+            async with asyncio.timeout(FINISH_S):
+                await self._finish_what_cannot_cross()
+            self._replace()
         finally:
-            self._steps.go_on()
+            self._endpoint.resume()
+
+    async def _prove(self) -> str:
+        """Let the next program show that it could take over; return its name and version.
+
+        Raises PreflightError if it could not, TimeoutError if reloads do not end.
+        """
+        while True:
+            async with asyncio.timeout(FINISH_S):
+                await self._reloads.idle()
+            generation = self._stats.config_generation
+            try:
+                return await self._run_preflight()
+            except PreflightError:
+                if self._reloads.is_idle and generation == self._stats.config_generation:
+                    raise
+                # A reload has changed the listeners meanwhile, so the next program was told of wrong ones.
+
+    async def _run_preflight(self) -> str:
+        program = self._handover.next_program
+        state = state_file.save(State(self._handover.process, self._service_state()))
+        try:
+            # It inherits neither listeners nor locks: if we are killed, a child that hangs would keep them.
+            return await preflight.prove(program.preflight, program.environment_with(state), [state])
+        finally:
+            os.close(state)
+
+    async def _finish_what_cannot_cross(self) -> None:
+        """Wait for reloads, retiring listeners and admin clients; the admin endpoint stays paused."""
+        while True:
+            await self._reloads.idle()
+            # A client in the backlog of a retiring listener would be reset.
+            await asyncio.gather(self._server.retired(), self._endpoint.retired())
+            if await self._endpoint.pause() and self._reloads.is_idle:
+                return
+            self._endpoint.resume()
+
+    def _replace(self) -> None:
+        """Save the state and execute the next program; if that fails, raise OSError with nothing changed.
+
+        The event loop does not turn meanwhile, and the kernel keeps the signals.
+        """
+        began_at = time.monotonic()
+        clients = self._server.clients
+        clients.sample()  # the next sweep is the next program's
+        with self._handover.delivery.paused():
+            pending = self._handover.signals.take()
+            again = [SignalEvent(Action.UPGRADE, "USR2", 0)] if self._wanted.is_set() else []
+            try:
+                lost = self._handover.log_writer.flush(FLUSH_S) + self._handover.log_writer.dropped
+                process = replace(
+                    self._handover.process,
+                    left_at=began_at,
+                    orders=[(event.signal, event.sender_pid) for event in (*pending, *again)],
+                    log_dropped=self._handover.process.log_dropped + lost,
+                )
+                state = State(process, self._service_state())
+                saved = state_file.save(state, snapshot.clients(clients))
+                try:
+                    self._handover.next_program.execute(saved, [*state.descriptors, *snapshot.descriptors(clients)])
+                finally:
+                    os.close(saved)
+            finally:
+                for event in pending:
+                    self._handover.signals.put(event)
+
+    def _service_state(self) -> Service:
+        return Service(
+            listeners=snapshot.listening(self._server.listening),
+            admin=snapshot.listening(self._endpoint.listening),
+            config=snapshot.config(self._reloads.config),
+            stats=self._stats.past(),
+            ourselves=[snapshot.address_of(name) for name in self._server.clients.self_probe.names],
+        )
 
 
 def _refuse(*errors: str) -> None:

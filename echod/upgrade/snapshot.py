@@ -17,6 +17,7 @@ from echod.config.schema import Config
 from echod.net.bind import InheritedSocket
 from echod.net.socket_activation import Inherited, UnusableSocketError, adopt
 from echod.net.sockets import BoundSocket, ListenerKey, RawAddress, SocketAddress
+from echod.server.clients import Clients
 from echod.server.connection import Connection
 from echod.server.proxy_handshake import ProxyHandshake
 from echod.server.state import ConnectionState, SavedAddress
@@ -26,6 +27,19 @@ ListenerSet = dict[ListenerKey, BoundSocket]
 
 
 # -- what is left to the next program ----------------------------------------------------------------------------------
+
+
+def clients(all_clients: Clients) -> Iterator[ConnectionState]:
+    """Describe every client, one by one because pending replies may be large."""
+    for connection, is_counted in all_clients.each():
+        yield past(connection, is_counted=is_counted)
+    yield from map(state_of_handshake, all_clients.handshakes)
+
+
+def descriptors(all_clients: Clients) -> list[int]:
+    """Return the descriptor of every client."""
+    connections = [connection.descriptor for connection, _ in all_clients.each()]
+    return connections + [handshake.sock.fileno() for handshake in all_clients.handshakes]
 
 
 def past(connection: Connection, *, is_counted: bool) -> ConnectionState:

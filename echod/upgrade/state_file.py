@@ -86,6 +86,13 @@ class State(Struct):
     process: Process
     service: Service
 
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors that the next program takes over, except those of clients."""
+        listeners = [each.descriptor for each in (*self.service.listeners, *self.service.admin)]
+        inherited = [descriptor for _, descriptor in self.process.inherited]
+        return listeners + inherited + ([self.process.pidfile[1]] if self.process.pidfile else [])
+
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 

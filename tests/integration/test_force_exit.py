@@ -62,7 +62,7 @@ def test_a_stop_may_take_lame_duck_drain_and_the_end(clock: Clock) -> None:
     guard.deliver(STOP)
     guard.deliver(STOP)
     assert guard.remaining_s() == pytest.approx(INSISTED_S)
-    assert [order.command for order in passed_on] == [Action.RELOAD] + 3 * [Action.STOP]
+    assert [order.action for order in passed_on] == [Action.RELOAD] + 3 * [Action.STOP]
 
 
 def test_a_pause_of_the_whole_process_does_not_count(clock: Clock) -> None:

@@ -204,7 +204,7 @@ def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     assert stop_is_pending()
     with delivered(orders.put, _no_limit):
-        assert {orders.get(timeout=DEADLINE_S).command for _ in range(2)} == {Action.RELOAD, Action.STOP}
+        assert {orders.get(timeout=DEADLINE_S).action for _ in range(2)} == {Action.RELOAD, Action.STOP}
 
 
 @alone
@@ -236,7 +236,7 @@ def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
         while signal.SIGRTMIN in signal.sigpending():
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        assert orders.get(timeout=DEADLINE_S).command is Action.STOP
+        assert orders.get(timeout=DEADLINE_S).action is Action.STOP
 
 
 @alone
@@ -259,7 +259,7 @@ def test_a_pause_across_a_time_limit_is_no_signal() -> None:
 
     with delivered(orders.put, seconds_left):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert orders.get(timeout=DEADLINE_S).command is Action.STOP
+        assert orders.get(timeout=DEADLINE_S).action is Action.STOP
         pause = "import os, signal, sys, time; pid = int(sys.argv[1]); os.kill(pid, signal.SIGSTOP); time.sleep(1); "
         with subprocess.Popen([sys.executable, "-c", f"{pause}os.kill(pid, signal.SIGCONT)", str(os.getpid())]):
             pass
@@ -268,7 +268,7 @@ def test_a_pause_across_a_time_limit_is_no_signal() -> None:
         asked.get(timeout=DEADLINE_S)
         assert orders.empty()
         os.kill(os.getpid(), signal.SIGHUP)
-        assert orders.get(timeout=DEADLINE_S).command is Action.RELOAD
+        assert orders.get(timeout=DEADLINE_S).action is Action.RELOAD
 
 
 def test_a_kind_that_waits_is_one_order_and_stops_are_counted_to_two() -> None:
@@ -277,7 +277,7 @@ def test_a_kind_that_waits_is_one_order_and_stops_are_counted_to_two() -> None:
     for _ in range(1000):
         for command in (Action.DUMP_STATS, Action.STOP, Action.RELOAD, Action.UPGRADE):
             signal_queue.put(SignalEvent(command, "X", 1))
-    taken = [order.command for order in signal_queue.take()]
+    taken = [order.action for order in signal_queue.take()]
     assert taken == [Action.DUMP_STATS, Action.STOP, Action.RELOAD, Action.UPGRADE, Action.STOP]
     assert signal_queue.take() == []
 
@@ -311,11 +311,11 @@ def test_an_order_that_rests_is_overtaken() -> None:
     async def follow() -> list[Action]:
         signal_queue = SignalQueue()
         signal_queue.put(SignalEvent(Action.DUMP_STATS, "USR1", 1))
-        followed = [(await signal_queue.get()).command]
-        signal_queue.rest(Action.DUMP_STATS, 0.1)
+        followed = [(await signal_queue.get()).action]
+        signal_queue.pause(Action.DUMP_STATS, 0.1)
         signal_queue.put(SignalEvent(Action.DUMP_STATS, "USR1", 1))
         signal_queue.put(SignalEvent(Action.STOP, "TERM", 1))
-        return [*followed, (await signal_queue.get()).command, (await signal_queue.get()).command]
+        return [*followed, (await signal_queue.get()).action, (await signal_queue.get()).action]
 
     assert asyncio.run(follow()) == [Action.DUMP_STATS, Action.STOP, Action.DUMP_STATS]
 

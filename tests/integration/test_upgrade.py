@@ -475,13 +475,13 @@ def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
 
 
 SLOW = {
-    "upgrade.exec": """
-before = Replacement.replace
-def standing_still(self, *all):
-    __import__("structlog").get_logger().info("standing still")
+    "upgrade.coordinator": """
+before = Upgrader._replace
+def standing_still(self):
+    log.info("standing still")
     time.sleep(0.5)
-    before(self, *all)
-Replacement.replace = standing_still""",
+    before(self)
+Upgrader._replace = standing_still""",
     "telemetry.log_writer": """
 before = LogWriter.flush
 def flush(self, timeout_s):
