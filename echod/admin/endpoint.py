@@ -12,8 +12,8 @@ import asyncio
 import json
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -102,13 +102,19 @@ class Endpoint:
         """The sockets of the listeners in force."""
         return {key: bound for side in self._sides for key, bound in side.listeners.bound.items()}
 
-    def apply(self, listeners: Prepared) -> None:
-        """Answer on these from now on: a socket is a new one, None stays as it is, the others retire."""
+    @contextmanager
+    def change(self, listeners: Prepared) -> Iterator[None]:
+        """Answer on exactly these listeners once the context ends; if it ends with an error, nothing has changed.
+
+        Raises ListenError when it is entered.
+        """
         before = self.listening.keys()
-        # TCP first: only there can another process take the address first, and then nothing has been changed yet.
-        for side in self._sides:
-            families = (socket.AF_UNIX,) if side.is_local else (socket.AF_INET, socket.AF_INET6)
-            side.apply({key: each for key, each in listeners.items() if key.address.family in families})
+        with ExitStack() as sides:
+            for side in self._sides:
+                families = (socket.AF_UNIX,) if side.is_local else (socket.AF_INET, socket.AF_INET6)
+                of_side = {key: each for key, each in listeners.items() if key.address.family in families}
+                sides.enter_context(side.change(of_side))
+            yield
         if self.listening.keys() != before:
             log.info("admin endpoint", listen=[each for side in self._sides for each in side.listeners.addresses])
 
@@ -135,7 +141,7 @@ class Endpoint:
     async def close(self) -> None:
         """Stop listening, answer the clients that are connected, and close."""
         for side in self._sides:
-            side.apply({})
+            side.listeners.apply({}, END_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(END_S):
                 await self.retired()
@@ -260,9 +266,11 @@ class _Side:
         self._admit = admit
         self._share = CpuShare(share, self._pause, self._resume)
 
-    def apply(self, listeners: Prepared) -> None:
-        """Listen on exactly these listeners from now on; all others retire."""
-        self.listeners.apply(listeners, END_S)
+    @contextmanager
+    def change(self, listeners: Prepared) -> Iterator[None]:
+        """Listen on exactly these listeners once the context ends; all others retire."""
+        with self.listeners.change(listeners, END_S):
+            yield
         if self._share.is_suspended:
             self.listeners.pause("share")  # new listeners have to pause too
 

@@ -106,7 +106,7 @@ class Reloader:
     async def _reload(self) -> ReloadResult:
         kept = Kept(dict.fromkeys(self._server.listening), dict.fromkeys(self._endpoint.listening))
         try:
-            return await self._put_in_force(await aside(lambda: self._runtime.prepare(kept), Generation.discard))
+            return await self._apply(await aside(lambda: self._runtime.prepare(kept), Generation.discard))
         except ConfigError as error:
             return self._refuse(error.errors)
         except ListenError as error:
@@ -126,14 +126,8 @@ class Reloader:
         log.error("reload refused", errors=[*errors])
         return ReloadResult(errors=tuple(errors))
 
-    async def _put_in_force(self, generation: Generation) -> ReloadResult:
-        try:
-            generation.listen()
-            self._endpoint.apply(generation.admin)
-            self._server.apply(generation.config, generation.listeners)
-        except BaseException:
-            generation.discard()
-            raise
+    async def _apply(self, generation: Generation) -> ReloadResult:
+        put_in_force(generation, self._server, self._endpoint)
         changed = changed_keys(self.config, generation.config)
         self.restart_needed = tuple(restart_needed(self._server.listening.values()))
         self.config = generation.config
@@ -148,6 +142,18 @@ class Reloader:
         addresses = self._server.addresses
         log.info("reload applied", changed=changed, restart_needed=self.restart_needed, listen=addresses)
         return ReloadResult(changed=tuple(changed), restart_needed=self.restart_needed)
+
+
+def put_in_force(generation: Generation, server: Server, endpoint: Endpoint) -> None:
+    """Serve with this generation; if that fails, discard it, with nothing changed. Raises ListenError."""
+    try:
+        generation.listen()
+        # Entering a context does everything that can fail; leaving it puts the listeners in force.
+        with endpoint.change(generation.admin), server.change(generation.config, generation.listeners):
+            pass
+    except BaseException:
+        generation.discard()
+        raise
 
 
 def _resolve(waiting: "Collection[asyncio.Future[ReloadResult]]", result: ReloadResult) -> None:

@@ -18,11 +18,10 @@ from echod.admin.endpoint import Endpoint
 from echod.config.schema import Config
 from echod.lifecycle.drain import Stop
 from echod.lifecycle.generation import Generation
-from echod.lifecycle.reload import Reloader
+from echod.lifecycle.reload import Reloader, put_in_force
 from echod.lifecycle.runtime import Runtime
 from echod.lifecycle.status import dump_stats
 from echod.lifecycle.watchdog import supervise
-from echod.net.sockets import ListenError
 from echod.process import tasks
 from echod.process.phase import Phase
 from echod.process.signals import Action, SignalEvent
@@ -65,15 +64,9 @@ async def _beat(stall_detector: StallDetector) -> None:
 async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server, Reloader], None]) -> Outcome:
     server = Server(first.config, runtime.stats, runtime.open_files, runtime.life)
     endpoint = Endpoint(server.snapshot, lambda: reloads.reload(by="admin endpoint"), runtime.life)
-    try:
-        first.listen()
-    except ListenError:
-        first.discard()
-        raise
     if runtime.predecessor:
         _take_over(runtime.predecessor, first.config, server, endpoint)
-    endpoint.apply(first.admin)
-    server.apply(first.config, first.listeners)
+    put_in_force(first, server, endpoint)
     reloads = Reloader(first, server, endpoint, runtime)
     for warning in first.warnings:
         log.warning("configuration", warning=warning)
@@ -101,8 +94,8 @@ async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server
 def _take_over(predecessor: Predecessor, config: Config, server: Server, endpoint: Endpoint) -> None:
     """Continue where the predecessor stopped: first with its listeners, whatever the configuration says now."""
     server.clients.self_probe.expect(predecessor.ourselves)
-    endpoint.apply(predecessor.admin)
-    server.apply(config, predecessor.listeners)
+    with endpoint.change(predecessor.admin), server.change(config, predecessor.listeners):
+        pass
     for descriptor, peer, state in predecessor.clients:
         server.clients.adopt(descriptor, peer, state)
 

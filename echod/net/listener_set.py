@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import msgspec
 
@@ -59,7 +59,24 @@ class ListenerSet:
         Listeners that are not in `prepared` retire within `bound_s` seconds; their settings stay as they are.
         Raises ListenError, and nothing has changed then.
         """
-        listeners = self._with_new(prepared)  # everything that can fail
+        with self.change(prepared, bound_s):
+            pass
+
+    @contextmanager
+    def change(self, prepared: Prepared, bound_s: float) -> Iterator[None]:
+        """Do what can fail in `apply` when the context is entered, and the rest when it ends.
+
+        If the context ends with an error, nothing has changed. It must not span an iteration of the event loop, because
+        new listeners would accept clients. Raises ListenError.
+        """
+        listeners = self._with_new(prepared)
+        try:
+            yield
+        except BaseException:
+            for key, listener in listeners.items():
+                if listener is not self._in_force.get(key):
+                    listener.close_now()
+            raise
         for key in self._in_force.keys() - prepared.keys():
             self._retire(self._in_force[key], bound_s)
         for key, each in prepared.items():

@@ -5,8 +5,8 @@ files, arguments or service manager: the lifecycle calls its methods.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import structlog
@@ -92,13 +92,19 @@ class Server:
 
     # -- configuration ---------------------------------------------------------------------------------------------
 
-    def apply(self, config: Config, listeners: Prepared) -> None:
-        """Put the configuration in force, and listen on exactly these listeners; raises ListenError."""
-        self._listeners.apply(listeners, config.timeouts.drain)
+    @contextmanager
+    def change(self, config: Config, listeners: Prepared) -> Iterator[None]:
+        """Put the configuration and exactly these listeners in force once the context ends.
+
+        If it ends with an error, nothing has changed. Raises ListenError when it is entered.
+        """
+        held_bytes = config.limits.held_bytes or allowed_memory_bytes() // MEMORY_SHARE
+        with self._listeners.change(listeners, config.timeouts.drain):
+            yield
         self._config = config
         self.clients.limits = config.limits
         self.clients.admission.listeners = len(listeners)
-        self.clients.memory.set_limit(config.limits.held_bytes or allowed_memory_bytes() // MEMORY_SHARE)
+        self.clients.memory.set_limit(held_bytes)
         for connection in self.clients.served:
             connection.set_line_bytes(config.limits.line_bytes)
         self.clients.unpark_all()  # the idle timeout may have changed

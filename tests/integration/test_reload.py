@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.test_admin_endpoint import get
 from tests.support.clients import Tally, come_and_go, pipeline
 from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, free_port, read_to_end, serving
 from tests.support.gate import Gate
@@ -332,3 +333,40 @@ def test_no_thread_is_needed_once_everything_is_prepared(is_file: bool, tmp_path
             echod.wait_for("reload applied")
         assert echod.stop() == 0
         assert not echod.events_named("reload failed")
+
+
+FAILING_LISTENER = """
+import sys
+from echod import __main__
+from echod.net import sockets
+real = sockets.pass_on_no_delay
+def fail(bound):
+    if bound.socket.getsockname()[1] == {port}:
+        raise OSError(12, "Cannot allocate memory")
+    return real(bound)
+sockets.pass_on_no_delay = fail
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_listener_that_fails_at_the_last_moment_leaves_the_admin_endpoint_as_it_was(tmp_path: Path) -> None:
+    """A reload that changes both puts neither in force if one of them fails after everything was prepared."""
+    file, port = tmp_path / "echod.toml", free_port()
+    old, new = f"unix:{tmp_path}/old", f"unix:{tmp_path}/new"
+    file.write_text(GOOD.format(port=0) + f"[admin]\nlisten = '{old}'\n")
+    command = (sys.executable, "-c", FAILING_LISTENER.format(port=port))
+    with serving("-c", str(file), command=command) as echod:
+        before = echod.stats()["open_files"]
+        file.write_text(GOOD.format(port=port) + f"[admin]\nlisten = '{new}'\n")
+        echod.send(signal.SIGHUP)
+        assert "Cannot allocate memory" in echod.wait_for("reload refused")["errors"][0]
+        assert get(old, "/readyz").status == 200
+        assert not (tmp_path / "new").exists()
+        with connect(echod.port) as client:
+            assert ask(client, b"the old port\n") == b"THE OLD PORT\n"
+        assert echod.stats()["open_files"] <= before + 1
+        file.write_text(GOOD.format(port=0) + f"[admin]\nlisten = '{new}'\n")
+        echod.reload("reload applied")
+        assert get(new, "/readyz").status == 200
+        echod.send(signal.SIGTERM)  # not `stop`, which asserts that the log holds no traceback
+        assert echod.process.wait(DEADLINE_S) == 0
