@@ -177,9 +177,9 @@ def _is_upgraded() -> bool:
 def _predecessor() -> "Predecessor | None":
     from echod.upgrade import snapshot, state_file
 
-    left = state_file.received(os.environ, os.getpid())
+    received = state_file.receive(os.environ, os.getpid())
     os.environ.pop(state_file.VARIABLE, None)  # children must not see it
-    return snapshot.predecessor(*left) if left else None
+    return snapshot.predecessor(*received) if received else None
 
 
 def _preflight(serve: Serve) -> int:
@@ -190,7 +190,7 @@ def _preflight(serve: Serve) -> int:
 
     _end_by(blocked_signals.BLOCKED)
     try:
-        received = state_file.received(os.environ, os.getppid())
+        received = state_file.receive(os.environ, os.getppid())
         if not received:
             return _refuse(_tell_here, ["preflight is part of an upgrade; send USR2 to a running echod"])
         del os.environ[state_file.VARIABLE]

@@ -39,7 +39,7 @@ from echod.upgrade import snapshot
 from echod.upgrade.coordinator import Handover
 from echod.upgrade.exec import NextProgram
 from echod.upgrade.snapshot import Predecessor
-from echod.upgrade.state_file import Process, State
+from echod.upgrade.state_file import ProcessState, State
 
 LOG_FLUSH_S = 1.0
 """How long the process waits at its end for a log reader that is behind."""
@@ -79,7 +79,7 @@ def preflight(options: Serve, environment: MutableMapping[str, str], left: State
     load = reader(options.sources, environment, limits.raise_open_files(), left.process.directory)
     there = snapshot.outline(left)
     given = Given(there.inherited, runtime_admin(environment))
-    prepared = generation.prepare(load, given, Kept(there.listeners, there.admin))
+    prepared = generation.prepare(load, given, Kept(there.listeners, there.admin_listeners))
     try:
         prepared.try_listening()
     except ListenError as error:
@@ -108,10 +108,10 @@ def serve(start: Start) -> int:
         with suppress(OSError):  # no /proc
             limits.rss_bytes()  # opens what it needs while there are free descriptors
         logs = Logs(first.config.log, first.log_descriptor)
-        process = Process(
+        process = ProcessState(
             pid=os.getpid(),
             version=__version__,
-            left_at=0.0,
+            stopped_at=0.0,
             directory=start.directory,
             inherited=[(each.name, each.socket.fileno()) for each in inherited],
             pidfile=(lock.path, lock.descriptor) if lock else None,
@@ -143,7 +143,7 @@ def _take_over_signals(predecessor: Predecessor, forced_exit: ForcedExit) -> Non
     """Queue the signals that the predecessor did not handle, before those that the kernel has kept meanwhile."""
     stop_s = _stop_s(predecessor.config)
     forced_exit.serving(lambda: stop_s, last_words=lambda: None)
-    for name, sender_pid in predecessor.state.process.orders:
+    for name, sender_pid in predecessor.state.process.signals:
         if event := signals.event_of(name, sender_pid):
             forced_exit.deliver(event)
 
@@ -164,14 +164,14 @@ def _first(start: Start, prepare: Callable[..., Generation]) -> Generation:
     # The preflight has succeeded, so an error is new; the predecessor's clients have to be served all the same.
     before = start.predecessor
     try:
-        first = prepare(Kept(before.listeners, before.admin))
+        first = prepare(Kept(before.listeners, before.admin_listeners))
     except ConfigError as error:
-        return generation.unchanged(before.config, before.listeners, before.admin, error.errors)
+        return generation.unchanged(before.config, before.listeners, before.admin_listeners, error.errors)
     try:
         first.listen()
     except ListenError as error:
         first.discard()
-        return generation.unchanged(before.config, before.listeners, before.admin, [f"listen: {error}"])
+        return generation.unchanged(before.config, before.listeners, before.admin_listeners, [f"listen: {error}"])
     return first
 
 

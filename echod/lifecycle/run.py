@@ -29,7 +29,7 @@ from echod.process.stall_detector import BEAT_S, StallDetector
 from echod.server.server import Server
 from echod.upgrade.coordinator import Upgrader
 from echod.upgrade.snapshot import Predecessor
-from echod.upgrade.state_file import Process
+from echod.upgrade.state_file import ProcessState
 
 log = structlog.get_logger()
 
@@ -93,20 +93,20 @@ async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server
 
 def _take_over(predecessor: Predecessor, config: Config, server: Server, endpoint: Endpoint) -> None:
     """Continue where the predecessor stopped: first with its listeners, whatever the configuration says now."""
-    server.clients.self_probe.expect(predecessor.ourselves)
-    with endpoint.change(predecessor.admin), server.change(config, predecessor.listeners):
+    server.clients.self_probe.expect(predecessor.self_probes)
+    with endpoint.change(predecessor.admin_listeners), server.change(config, predecessor.listeners):
         pass
     for descriptor, peer, state in predecessor.clients:
         server.clients.adopt(descriptor, peer, state)
 
 
-def _log_upgrade(predecessor: Process, server: Server) -> None:
+def _log_upgrade(predecessor: ProcessState, server: Server) -> None:
     log.info(
         "upgrade done",
         version=__version__,
         previous_version=predecessor.version,
         connections=server.open_connections,
-        gap_ms=round((time.monotonic() - predecessor.left_at) * 1000, 1),
+        gap_ms=round((time.monotonic() - predecessor.stopped_at) * 1000, 1),
         listen=server.addresses,
         pid=os.getpid(),
     )

@@ -88,8 +88,8 @@ class Clients:
 
     def adopt(self, descriptor: int, peer: RawAddress, saved: ConnectionState) -> None:
         """Continue to serve a client of the predecessor, regardless of limits; it is in the statistics already."""
-        if saved.header is not None:
-            self.handshakes.begin(descriptor, peer, saved.opened_at, saved.header)
+        if saved.proxy_header is not None:
+            self.handshakes.begin(descriptor, peer, saved.opened_at, saved.proxy_header)
             return
         is_unix = saved.family == socket.AF_UNIX
         connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=saved.is_counted)

@@ -183,11 +183,11 @@ class Connection(HotPath):
 
     def restore(self, saved: ConnectionState) -> None:
         """Restore the state that the predecessor saved at a live upgrade; call before `open`."""
-        self.echo = Echo(self.line_bytes, saved.unfinished, saved.lines)
-        self.activity.restore(saved.pace)
+        self.echo = Echo(self.line_bytes, saved.unanswered, saved.lines)
+        self.activity.restore(saved.activity)
         self.opened_at = saved.opened_at
         self.bytes_in, self.bytes_out = saved.bytes_in, saved.bytes_out
-        self._pending = bytearray(saved.unsent)
+        self._pending = bytearray(saved.pending)
         if saved.reason is not None:
             self.reason = end_reason(saved.reason)
             self._has_ended = self.reason is CloseReason.CLIENT

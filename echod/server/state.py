@@ -5,28 +5,31 @@ from typing import Any
 from msgspec import Struct
 
 SavedAddress = list[Any] | bytes
-"""A socket address: host, port and the like, or the path of a Unix socket."""
+"""A socket address: host, port and what follows them, or the path of a Unix socket."""
 
 
 class ConnectionState(Struct, kw_only=True, omit_defaults=True):
-    """An established connection: what was, as far as a program that goes on with it has to know."""
+    """Everything that a program needs to know to continue with an established connection.
+
+    The names of the fields are a wire format: see `echod.upgrade.state_file`. Times are of CLOCK_MONOTONIC.
+    """
 
     descriptor: int
     family: int
     peer: SavedAddress
     is_counted: bool = True
-    """False for one that is being turned away, is ourselves, or has its PROXY header still to come."""
+    """Whether limits and statistics count it: not if it is being rejected, is our own self-probe, or has no complete
+    PROXY header yet."""
     opened_at: float
     bytes_in: int = 0
     bytes_out: int = 0
     lines: int = 0
-    unfinished: bytes = b""
-    """The line begun."""
-    unsent: bytes = b""
-    """Replies that the kernel has not taken yet; part of `bytes_out`."""
+    unanswered: bytes = b""
+    """Input that was read but not answered yet: a partial line, or complete lines before it."""
+    pending: bytes = b""
+    """Replies that the kernel has not accepted yet; they are part of `bytes_out`."""
     reason: str | None = None
     """Why it is ending, if it is."""
-    is_aborted: bool = False
-    pace: dict[str, float | None] = {}
-    header: bytes | None = None
-    """The PROXY header as far as it has come; None where it is whole, or none is expected."""
+    activity: dict[str, float | None] = {}
+    proxy_header: bytes | None = None
+    """The part of the PROXY header that was read; None if the header is complete or none is expected."""

@@ -9,9 +9,9 @@ import os
 import time
 from typing import Protocol
 
+import msgspec
 import structlog
 from msgspec import Struct
-from msgspec.structs import replace
 
 from echod.admin.endpoint import Endpoint
 from echod.config.schema import Config
@@ -23,7 +23,7 @@ from echod.telemetry.stats import Stats
 from echod.upgrade import preflight, snapshot, state_file
 from echod.upgrade.exec import NextProgram
 from echod.upgrade.preflight import PreflightError
-from echod.upgrade.state_file import Process, Service, State
+from echod.upgrade.state_file import ProcessState, ServiceState, State
 
 FINISH_S = 5.0
 """How long an upgrade waits for a reload, a retiring listener or an admin client, which cannot cross, to finish."""
@@ -52,7 +52,7 @@ class Handover(Struct, frozen=True, kw_only=True):
     """The parts of the process that an upgrade stops, or hands over, whatever is being served."""
 
     next_program: NextProgram
-    process: Process
+    process: ProcessState
     delivery: Delivery
     signals: SignalQueue
     log_writer: LogWriter
@@ -149,7 +149,7 @@ class Upgrader:
 
         The event loop does not turn meanwhile, and the kernel keeps the signals.
         """
-        began_at = time.monotonic()
+        stopped_at = time.monotonic()
         clients = self._server.clients
         clients.sample()  # the next sweep is the next program's
         with self._handover.delivery.paused():
@@ -157,10 +157,10 @@ class Upgrader:
             again = [SignalEvent(Action.UPGRADE, "USR2", 0)] if self._wanted.is_set() else []
             try:
                 lost = self._handover.log_writer.flush(FLUSH_S) + self._handover.log_writer.dropped
-                process = replace(
+                process = msgspec.structs.replace(
                     self._handover.process,
-                    left_at=began_at,
-                    orders=[(event.signal, event.sender_pid) for event in (*pending, *again)],
+                    stopped_at=stopped_at,
+                    signals=[(event.signal, event.sender_pid) for event in (*pending, *again)],
                     log_dropped=self._handover.process.log_dropped + lost,
                 )
                 state = State(process, self._service_state())
@@ -173,13 +173,13 @@ class Upgrader:
                 for event in pending:
                     self._handover.signals.put(event)
 
-    def _service_state(self) -> Service:
-        return Service(
-            listeners=snapshot.listening(self._server.listening),
-            admin=snapshot.listening(self._endpoint.listening),
-            config=snapshot.config(self._reloads.config),
+    def _service_state(self) -> ServiceState:
+        return ServiceState(
+            listeners=snapshot.listeners(self._server.listening),
+            admin_listeners=snapshot.listeners(self._endpoint.listening),
+            config=msgspec.to_builtins(self._reloads.config),
             stats=self._stats.past(),
-            ourselves=[snapshot.address_of(name) for name in self._server.clients.self_probe.names],
+            self_probes=[snapshot.saved_address(name) for name in self._server.clients.self_probe.names],
         )
 
 

@@ -1,14 +1,12 @@
-"""Between what lives in this process and what is written of it for the next program: connections, listening sockets.
+"""Translates between what lives in this process and the state for the next program: connections, listeners, addresses.
 
-The one side describes, the other makes sockets of descriptors again. Nothing here changes what it describes, so a
-handover that fails has cost nothing.
+Nothing here changes what it describes, so an upgrade that fails has cost nothing.
 """
 
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -21,19 +19,19 @@ from echod.server.clients import Clients
 from echod.server.connection import Connection
 from echod.server.proxy_handshake import ProxyHandshake
 from echod.server.state import ConnectionState, SavedAddress
-from echod.upgrade.state_file import HandoverError, Listening, State
+from echod.upgrade.state_file import HandoverError, ListenerState, State
 
-ListenerSet = dict[ListenerKey, BoundSocket]
+Listeners = dict[ListenerKey, BoundSocket]
 
 
-# -- what is left to the next program ----------------------------------------------------------------------------------
+# -- for the next program ----------------------------------------------------------------------------------------------
 
 
 def clients(all_clients: Clients) -> Iterator[ConnectionState]:
     """Describe every client, one by one because pending replies may be large."""
     for connection, is_counted in all_clients.each():
-        yield past(connection, is_counted=is_counted)
-    yield from map(state_of_handshake, all_clients.handshakes)
+        yield _connection_state(connection, is_counted=is_counted)
+    yield from map(_handshake_state, all_clients.handshakes)
 
 
 def descriptors(all_clients: Clients) -> list[int]:
@@ -42,143 +40,116 @@ def descriptors(all_clients: Clients) -> list[int]:
     return connections + [handshake.sock.fileno() for handshake in all_clients.handshakes]
 
 
-def past(connection: Connection, *, is_counted: bool) -> ConnectionState:
-    """Everything about a connection that the next program has to know."""
+def _connection_state(connection: Connection, *, is_counted: bool) -> ConnectionState:
     return ConnectionState(
         descriptor=connection.descriptor,
         family=socket.AF_UNIX if connection.is_unix else socket.AF_INET,
-        peer=address_of(connection.sockaddr),
+        peer=saved_address(connection.sockaddr),
         is_counted=is_counted,
         opened_at=connection.opened_at,
         bytes_in=connection.bytes_in,
         bytes_out=connection.bytes_out,
         lines=connection.lines,
-        unfinished=connection.echo.unfinished,
-        unsent=connection.pending,
+        unanswered=connection.echo.unfinished,
+        pending=connection.pending,
         reason=connection.reason and connection.reason.value,
-        pace=connection.activity.save(),
+        activity=connection.activity.save(),
     )
 
 
-def state_of_handshake(handshake: ProxyHandshake) -> ConnectionState:
-    """Everything about a client whose PROXY header isn't there yet."""
+def _handshake_state(handshake: ProxyHandshake) -> ConnectionState:
     return ConnectionState(
         descriptor=handshake.sock.fileno(),
         family=handshake.sock.family,
-        peer=address_of(handshake.peer),
+        peer=saved_address(handshake.peer),
         is_counted=False,
         opened_at=handshake.began_at,
-        header=handshake.header,
+        proxy_header=handshake.header,
     )
 
 
-def listening(listeners: Mapping[ListenerKey, BoundSocket]) -> list[Listening]:
-    """Everything about listening sockets."""
+def listeners(bound: Mapping[ListenerKey, BoundSocket]) -> list[ListenerState]:
+    """Describe listeners."""
     return [
-        Listening(
-            descriptor=bound.socket.fileno(),
+        ListenerState(
+            descriptor=each.socket.fileno(),
             family=key.address.family,
-            address=address_of(key.address.sockaddr),
+            address=saved_address(key.address.sockaddr),
             number=key.number,
-            settings=bound.settings,
-            file=bound.file,
-            is_inherited=bound.is_inherited,
+            settings=each.settings,
+            file=each.file,
+            is_inherited=each.is_inherited,
         )
-        for key, bound in listeners.items()
+        for key, each in bound.items()
     ]
 
 
-def config(in_force: Config) -> dict[str, Any]:
-    """The configuration in force."""
-    described: dict[str, Any] = msgspec.to_builtins(in_force)
-    return described
+def saved_address(address: RawAddress) -> SavedAddress:
+    """Return a socket address as the state holds it."""
+    return [*address] if isinstance(address, tuple) else os.fsencode(address)
 
 
-def address_of(sockaddr: RawAddress) -> SavedAddress:
-    """A socket address as it is written."""
-    return [*sockaddr] if isinstance(sockaddr, tuple) else os.fsencode(sockaddr)
+# -- from the predecessor ----------------------------------------------------------------------------------------------
 
 
-# -- what the program before has left ----------------------------------------------------------------------------------
-
-
-class Predecessor(Struct, frozen=True):
-    """What the program before us in this process has left: its state, with sockets for descriptors."""
+class Predecessor(Struct, frozen=True, kw_only=True):
+    """What the program that ran in this process before has left: its state, with sockets in place of descriptors."""
 
     state: State
-    listeners: ListenerSet
-    admin: ListenerSet
+    listeners: Listeners
+    admin_listeners: Listeners
     inherited: tuple[InheritedSocket, ...]
     clients: Iterable[tuple[int, RawAddress, ConnectionState]]
-    """To be gone through once."""
+    """Descriptor, peer and state of every client; to be iterated over once."""
 
     @property
     def config(self) -> Config:
-        """The configuration that was in force, as far as this program knows its keys."""
+        """The configuration that was in force; the defaults if this program does not understand it."""
         try:
             return msgspec.convert(self.state.service.config, Config)
         except msgspec.ValidationError:
             return Config()
 
     @property
-    def ourselves(self) -> list[RawAddress]:
-        """Clients under way that are our own."""
-        return [sockaddr_of(address) for address in self.state.service.ourselves]
+    def self_probes(self) -> list[RawAddress]:
+        """The client addresses of the predecessor's self-probes that are not accepted yet."""
+        return [raw_address(address) for address in self.state.service.self_probes]
 
 
-def predecessor(state: State, clients: Iterable[ConnectionState]) -> Predecessor:
-    """Take the sockets over, each client's when it is asked for; raises HandoverError."""
+def predecessor(state: State, client_states: Iterable[ConnectionState]) -> Predecessor:
+    """Take over the listening sockets; each client's socket is taken over when it is iterated to.
+
+    Raises HandoverError.
+    """
     try:
         for _, descriptor in state.process.inherited:
             os.set_inheritable(descriptor, False)
         inherited = adopt(Inherited(name, descriptor) for name, descriptor in state.process.inherited)
-        known = {heir.socket.fileno(): heir.socket for heir in inherited}
-        listeners, admin = (_bound(each, known) for each in (state.service.listeners, state.service.admin))
+        known = {each.socket.fileno(): each.socket for each in inherited}
+        return Predecessor(
+            state=state,
+            listeners=_take_over(state.service.listeners, known),
+            admin_listeners=_take_over(state.service.admin_listeners, known),
+            inherited=inherited,
+            clients=_take_over_clients(client_states),
+        )
     except (OSError, UnusableSocketError) as error:
         raise HandoverError(f"a listening socket: {error}") from error
-    return Predecessor(state, listeners, admin, inherited, _clients(clients))
 
 
-class Outline(Struct, frozen=True):
-    """The listeners that a state tells of, by their names alone, for who is not to hold them."""
-
-    listeners: dict[ListenerKey, None]
-    admin: dict[ListenerKey, None]
-    inherited: tuple[InheritedSocket, ...]
-    """With a closed socket each: they are listened on already, so nobody needs another."""
-
-
-def outline(state: State) -> Outline:
-    """What a program has to know of the listeners to prepare what it would do with them."""
-    addresses = {each.descriptor: _key(each).address for each in state.service.listeners}
-    with socket.socket() as closed:
-        inherited = tuple(
-            InheritedSocket(name, addresses[descriptor], closed) for name, descriptor in state.process.inherited
-        )
-    listeners, admin = (
-        {_key(each): None for each in described} for described in (state.service.listeners, state.service.admin)
-    )
-    return Outline(listeners, admin, inherited)
-
-
-def _bound(described: Iterable[Listening], known: Mapping[int, socket.socket]) -> ListenerSet:
-    bound: ListenerSet = {}
-    for each in described:
-        sock = known.get(each.descriptor) or _socket(each.descriptor)
-        bound[_key(each)] = BoundSocket(sock, each.settings, each.file, each.is_inherited)
+def _take_over(states: Iterable[ListenerState], known: Mapping[int, socket.socket]) -> Listeners:
+    bound: Listeners = {}
+    for state in states:
+        sock = known.get(state.descriptor) or _socket(state.descriptor)
+        bound[_key(state)] = BoundSocket(sock, state.settings, state.file, state.is_inherited)
     return bound
 
 
-def _key(described: Listening) -> ListenerKey:
-    address = SocketAddress(socket.AddressFamily(described.family), sockaddr_of(described.address))
-    return ListenerKey(address, described.number)
-
-
-def _clients(clients: Iterable[ConnectionState]) -> Iterator[tuple[int, RawAddress, ConnectionState]]:
-    for each in clients:
-        with suppress(OSError):  # no such descriptor: nothing is left of it
-            os.set_inheritable(each.descriptor, False)
-            yield each.descriptor, sockaddr_of(each.peer), each
+def _take_over_clients(states: Iterable[ConnectionState]) -> Iterator[tuple[int, RawAddress, ConnectionState]]:
+    for state in states:
+        with suppress(OSError):  # no such descriptor: the client is gone
+            os.set_inheritable(state.descriptor, False)
+            yield state.descriptor, raw_address(state.peer), state
 
 
 def _socket(descriptor: int) -> socket.socket:
@@ -188,8 +159,36 @@ def _socket(descriptor: int) -> socket.socket:
     return sock
 
 
-def sockaddr_of(address: SavedAddress) -> RawAddress:
-    """A socket address as the socket module has it."""
+class Outline(Struct, frozen=True, kw_only=True):
+    """The listeners of a state without their sockets, for a preflight, which must not hold them."""
+
+    listeners: dict[ListenerKey, None]
+    admin_listeners: dict[ListenerKey, None]
+    inherited: tuple[InheritedSocket, ...]
+    """Each has the same closed socket, because nobody listens on it in a preflight."""
+
+
+def outline(state: State) -> Outline:
+    """Return what a preflight has to know of the listeners."""
+    addresses = {each.descriptor: _key(each).address for each in state.service.listeners}
+    with socket.socket() as closed:
+        inherited = tuple(
+            InheritedSocket(name, addresses[descriptor], closed) for name, descriptor in state.process.inherited
+        )
+    return Outline(
+        listeners={_key(each): None for each in state.service.listeners},
+        admin_listeners={_key(each): None for each in state.service.admin_listeners},
+        inherited=inherited,
+    )
+
+
+def _key(state: ListenerState) -> ListenerKey:
+    address = SocketAddress(socket.AddressFamily(state.family), raw_address(state.address))
+    return ListenerKey(address, state.number)
+
+
+def raw_address(address: SavedAddress) -> RawAddress:
+    """Return a saved address as the socket module has it."""
     if isinstance(address, list):
         return tuple(address)
     return address if address.startswith(b"\0") else os.fsdecode(address)

@@ -1,9 +1,9 @@
-"""What crosses an execve(2): the state of the process, in a format of its own that has a version.
+"""The state that one program hands to the next in a live upgrade, in a versioned file format.
 
-One file in memory (memfd_create(2)): a line with the version, then documents of MessagePack, each behind its length:
-the process, the service, and each client with its raw bytes. Fields have names, so a reader leaves out what it doesn't
-know and takes the default for what is missing; a change that can't be read so raises VERSION. Times are of
-CLOCK_MONOTONIC, which an execve doesn't stop. The event loop and the server are not known here.
+It is a file in memory (memfd_create(2)) that survives execve(2): a line with the version, then MessagePack documents,
+each after its length of 8 bytes: the process, the service, and every client. Fields have names: a reader ignores those
+that it does not know, and uses the default for those that are missing. A change that cannot be read like that raises
+VERSION. Times are of CLOCK_MONOTONIC, which execve does not change.
 """
 
 import mmap
@@ -23,73 +23,75 @@ READABLE = (1,)
 """The versions that this program understands."""
 
 VARIABLE = "ECHOD_HANDOVER"
-"""In the environment: the descriptor of the state."""
+"""The environment variable that holds the descriptor of the state."""
 
 _HEAD = b"echod state %d\n"
 _LENGTH_BYTES = 8
-_FIRST_DESCRIPTOR = 3  # behind the standard streams
+_FIRST_DESCRIPTOR = 3  # after the standard streams
 _LAST_DESCRIPTOR = 2**31 - 1
 _BATCH_BYTES = 1 << 20
 
 
 class HandoverError(Exception):
-    """Why a state can't be taken over."""
+    """Why a state cannot be taken over."""
 
 
-class Listening(Struct, kw_only=True, omit_defaults=True):
-    """A listening socket, and which one of its address it is."""
+class ListenerState(Struct, kw_only=True, omit_defaults=True):
+    """A listening socket."""
 
     descriptor: int
     family: int
     address: SavedAddress
     number: int = 0
+    """Tells listeners of the same address apart."""
     settings: ListenerSettings = DEFAULT_SETTINGS
     file: tuple[int, int] | None = None
     """Device and inode of a Unix socket's file, if it is ours to remove."""
     is_inherited: bool = False
+    """Whether a service manager holds it too."""
 
 
-class Process(Struct, kw_only=True, omit_defaults=True):
-    """What belongs to the process, whatever it serves."""
+class ProcessState(Struct, kw_only=True, omit_defaults=True):
+    """The state of the process that does not depend on what it serves."""
 
     pid: int
     version: str
-    """Of the program that wrote it."""
-    left_at: float
-    """When clients were left, to be served by the next program."""
+    """The version of the program that wrote the state."""
+    stopped_at: float
+    """When that program stopped serving."""
     directory: str = ""
-    """Where it was started: relative paths are meant from there."""
+    """The directory that relative paths refer to."""
     inherited: list[tuple[str, int]] = []
-    """Sockets of a service manager: name and descriptor."""
+    """The sockets of a service manager: name and descriptor."""
     pidfile: tuple[str, int] | None = None
-    """Path, and the descriptor that holds the lock."""
-    orders: list[tuple[str, int]] = []
-    """Signals that were not followed yet, and who sent them."""
+    """The path, and the descriptor that holds the lock."""
+    signals: list[tuple[str, int]] = []
+    """The signals that were not handled yet: name without SIG, and the sender's pid."""
     log_dropped: int = 0
 
 
-class Service(Struct, kw_only=True, omit_defaults=True):
-    """What clients are served with."""
+class ServiceState(Struct, kw_only=True, omit_defaults=True):
+    """The state of the service, except its clients."""
 
-    listeners: list[Listening] = []
-    admin: list[Listening] = []
+    listeners: list[ListenerState] = []
+    admin_listeners: list[ListenerState] = []
     config: dict[str, Any] = {}
     """The configuration in force."""
     stats: dict[str, Any] = {}
-    ourselves: list[SavedAddress] = []
-    """Clients under way that are our own."""
+    self_probes: list[SavedAddress] = []
+    """The client addresses of our own self-probes that are not accepted yet."""
 
 
 class State(Struct):
-    """Everything but the clients."""
+    """Everything except the clients."""
 
-    process: Process
-    service: Service
+    process: ProcessState
+    service: ServiceState
 
     @property
     def descriptors(self) -> list[int]:
         """The descriptors that the next program takes over, except those of clients."""
-        listeners = [each.descriptor for each in (*self.service.listeners, *self.service.admin)]
+        listeners = [each.descriptor for each in (*self.service.listeners, *self.service.admin_listeners)]
         inherited = [descriptor for _, descriptor in self.process.inherited]
         return listeners + inherited + ([self.process.pidfile[1]] if self.process.pidfile else [])
 
@@ -98,7 +100,7 @@ class State(Struct):
 
 
 def save(state: State, clients: Iterable[ConnectionState] = ()) -> int:
-    """The descriptor of a file in memory that holds it all, to be read by `received`; raises OSError."""
+    """Write a file in memory, to be read by `receive`, and return its descriptor; raises OSError."""
     descriptor = os.memfd_create("echod state")
     try:
         batch, size = [_HEAD % VERSION], 0
@@ -125,34 +127,34 @@ def _write(descriptor: int, data: bytes) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def received(environment: Mapping[str, str], pid: int) -> "tuple[State, Iterator[ConnectionState]] | None":
-    """The state that the program before us in this process has left, and its clients one by one; None if there is none.
+def receive(environment: Mapping[str, str], pid: int) -> "tuple[State, Iterator[ConnectionState]] | None":
+    """Return the state that the process `pid` has left in VARIABLE, and its clients one by one; None if there is none.
 
-    Raises HandoverError. The caller removes VARIABLE from the environment, which isn't meant for its children.
+    Raises HandoverError. The caller removes VARIABLE from the environment, because children must not see it.
     """
-    said = environment.get(VARIABLE, "")
-    if not said:
+    value = environment.get(VARIABLE, "")
+    if not value:
         return None
     try:
-        with open(_descriptor(said), "rb") as file:
+        with open(_descriptor(value), "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise HandoverError(f"{VARIABLE}: no state there (got {said!r})") from error
+        raise HandoverError(f"{VARIABLE}: no state there (got {value!r})") from error
     state, clients = read(content)
     if state.process.pid != pid:
         raise HandoverError(f"{VARIABLE}: the state of another process, {state.process.pid}")
     return state, clients
 
 
-def _descriptor(said: str) -> int:
-    descriptor = int(said)
+def _descriptor(value: str) -> int:
+    descriptor = int(value)
     if not _FIRST_DESCRIPTOR <= descriptor <= _LAST_DESCRIPTOR:
-        raise ValueError(said)
+        raise ValueError(value)
     return descriptor
 
 
 def read(content: "mmap.mmap | bytes") -> tuple[State, Iterator[ConnectionState]]:
-    """What a file of states holds; raises HandoverError if this program doesn't understand it."""
+    """Parse a state file; raises HandoverError if this program does not understand it."""
     head, newline, _ = content[:64].partition(b"\n")
     version = head.removeprefix(b"echod state ")
     if not newline or version == head or not version.isdigit():
@@ -162,8 +164,8 @@ def read(content: "mmap.mmap | bytes") -> tuple[State, Iterator[ConnectionState]
         raise HandoverError(f"a state of version {int(version)}, which echod doesn't know ({understood})")
     documents = _documents(content, len(head) + 1)
     try:
-        process = msgspec.msgpack.decode(next(documents), type=Process)
-        service = msgspec.msgpack.decode(next(documents), type=Service)
+        process = msgspec.msgpack.decode(next(documents), type=ProcessState)
+        service = msgspec.msgpack.decode(next(documents), type=ServiceState)
     except (StopIteration, msgspec.DecodeError) as error:
         raise HandoverError(f"a broken state: {error or 'cut short'}") from error
     return State(process, service), (msgspec.msgpack.decode(each, type=ConnectionState) for each in documents)

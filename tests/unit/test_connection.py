@@ -160,7 +160,7 @@ def test_what_was_owed_before_an_upgrade_is_forgotten_when_it_was_taken() -> Non
         keeper = Keeper()
         unsent = b"owed" * 100_000
         before = sys.getrefcount(unsent)
-        past = ConnectionState(descriptor=0, family=socket.AF_UNIX, peer=b"", opened_at=0.0, unsent=unsent)
+        past = ConnectionState(descriptor=0, family=socket.AF_UNIX, peer=b"", opened_at=0.0, pending=unsent)
         connection = keeper.open(ours, past=past)
         del past
         assert await received(client, len(unsent)) == unsent
@@ -335,8 +335,8 @@ def test_lines_that_wait_their_turn_cross_an_upgrade() -> None:
             opened_at=0.0,
             bytes_in=before.bytes_in,
             lines=before.lines,
-            unfinished=before.echo.unfinished,
-            pace=before.activity.save(),
+            unanswered=before.echo.unfinished,
+            activity=before.activity.save(),
         )
         before.close()
         after = keeper.open(ours, past=past)

@@ -10,37 +10,37 @@ from hypothesis import strategies as st
 from echod.net.sockets import ListenerSettings
 from echod.server.state import ConnectionState
 from echod.upgrade import state_file
-from echod.upgrade.state_file import HandoverError, Listening, Process, Service, State
+from echod.upgrade.state_file import HandoverError, ListenerState, ProcessState, ServiceState, State
 
 SAMPLE = Path(__file__).with_name("state-1.sample")
 """A state as version 1 wrote it. It is never written again: see `python -m tests.unit.test_state_file`."""
 
 STATE = State(
-    Process(
+    ProcessState(
         pid=4711,
         version="0.1.0",
-        left_at=12345.678,
+        stopped_at=12345.678,
         directory="/srv",
         inherited=[("web", 5)],
         pidfile=("/run/echod.pid", 6),
-        orders=[("HUP", 1), ("USR2", 0)],
+        signals=[("HUP", 1), ("USR2", 0)],
         log_dropped=3,
     ),
-    Service(
+    ServiceState(
         listeners=[
-            Listening(
+            ListenerState(
                 descriptor=4,
                 family=2,
                 address=["127.0.0.1", 8888],
                 settings=ListenerSettings(name="listen[0]", proxy_protocol=True, reuse_port=True),
             ),
-            Listening(descriptor=5, family=10, address=["::", 8888, 0, 0, "and IPv4"], is_inherited=True),
-            Listening(descriptor=7, family=1, address=b"/run/\xff.sock", file=(64, 1234567)),
+            ListenerState(descriptor=5, family=10, address=["::", 8888, 0, 0, "and IPv4"], is_inherited=True),
+            ListenerState(descriptor=7, family=1, address=b"/run/\xff.sock", file=(64, 1234567)),
         ],
-        admin=[Listening(descriptor=8, family=2, address=["127.0.0.1", 0], number=1)],
+        admin_listeners=[ListenerState(descriptor=8, family=2, address=["127.0.0.1", 0], number=1)],
         config={"listen": [{"address": "127.0.0.1:8888", "reuse_port": False}], "limits": {"connections": 50}},
         stats={"accepted": 7, "closed": {"client": 3}, "started_at": 1.5, "reload_error": "no"},
-        ourselves=[["127.0.0.1", 40_000], b"\0abcde"],
+        self_probes=[["127.0.0.1", 40_000], b"\0abcde"],
     ),
 )
 CLIENTS = [
@@ -54,11 +54,10 @@ CLIENTS = [
         bytes_in=100,
         bytes_out=99,
         lines=9,
-        unfinished=b"begun \xff",
-        unsent=b"NOT YET TAKEN\n" * 10,
+        unanswered=b"begun \xff",
+        pending=b"NOT YET TAKEN\n" * 10,
         reason="idle",
-        is_aborted=True,
-        pace={"quiet_since": 1.0, "line_since": None, "owed": 10},
+        activity={"quiet_since": 1.0, "line_since": None, "owed": 10},
     ),
 ]
 
@@ -77,12 +76,12 @@ def test_what_is_written_is_read() -> None:
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.none() | st.text(max_size=20))
-def test_any_bytes_cross(unfinished: bytes, unsent: bytes, reason: str | None) -> None:
+def test_any_bytes_cross(unanswered: bytes, pending: bytes, reason: str | None) -> None:
     """What clients sent and are owed is not looked at."""
     past = ConnectionState(
-        descriptor=3, family=2, peer=[], opened_at=0.0, unfinished=unfinished, unsent=unsent, reason=reason
+        descriptor=3, family=2, peer=[], opened_at=0.0, unanswered=unanswered, pending=pending, reason=reason
     )
-    past.header = unsent or None
+    past.proxy_header = pending or None
     assert read(state_file.save(STATE, [past] * 3)) == (STATE, [past] * 3)
 
 
@@ -97,14 +96,14 @@ def test_a_field_that_is_not_known_is_left_out_and_one_that_is_missing_has_its_d
     import msgspec
 
     documents = [
-        {"pid": 1, "version": "9", "left_at": 1.0, "mood": "fine"},
+        {"pid": 1, "version": "9", "stopped_at": 1.0, "mood": "fine"},
         {"weather": ["good"]},
         {"descriptor": 3, "family": 2, "peer": ["h", 1], "opened_at": 1.0, "tls": None},
     ]
     encoded = [msgspec.msgpack.encode(each) for each in documents]
     content = b"echod state 1\n" + b"".join(len(each).to_bytes(8, "big") + each for each in encoded)
     state, clients = state_file.read(content)
-    assert state == State(Process(pid=1, version="9", left_at=1.0), Service())
+    assert state == State(ProcessState(pid=1, version="9", stopped_at=1.0), ServiceState())
     assert list(clients) == [ConnectionState(descriptor=3, family=2, peer=["h", 1], opened_at=1.0)]
 
 
@@ -129,17 +128,17 @@ def test_what_is_not_understood_is_refused(content: bytes, complaint: str) -> No
 def test_a_descriptor_that_is_none(said: str) -> None:
     """The variable is empty where there was no program before; what is no descriptor is refused."""
     if not said:
-        assert state_file.received({state_file.VARIABLE: said}, os.getpid()) is None
+        assert state_file.receive({state_file.VARIABLE: said}, os.getpid()) is None
         return
     with pytest.raises(HandoverError, match="no state there"):
-        state_file.received({state_file.VARIABLE: said}, os.getpid())
+        state_file.receive({state_file.VARIABLE: said}, os.getpid())
 
 
 def test_the_state_of_another_process_is_refused() -> None:
     """A child that got the variable by mistake doesn't take over its parent's clients."""
     descriptor = state_file.save(STATE)
     with pytest.raises(HandoverError, match="the state of another process, 4711"):
-        state_file.received({state_file.VARIABLE: str(descriptor)}, 4712)
+        state_file.receive({state_file.VARIABLE: str(descriptor)}, 4712)
 
 
 if __name__ == "__main__":  # a sample of a new version; those of old versions stay as they are
