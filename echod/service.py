@@ -19,7 +19,7 @@ from echod.config.loader import ConfigError, reader
 from echod.config.schema import Config, Log
 from echod.config.sources import Serve
 from echod.lifecycle import generation, run
-from echod.lifecycle.generation import Generation, Given, Kept
+from echod.lifecycle.generation import Generation, Kept
 from echod.lifecycle.reload import Reloader
 from echod.lifecycle.runtime import Runtime
 from echod.net import socket_activation
@@ -72,14 +72,18 @@ class Start(Struct, frozen=True, kw_only=True):
     next_program: NextProgram
 
 
-def preflight(options: Serve, environment: MutableMapping[str, str], left: State) -> None:
+def preflight(options: Serve, environment: MutableMapping[str, str], state: State) -> None:
     """Do everything that taking over requires, except serving; raises ConfigError, and whatever an import raises."""
     import uvloop
 
-    load = reader(options.sources, environment, limits.raise_open_files(), left.process.directory)
-    there = snapshot.outline(left)
-    given = Given(there.inherited, runtime_admin(environment))
-    prepared = generation.prepare(load, given, Kept(there.listeners, there.admin_listeners))
+    load = reader(options.sources, environment, limits.raise_open_files(), state.process.directory)
+    outline = snapshot.outline(state)
+    prepared = generation.prepare(
+        load,
+        Kept(outline.listeners, outline.admin_listeners),
+        inherited=outline.inherited,
+        runtime_admin=runtime_admin(environment),
+    )
     try:
         prepared.try_listening()
     except ListenError as error:
@@ -103,7 +107,7 @@ def serve(start: Start) -> int:
         if lock:
             at_end.callback(lock.release)
         inherited = predecessor.inherited if predecessor else socket_activation.inherit(start.environment, os.getpid())
-        prepare = partial(generation.prepare, load, Given(inherited, runtime_admin(start.environment)))
+        prepare = partial(generation.prepare, load, inherited=inherited, runtime_admin=runtime_admin(start.environment))
         first = _first(start, prepare)
         with suppress(OSError):  # no /proc
             limits.rss_bytes()  # opens what it needs while there are free descriptors

@@ -1,13 +1,12 @@
-"""One generation: a configuration and everything it needs to be put in force without a failure.
+"""A generation: a configuration, and everything that is needed to put it in force.
 
-A start and a reload prepare it alike, and only here can they fail: the configuration is read and valid, the log file
-is open, the listeners are bound, those of the admin endpoint too. Until it is put in force nothing else has changed.
+A start, a reload and a preflight prepare it in the same way: they read and validate the configuration, open the log
+file, and bind the listeners, including those of the admin endpoint. Until it is put in force nothing else has changed.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from msgspec import Struct, field
 
@@ -24,7 +23,7 @@ class PrepareError(ConfigError):
 
 
 class Generation(Struct, frozen=True):
-    """What `prepare` made; whoever doesn't use it owes it a `discard`."""
+    """What `prepare` returns; if it is not put in force, call `discard`."""
 
     config: Config
     warnings: tuple[str, ...]
@@ -35,17 +34,17 @@ class Generation(Struct, frozen=True):
     log_descriptor: int | None
 
     def give(self, uid: int, gid: int) -> None:
-        """Make the files of Unix sockets another user's, who will have to remove them; raises OSError."""
+        """Give the files of Unix sockets to the user who will have to remove them; raises OSError."""
         for bound in self._sockets:
             bound.give(uid, gid)
 
     def listen(self) -> None:
-        """Let clients come, on all of its sockets; raises ListenError, and the generation is fit to be discarded."""
+        """Start to listen on all new sockets; raises ListenError, and then the generation is to be discarded."""
         for bound in self._sockets:
             bound.listen()
 
     def try_listening(self) -> None:
-        """See whether `listen` can go well, before a `discard` and noticed by no client; raises ListenError."""
+        """Check whether `listen` would succeed, without a client noticing; call `discard` next. Raises ListenError."""
         for bound in self._sockets:
             bound.try_listening()
 
@@ -54,45 +53,39 @@ class Generation(Struct, frozen=True):
         return [*bind.new_sockets(self.listeners), *bind.new_sockets(self.admin)]
 
     def discard(self) -> None:
-        """Close what was opened for it."""
+        """Close everything that was opened for it."""
         bind.discard(self.listeners)
         bind.discard(self.admin)
         if self.log_descriptor is not None:
             os.close(self.log_descriptor)
 
 
-class Given(Struct, frozen=True):
-    """What the process was given at its start, whatever the configuration says."""
-
-    inherited: Sequence[bind.InheritedSocket] = ()
-    """Listening sockets that a service manager handed over."""
-    runtime_admin: str | None = None
-    """Where the admin endpoint answers, too."""
-
-
 class Kept(Struct, frozen=True):
-    """The listeners that exist: those that a new configuration wants too are not bound again.
+    """The listeners that exist already, which are not bound again.
 
-    With their sockets where an option may be changed that otherwise only a bind sets: nobody serves with them yet.
+    The sockets are given only if nobody serves with them yet, so that their options may be changed.
     """
 
     listeners: Mapping[ListenerKey, BoundSocket | None] = field(default_factory=dict)
     admin: Mapping[ListenerKey, BoundSocket | None] = field(default_factory=dict)
 
 
-NOTHING_GIVEN = Given()
 NOTHING_KEPT = Kept()
 
 
 def prepare(
     load: Callable[[], Loaded],
-    given: Given = NOTHING_GIVEN,
     kept: Kept = NOTHING_KEPT,
+    *,
+    inherited: Sequence[bind.InheritedSocket] = (),
+    runtime_admin: str | None = None,
     open_log: Callable[[Log], int | None] = logs.open_file,
 ) -> Generation:
     """Do everything that can fail; may block on files and name servers.
 
-    Raise ConfigError if the configuration is invalid, and its subclass PrepareError if it cannot be put in force.
+    `inherited` are the sockets that a service manager passed to this process. `runtime_admin` is one more address of
+    the admin endpoint, whatever the configuration says. Raise ConfigError if the configuration is invalid, and its
+    subclass PrepareError if it cannot be put in force.
     """
     loaded = load()
     config = loaded.config
@@ -100,32 +93,53 @@ def prepare(
         descriptor = open_log(config.log)
     except OSError as error:
         raise PrepareError([f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]) from error
+    errors: list[str] = []
+    listeners: Prepared = {}
+    admin: Prepared = {}
     with ExitStack() as undo:
         if descriptor is not None:
             undo.callback(os.close, descriptor)
-        errors: list[str] = []
-        bind_listeners = partial(bind.bind_all, inherited=given.inherited)
-        listeners = _bound("listen", partial(_entries, loaded, given.inherited), kept.listeners, errors, bind_listeners)
-        undo.callback(bind.discard, listeners)
-        admin = _admin(config.admin.listen, given.runtime_admin, kept.admin, errors)
-        undo.callback(bind.discard, admin)
+        with _collected(errors, "listen"):
+            listeners = bind.bind_all(_entries(loaded, inherited), kept.listeners, inherited)
+            undo.callback(bind.discard, listeners)
+        for name, address in (("admin.listen", config.admin.listen), ("$RUNTIME_DIRECTORY", runtime_admin)):
+            if not address:
+                continue
+            with _collected(errors, name):
+                # Both may name one socket, written in different ways: it is bound once.
+                bound = bind.bind_all([_private(address)], {**kept.admin, **dict.fromkeys(admin)})
+                undo.callback(bind.discard, bound)
+                admin = {**bound, **admin}
         if errors:
             raise PrepareError(errors)
+        if admin:
+            import h11  # noqa: F401 (17 ms: in the thread of a reload it delays nobody)
         undo.pop_all()
     return Generation(config, loaded.warnings, listeners, admin, descriptor)
+
+
+@contextmanager
+def _collected(errors: list[str], name: str) -> Iterator[None]:
+    """Append the errors of binding to `errors`, with the name of what asks for it."""
+    try:
+        yield
+    except ValueError as error:
+        errors.append(f"{name}: {error}")
+    except bind.BindErrors as error:
+        errors += [f"{name}: {message}" for message in error.errors]
 
 
 Listeners = Mapping[ListenerKey, BoundSocket]
 
 
 def unchanged(config: Config, listeners: Listeners, admin: Listeners, errors: Sequence[str]) -> Generation:
-    """What goes on with a configuration that was in force, because of the errors of the one that was to be."""
+    """Return a generation that continues with the predecessor's configuration, because of errors in the new one."""
     try:
         descriptor = logs.open_file(config.log)
     except OSError as error:
         errors = [*errors, f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]
         descriptor = None
-    warnings = tuple(f"the configuration of before goes on: {message}" for message in errors)
+    warnings = tuple(f"the previous configuration stays in force: {message}" for message in errors)
     return Generation(config, warnings, _settings(listeners), _settings(admin), descriptor)
 
 
@@ -167,40 +181,8 @@ def _entries(loaded: Loaded, inherited: Sequence[bind.InheritedSocket]) -> list[
     return entries if loaded.is_listen_set else [entry for entry in entries if bind.is_possible(entry.address)]
 
 
-def _admin(
-    configured: str, runtime: str | None, kept: Mapping[ListenerKey, BoundSocket | None], errors: list[str]
-) -> Prepared:
-    prepared: Prepared = {}
-    if configured:
-        prepared = _bound("admin.listen", partial(_private, configured), kept, errors)
-    if runtime:
-        # It may be the one configured, written in another way.
-        there = {**kept, **dict.fromkeys(prepared)}
-        prepared = {**_bound("$RUNTIME_DIRECTORY", partial(_private, runtime), there, errors), **prepared}
-    if prepared:
-        import h11  # noqa: F401 (17 ms; here a reload takes them aside, and not clients from the loop)
-    return prepared
-
-
-def _private(address: str) -> list[bind.ListenEntry]:
+def _private(address: str) -> bind.ListenEntry:
     try:
-        return [bind.ListenEntry(parse_address(address), ListenerSettings(is_private=True))]
+        return bind.ListenEntry(parse_address(address), ListenerSettings(is_private=True))
     except ValueError as error:
         raise ValueError(f"{address}: {error}") from error
-
-
-def _bound(
-    name: str,
-    entries: Callable[[], list[bind.ListenEntry]],
-    kept: Mapping[ListenerKey, BoundSocket | None],
-    errors: list[str],
-    bind_all: Callable[..., Prepared] = bind.bind_all,
-) -> Prepared:
-    """Bind the entries; append every error to `errors`, with the name of the configuration key."""
-    try:
-        return bind_all(entries(), kept)
-    except ValueError as error:
-        errors.append(f"{name}: {error}")  # no key of the configuration, for that is valid
-    except bind.BindErrors as error:
-        errors += [f"{name}: {message}" for message in error.errors]
-    return {}

@@ -1,4 +1,4 @@
-"""Work that blocks, done in a thread: a slow name server, disk or import must delay neither clients nor a stop."""
+"""Runs blocking work in a thread: a slow name server, disk or import must delay neither clients nor a stop."""
 
 import asyncio
 import threading
@@ -38,14 +38,14 @@ async def aside(work: Callable[[], Result], discard: Callable[[Result], object] 
         return await done
     except asyncio.CancelledError:
         if done.done() and not done.cancelled() and not done.exception():
-            discard(done.result())  # it arrived in the very turn of the loop that brought the cancellation
+            discard(done.result())  # it arrived in the same iteration of the loop as the cancellation
         raise
 
 
-def _deliver(loop: asyncio.AbstractEventLoop, settle: Callable[..., None], *arguments: object) -> bool:
+def _deliver(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> bool:
     """Hand a result to the loop from another thread; False if the loop is closed."""
     try:
-        loop.call_soon_threadsafe(settle, *arguments)
+        loop.call_soon_threadsafe(callback, *arguments)
     except RuntimeError:
         return False
     return True

@@ -260,7 +260,7 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
             known = len(echod.events)
             assert upgrade(echod)["listen"] == [f"127.0.0.1:{port}"]
             warning = echod.wait_for("configuration", after=known)["warning"]
-            assert warning.startswith("the configuration of before goes on: ")
+            assert warning.startswith("the previous configuration stays in force: ")
             assert complaint in warning
         assert ask(client, b"and ended\n") == b"BEGUN AND ENDED\n"
         client.close()
