@@ -179,7 +179,7 @@ def test_sending_pending_replies_takes_linear_time(monkeypatch: pytest.MonkeyPat
     async def scenario(ours: socket.socket, client: socket.socket) -> None:
         keeper = Keeper()
         unsent = b"0123456789abcdef" * (portion * portions // 16)
-        saved = ConnectionState(descriptor=0, family=socket.AF_UNIX, peer=b"", opened_at=0.0, unsent=unsent)
+        saved = ConnectionState(descriptor=0, family=socket.AF_UNIX, peer=b"", opened_at=0.0, pending=unsent)
         connection = keeper.open(ours, past=saved)
         sent: list[bytes] = []
 

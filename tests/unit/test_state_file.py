@@ -57,7 +57,7 @@ CLIENTS = [
         unanswered=b"begun \xff",
         pending=b"NOT YET TAKEN\n" * 10,
         reason="idle",
-        activity={"quiet_since": 1.0, "line_since": None, "owed": 10},
+        activity={"quiet_since": 1.0, "line_since": None, "owed_bytes": 10},
     ),
 ]
 
