@@ -211,7 +211,7 @@ def _stats(logs: Logs, predecessor: Predecessor | None) -> Stats:
         is_fast_path=fastpath.IS_COMPILED,
     )
     if predecessor:
-        stats.resume(predecessor.state.service.stats)
+        stats.restore(predecessor.state.service.stats)
         stats.upgrades += 1
         stats.config_generation += 1
     return stats

@@ -275,17 +275,17 @@ class Stats(Struct):
     upgrades: int = 0
     loop_lag_s: float = 0.0
 
-    def past(self) -> dict[str, Any]:
-        """Return the counters for the successor in a live upgrade, which passes them to `resume`."""
+    def save(self) -> dict[str, Any]:
+        """Return the counters for the next program in a live upgrade, which passes them to `restore`."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("gauges", "is_fast_path")}
 
-    def resume(self, past: Mapping[str, Any]) -> None:
+    def restore(self, saved: Mapping[str, Any]) -> None:
         """Continue with the counters of the predecessor; a reason that no longer exists keeps its count."""
         for name in self.__struct_fields__:
             if isinstance(ours := getattr(self, name), dict):
-                ours.update(past.get(name, {}))
-            elif name in past:
-                setattr(self, name, past[name])
+                ours.update(saved.get(name, {}))
+            elif name in saved:
+                setattr(self, name, saved[name])
 
     def close(self, reason: CloseReason, traffic: Traffic) -> None:
         """Count a connection as closed and add what it has counted."""

@@ -178,7 +178,7 @@ class Upgrader:
             listeners=snapshot.listeners(self._server.listening),
             admin_listeners=snapshot.listeners(self._endpoint.listening),
             config=msgspec.to_builtins(self._reloads.config),
-            stats=self._stats.past(),
+            stats=self._stats.save(),
             self_probes=[snapshot.saved_address(name) for name in self._server.clients.self_probe.names],
         )
 

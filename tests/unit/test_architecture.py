@@ -114,6 +114,28 @@ def test_a_package_does_not_import_what_is_not_its_business(name: str) -> None:
     assert not found
 
 
+def attributes(name: str) -> dict[str, set[str]]:
+    """Return each expression with an attribute of this name, and the files that use it."""
+    found: dict[str, set[str]] = {}
+    for file in FILES:
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == name:
+                found.setdefault(ast.unparse(node), set()).add(file)
+    return found
+
+
+def test_only_the_lifecycle_changes_the_phase() -> None:
+    assert attributes("enter") == {"runtime.life.enter": {"lifecycle/run.py", "service.py"}}
+
+
+def test_a_task_that_nobody_awaits_is_started_by_the_helper() -> None:
+    """`lifecycle.drain` awaits all of its own."""
+    started = {
+        file for name in ("create_task", "ensure_future") for files in attributes(name).values() for file in files
+    }
+    assert started == {"process/tasks.py", "lifecycle/drain.py"}
+
+
 def test_every_module_is_in_a_layer() -> None:
     assert {package(file) for file in FILES} - {"__init__"} == set().union(*LAYERS)
 
