@@ -25,7 +25,7 @@ from echod.lifecycle.runtime import Runtime
 from echod.net import socket_activation
 from echod.net.sockets import ListenError
 from echod.process import limits, pidfile, privileges, signals
-from echod.process.force_exit import LAST_WORDS_S, ForcedExit
+from echod.process.force_exit import LOG_S, ForcedExit
 from echod.process.phase import Life, Phase
 from echod.process.sd_notify import Notifier, watchdog_s
 from echod.process.signals import Action, SignalEvent, SignalQueue
@@ -146,7 +146,7 @@ def serve(start: Start) -> int:
 def _take_over_signals(predecessor: Predecessor, forced_exit: ForcedExit) -> None:
     """Queue the signals that the predecessor did not handle, before those that the kernel has kept meanwhile."""
     stop_s = _stop_s(predecessor.config)
-    forced_exit.serving(lambda: stop_s, last_words=lambda: None)
+    forced_exit.serving(lambda: stop_s, flush_log=lambda: None)
     for name, sender_pid in predecessor.state.process.signals:
         if event := signals.event_of(name, sender_pid):
             forced_exit.deliver(event)
@@ -225,7 +225,7 @@ def _run(start: Start, first: Generation, runtime: Runtime, forced_exit: ForcedE
     def on_serving(server: Server, reloads: Reloader) -> None:
         gc.freeze()  # what exists now stays, and need not be searched for garbage again and again
         gc.enable()
-        forced_exit.serving(lambda: _stop_s(reloads.config), last_words=lambda: runtime.logs.sink.close(LAST_WORDS_S))
+        forced_exit.serving(lambda: _stop_s(reloads.config), flush_log=lambda: runtime.logs.sink.close(LOG_S))
         if not start.predecessor:
             _announce(start, first, runtime, server.addresses)
 
@@ -241,8 +241,8 @@ def _run(start: Start, first: Generation, runtime: Runtime, forced_exit: ForcedE
     runtime.life.enter(Phase.STOPPED)
     forced_exit.ended(status)
     structlog.get_logger().info("stopped", exit_status=status)
-    left_s = forced_exit.remaining_s() - LAST_WORDS_S
-    runtime.logs.sink.close(min(LOG_FLUSH_S, max(LAST_WORDS_S, left_s)))
+    left_s = forced_exit.remaining_s() - LOG_S
+    runtime.logs.sink.close(min(LOG_FLUSH_S, max(LOG_S, left_s)))
     runtime.notifier.close()
     gc.freeze()  # or the interpreter's end would search every object for garbage: 40 ms
     return status

@@ -19,14 +19,14 @@ STARTING_S = 5.0
 END_S = 1.5
 """How long a stop may take beyond the lame-duck time and the drain; the final half-close takes 1 s of it."""
 
-LAST_WORDS_S = 0.1
-"""The part of END_S that is reserved for logging why the guard ends the process."""
+LOG_S = 0.1
+"""The part of END_S that is reserved for logging why the process is ended."""
 
 INSISTED_S = 2.0
 """How long a stop may take from the second signal on."""
 
 TICK_S = 0.25
-"""How often the guard checks the time during a stop."""
+"""How often the time is checked during a stop."""
 
 
 class ForcedExit:
@@ -34,7 +34,7 @@ class ForcedExit:
 
     The signal thread calls `deliver` and `seconds_left`; the main thread calls the rest. The time during which the
     whole process is stopped, for example by SIGSTOP or in a frozen container, does not count: whenever its own thread
-    slept much longer than requested, the guard subtracts the excess from its clock.
+    slept much longer than requested, the excess is subtracted from its clock.
     """
 
     def __init__(self, put: Callable[[SignalEvent], None], *, unserved: int, aborted: int) -> None:
@@ -42,17 +42,17 @@ class ForcedExit:
         self._put = put
         self._status = unserved
         self._aborted = aborted
-        self._stops: list[float] = []  # the first two, by the guard's clock
+        self._stops: list[float] = []  # the first two, by `_now`
         self._paused_s = 0.0
         self._checked_at = 0.0
         self._serving_since: float | None = None
         self._stop_s: Callable[[], float] = lambda: 0.0
-        self._last_words: Callable[[], object] = lambda: None
+        self._flush_log: Callable[[], object] = lambda: None
 
-    def serving(self, stop_s: Callable[[], float], last_words: Callable[[], object]) -> None:
-        """Note that clients are served: a stop may take `stop_s()` plus END_S; call `last_words` if it is overdue."""
+    def serving(self, stop_s: Callable[[], float], flush_log: Callable[[], object]) -> None:
+        """Note that clients are served: a stop may take `stop_s()` plus END_S; call `flush_log` if it is overdue."""
         self._stop_s = stop_s
-        self._last_words = last_words
+        self._flush_log = flush_log
         self._status = self._aborted
         self._serving_since = self._now()
 
@@ -103,7 +103,7 @@ class ForcedExit:
     def _end(self) -> float:
         if self._serving_since is None:
             return self._stops[0] + STARTING_S
-        end = self._began() + self._stop_s() + END_S - LAST_WORDS_S
+        end = self._began() + self._stop_s() + END_S - LOG_S
         if len(self._stops) < 2:
             return end
         return min(end, max(self._stops[1], self._serving_since) + INSISTED_S)
@@ -111,5 +111,5 @@ class ForcedExit:
     def _end_process(self) -> NoReturn:
         if self._serving_since is not None:
             structlog.get_logger().error("stop overdue", advice="the event loop is stuck; ending without it")
-            self._last_words()
+            self._flush_log()
         os._exit(self._status)

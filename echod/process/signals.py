@@ -33,13 +33,13 @@ TABLE = {
 }
 
 _WAKE = signal.SIGRTMIN
-"""Private to the waiting thread: ends it without a poll."""
+"""Ends the waiting thread; private to it."""
 
 _ALARM = signal.SIGALRM
-"""Ends a wait when its time is over."""
+"""Ends a wait that has a time limit."""
 
 _SHORTEST_S = 0.001
-"""A timer of 0 s would never end."""
+"""A timer of 0 s would never expire."""
 
 
 class SignalEvent(Struct, frozen=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from echod.process.force_exit import END_S, INSISTED_S, LAST_WORDS_S, STARTING_S, TICK_S, ForcedExit
+from echod.process.force_exit import END_S, INSISTED_S, LOG_S, STARTING_S, TICK_S, ForcedExit
 from echod.process.signals import Action, SignalEvent
 from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving, settings
 
@@ -35,10 +35,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def tick(guard: ForcedExit, clock: Clock, count: int) -> None:
+def tick(forced_exit: ForcedExit, clock: Clock, count: int) -> None:
     """Let the signal thread sleep as long as it is told, so many times."""
     for _ in range(count):
-        left_s = guard.seconds_left()
+        left_s = forced_exit.seconds_left()
         assert left_s is not None
         clock.now += left_s
 
@@ -47,38 +47,38 @@ def test_a_stop_may_take_lame_duck_drain_and_the_end(clock: Clock) -> None:
     """Starting: seconds; serving: lame duck and drain as configured at that moment, and the end; insisted: moments."""
     passed_on: list[SignalEvent] = []
     stop_s = 8.0
-    guard = ForcedExit(passed_on.append, unserved=0, aborted=3)
-    guard.deliver(SignalEvent(Action.RELOAD, "HUP", 1))
-    assert guard.seconds_left() is None
-    assert guard.remaining_s() == float("inf")
-    guard.deliver(STOP)
-    assert guard.remaining_s() == STARTING_S
-    tick(guard, clock, 4)
-    guard.serving(lambda: stop_s, last_words=lambda: None)
-    assert guard.remaining_s() == pytest.approx(8 + END_S - LAST_WORDS_S), "who came before the stop is owed a drain"
-    assert guard.stop_began_at == 1000.0 + 4 * TICK_S
+    forced_exit = ForcedExit(passed_on.append, unserved=0, aborted=3)
+    forced_exit.deliver(SignalEvent(Action.RELOAD, "HUP", 1))
+    assert forced_exit.seconds_left() is None
+    assert forced_exit.remaining_s() == float("inf")
+    forced_exit.deliver(STOP)
+    assert forced_exit.remaining_s() == STARTING_S
+    tick(forced_exit, clock, 4)
+    forced_exit.serving(lambda: stop_s, flush_log=lambda: None)
+    assert forced_exit.remaining_s() == pytest.approx(8 + END_S - LOG_S), "who came before the stop is owed a drain"
+    assert forced_exit.stop_began_at == 1000.0 + 4 * TICK_S
     stop_s = 20.0
-    assert guard.remaining_s() == pytest.approx(20 + END_S - LAST_WORDS_S)
-    guard.deliver(STOP)
-    guard.deliver(STOP)
-    assert guard.remaining_s() == pytest.approx(INSISTED_S)
+    assert forced_exit.remaining_s() == pytest.approx(20 + END_S - LOG_S)
+    forced_exit.deliver(STOP)
+    forced_exit.deliver(STOP)
+    assert forced_exit.remaining_s() == pytest.approx(INSISTED_S)
     assert [order.action for order in passed_on] == [Action.RELOAD] + 3 * [Action.STOP]
 
 
 def test_a_pause_of_the_whole_process_does_not_count(clock: Clock) -> None:
     """When its own thread oversleeps, the loop had no processor either; a little lateness is none."""
-    guard = ForcedExit(lambda _: None, unserved=0, aborted=3)
-    guard.serving(lambda: 2.0, last_words=lambda: None)
-    guard.deliver(STOP)
-    tick(guard, clock, 2)
-    assert guard.remaining_s() == pytest.approx(2 + END_S - LAST_WORDS_S - 2 * TICK_S)
-    guard.seconds_left()
+    forced_exit = ForcedExit(lambda _: None, unserved=0, aborted=3)
+    forced_exit.serving(lambda: 2.0, flush_log=lambda: None)
+    forced_exit.deliver(STOP)
+    tick(forced_exit, clock, 2)
+    assert forced_exit.remaining_s() == pytest.approx(2 + END_S - LOG_S - 2 * TICK_S)
+    forced_exit.seconds_left()
     clock.now += TICK_S + 60
-    assert guard.seconds_left() == TICK_S
-    assert guard.remaining_s() == pytest.approx(2 + END_S - LAST_WORDS_S - 3 * TICK_S)
+    assert forced_exit.seconds_left() == TICK_S
+    assert forced_exit.remaining_s() == pytest.approx(2 + END_S - LOG_S - 3 * TICK_S)
     clock.now += 1.5 * TICK_S
-    guard.seconds_left()
-    assert guard.remaining_s() == pytest.approx(2 + END_S - LAST_WORDS_S - 4.5 * TICK_S)
+    forced_exit.seconds_left()
+    assert forced_exit.remaining_s() == pytest.approx(2 + END_S - LOG_S - 4.5 * TICK_S)
 
 
 OVERDUE = """
@@ -93,7 +93,7 @@ it.seconds_left()
 
 def test_overdue_ends_the_process() -> None:
     """Before anyone was served it ends with 0, afterwards with 3 and its last words, or as the drain has ended."""
-    serving = "it.serving(lambda: 0, last_words=lambda: print('last', flush=True))"
+    serving = "it.serving(lambda: 0, flush_log=lambda: print('last', flush=True))"
     done = [
         subprocess.run(
             [sys.executable, "-c", OVERDUE.format(serving=code)], capture_output=True, text=True, timeout=DEADLINE_S
@@ -105,7 +105,7 @@ def test_overdue_ends_the_process() -> None:
 
 
 def test_a_pause_across_the_end_of_a_stop_ends_nobody() -> None:
-    """SIGSTOP and SIGCONT across the drain's deadline and the guard's: a line that arrived meanwhile is answered."""
+    """SIGSTOP and SIGCONT across the drain's deadline and the forced exit's: a line that arrived meanwhile is answered."""
     with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\nhalf") == b"HELLO\n"
         echod.send(signal.SIGTERM)
