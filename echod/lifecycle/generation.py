@@ -109,7 +109,7 @@ def prepare(
                 # Both may name one socket, written in different ways: it is bound once.
                 bound = bind.bind_all([_private(address)], {**kept.admin, **dict.fromkeys(admin)})
                 undo.callback(bind.discard, bound)
-                admin = {**bound, **admin}
+                admin = {**admin, **{key: each for key, each in bound.items() if key not in admin}}
         if errors:
             raise PrepareError(errors)
         if admin:

@@ -105,7 +105,7 @@ def test_overdue_ends_the_process() -> None:
 
 
 def test_a_pause_across_the_end_of_a_stop_ends_nobody() -> None:
-    """SIGSTOP and SIGCONT across the drain's deadline and the forced exit's: a line that arrived meanwhile is answered."""
+    """SIGSTOP and SIGCONT around the end of the drain: a line that arrived meanwhile is answered."""
     with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\nhalf") == b"HELLO\n"
         echod.send(signal.SIGTERM)
