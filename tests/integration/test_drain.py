@@ -29,7 +29,7 @@ SHORT = settings(timeouts_drain=0.5, timeouts_drain_quiet=0.1)
 
 
 def _rounds(count: int, one_round: Callable[[int], Awaitable[None]], *, at_once: int = 4) -> None:
-    """Run so many rounds, a few at once, for a round mostly waits."""
+    """Run this many rounds, a few at once, because a round mostly waits."""
 
     async def all_rounds() -> None:
         turnstile = asyncio.Semaphore(at_once)
@@ -83,7 +83,7 @@ def test_clients_that_connect_as_fast_as_they_can_are_served_or_cleanly_refused(
     async def one_round(number: int) -> None:
         address = f"unix:{tmp_path}/{number}" if listen == "unix" else listen
         tally = Tally()
-        # Who was accepted while draining has `drain_quiet` to say its line: time enough for the slowest client.
+        # A client that was accepted while draining has `drain_quiet` to send its line: enough for the slowest client.
         with Daemon("-l", address, *settings(timeouts_drain_quiet=3)) as echod:
             address = await _address(echod)
             coming = asyncio.gather(*(come_and_go(address, tally) for _ in range(16)))
@@ -99,8 +99,8 @@ def test_clients_that_connect_as_fast_as_they_can_are_served_or_cleanly_refused(
     _rounds(12 if full else 2, one_round)
 
 
-def test_a_client_in_mid_line_gets_its_reply_and_an_idle_one_end_of_stream() -> None:
-    """A line begun is waited for; a connection quiet for `drain_quiet` is half-closed."""
+def test_a_client_with_a_partial_line_gets_its_reply_and_an_idle_one_end_of_stream() -> None:
+    """A drain waits for a partial line, and half-closes a connection that was quiet for `drain_quiet`."""
     with serving(*settings(timeouts_drain=8, timeouts_drain_quiet=1)) as echod:
         with connect(echod.port) as in_line, connect(echod.port) as idle, connect(echod.port) as late:
             assert ask(idle, b"hello\n") == b"HELLO\n"
@@ -121,19 +121,19 @@ def test_a_client_in_mid_line_gets_its_reply_and_an_idle_one_end_of_stream() -> 
 
 
 def test_a_client_idle_for_long_still_has_drain_quiet_to_send_a_line() -> None:
-    """The quiet counts from the beginning of the drain: a line that was on its way is answered."""
+    """The quiet time counts from the beginning of the drain: a line in transit is answered."""
     with serving(*settings(timeouts_drain_quiet=1.5)) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
-        time.sleep(2.7)  # longer than drain_quiet and a sweep
+        time.sleep(2.7)  # longer than `drain_quiet` and a sweep
         echod.send(signal.SIGTERM)
         echod.wait_for("drain started")
-        time.sleep(0.2)  # on its way
+        time.sleep(0.2)  # in transit
         assert ask(client, b"just in time\n") == b"JUST IN TIME\n"
         assert read_to_end(client) == b""
 
 
 def test_what_waits_in_the_backlog_is_served() -> None:
-    """Every client whose handshake was complete is accepted and served, the listen backlog included."""
+    """Every client whose handshake was complete is served, including those in the listen backlog."""
     with serving(*settings(timeouts_drain_quiet=0.1)) as echod:
         port = echod.port
         echod.send(signal.SIGSTOP)
@@ -150,20 +150,20 @@ def test_what_waits_in_the_backlog_is_served() -> None:
 
 
 def test_later_clients_are_refused() -> None:
-    """Then the port closes and later clients are refused (at the latest when their SYN is retried, a second later)."""
+    """After that the port closes and later clients are refused, at the latest when their SYN is retried."""
     with serving(*settings(timeouts_drain=8)) as echod, connect(echod.port) as client:
         port = echod.port
         client.sendall(b"keeps the drain going")
         echod.send(signal.SIGTERM)
         echod.wait_for("drain started")
         with pytest.raises(ConnectionRefusedError):
-            while True:  # those that come before the port is closed are served, which is right
+            while True:  # a client that connects before the port is closed is served
                 connect(port).close()
         assert ask(client, b".\n") == b"KEEPS THE DRAIN GOING.\n"
 
 
-def test_a_client_that_never_reads_is_cut_at_the_deadline() -> None:
-    """Who is still owed bytes at `drain` seconds is cut off, counted and logged; exit 3."""
+def test_a_client_that_never_reads_is_aborted_at_the_deadline() -> None:
+    """A client that is still owed bytes after `drain` seconds is aborted, counted and logged; exit status 3."""
     with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port, receive_buffer=4096) as client:
         send_until_stuck(client)
         echod.send(signal.SIGTERM)
@@ -176,8 +176,8 @@ def test_a_client_that_never_reads_is_cut_at_the_deadline() -> None:
         assert echod.wait_for("stopped")["exit_status"] == 3
 
 
-def test_an_unfinished_line_at_the_deadline_is_owed_nothing() -> None:
-    """At `drain` seconds what is left is ended at a line boundary: a line begun then is owed nothing, exit 0."""
+def test_a_partial_line_at_the_deadline_is_owed_nothing() -> None:
+    """After `drain` seconds a partial line is owed nothing: exit status 0."""
     with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port) as client:
         client.sendall(b"whole\nhalf")
         echod.send(signal.SIGTERM)
@@ -187,8 +187,8 @@ def test_an_unfinished_line_at_the_deadline_is_owed_nothing() -> None:
 
 
 def test_a_second_signal_ends_it_within_100_ms() -> None:
-    """The second one cuts the rest off now, exit 3 if anyone was owed a reply."""
-    # The best of some tries: how long the machine takes to let anyone run isn't what is tested.
+    """The second signal aborts the rest at once; exit status 3 if anyone was owed a reply."""
+    # The best of some tries, because a busy machine may delay any process.
     assert any(_seconds_from_second_signal_to_end() < 0.1 for _ in range(5))
 
 
@@ -204,15 +204,15 @@ def _seconds_from_second_signal_to_end() -> float:
         echod.wait_for("drain started")
         insisted_at = time.monotonic()
         echod.send(signal.SIGINT)
-        assert echod.process.wait() == 3  # with a deadline it would look again every 50 ms
+        assert echod.process.wait() == 3  # with a deadline it would poll every 50 ms
         ended_at = time.monotonic()
         assert echod.exit_status() == 3
         assert echod.wait_for("drain finished")["cut"] == 1
         return ended_at - insisted_at
 
 
-def test_a_second_signal_is_no_failure_when_nobody_is_owed_anything() -> None:
-    """A second signal ends idle clients and those in mid-line at once, and exits 0."""
+def test_a_second_signal_exits_0_if_nobody_is_owed_anything() -> None:
+    """A second signal ends idle clients and those with a partial line at once; exit status 0."""
     with serving() as echod, connect(echod.port) as in_line:
         assert ask(in_line, b"hello\nand") == b"HELLO\n"
         echod.send(signal.SIGTERM)
@@ -223,7 +223,7 @@ def test_a_second_signal_is_no_failure_when_nobody_is_owed_anything() -> None:
 
 
 def test_progress_is_logged_at_least_once_a_second() -> None:
-    """Progress: connections left, seconds left."""
+    """Each line names the connections and the seconds that are left."""
     with serving(*settings(timeouts_drain=3.5)) as echod, connect(echod.port) as client:
         client.sendall(b"half")
         echod.send(signal.SIGTERM)
@@ -254,7 +254,7 @@ def test_signals_while_draining() -> None:
 
 
 def test_replies_are_acknowledged_before_the_exit() -> None:
-    """`drain finished` says that nothing was left unacknowledged, also for who ended its stream while draining."""
+    """`drain finished` reports nothing unacknowledged, even for a client that ended its stream while draining."""
     with serving(*settings(timeouts_drain=8)) as echod, connect(echod.port) as client:
         client.sendall(b"half")
         echod.send(signal.SIGTERM)
@@ -266,7 +266,7 @@ def test_replies_are_acknowledged_before_the_exit() -> None:
 
 
 def test_an_idle_daemon_stops_at_once() -> None:
-    """With nobody connected a stop takes as long as the closing of the port."""
+    """Without clients, a stop takes only as long as closing the port."""
     assert any(_seconds_of_an_idle_drain() < 0.5 for _ in range(5))  # the best of some tries, as above
 
 
@@ -282,7 +282,7 @@ def _seconds_of_an_idle_drain() -> float:
 
 
 def test_term_ends_a_process_whose_loop_is_stuck() -> None:
-    """TERM works while the loop is busy; when the loop never turns again, the process ends all the same, with 3."""
+    """TERM ends the process even if the loop never runs again; exit status 3."""
     stuck = (
         "import sys, time; from echod import __main__\nfrom echod.server import clients\n"
         "clients.Clients.accept = lambda *_: time.sleep(3600)\n"
@@ -297,19 +297,19 @@ def test_term_ends_a_process_whose_loop_is_stuck() -> None:
 
 
 def read_some(client: socket.socket, size: int) -> bytes:
-    """So many bytes, or what came before the end of the stream."""
+    """Read this many bytes, or all before the end of stream."""
     data = b""
     while len(data) < size and (more := client.recv(size - len(data))):
         data += more
     return data
 
 
-def test_a_client_that_waits_for_memory_is_served_in_a_drain_too() -> None:
-    """It took its replies only after the drain began, while others keep the memory."""
+def test_a_client_that_waits_for_memory_is_served_during_a_drain() -> None:
+    """A client that reads its replies only during the drain is served, although others hold the memory."""
     limits = settings(limits_held_bytes=100_000, timeouts_drain=8)
     with serving(*limits) as echod, connect(echod.port, receive_buffer=4096) as client:
         client.sendall(b"x" * 50_000 + b"\n")
-        assert read_some(client, 1) == b"X"  # what follows is in the kernel
+        assert read_some(client, 1) == b"X"  # the rest is in the kernel
         with connect(echod.port) as one, connect(echod.port) as another:
             for holder in (one, another):
                 holder.sendall(b"y" * 52_000)

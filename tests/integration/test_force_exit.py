@@ -19,7 +19,7 @@ STOP = SignalEvent(Action.STOP, "TERM", os.getpid())
 
 
 class Clock:
-    """Stands still until it is told to go on."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def tick(forced_exit: ForcedExit, clock: Clock, count: int) -> None:
-    """Let the signal thread sleep as long as it is told, so many times."""
+    """Let the signal thread sleep as long as requested, this many times."""
     for _ in range(count):
         left_s = forced_exit.seconds_left()
         assert left_s is not None
@@ -44,7 +44,7 @@ def tick(forced_exit: ForcedExit, clock: Clock, count: int) -> None:
 
 
 def test_a_stop_may_take_lame_duck_drain_and_the_end(clock: Clock) -> None:
-    """Starting: seconds; serving: lame duck and drain as configured at that moment, and the end; insisted: moments."""
+    """The limit depends on the phase: starting, serving with the timeouts of that moment, or a second signal."""
     passed_on: list[SignalEvent] = []
     stop_s = 8.0
     forced_exit = ForcedExit(passed_on.append, unserved=0, aborted=3)
@@ -66,7 +66,7 @@ def test_a_stop_may_take_lame_duck_drain_and_the_end(clock: Clock) -> None:
 
 
 def test_a_pause_of_the_whole_process_does_not_count(clock: Clock) -> None:
-    """When its own thread oversleeps, the loop had no processor either; a little lateness is none."""
+    """If its own thread oversleeps, the loop had no processor either; a small delay does not matter."""
     forced_exit = ForcedExit(lambda _: None, unserved=0, aborted=3)
     forced_exit.serving(lambda: 2.0, flush_log=lambda: None)
     forced_exit.deliver(STOP)
@@ -91,8 +91,8 @@ it.seconds_left()
 """
 
 
-def test_overdue_ends_the_process() -> None:
-    """Before anyone was served it ends with 0, afterwards with 3 and its last words, or as the drain has ended."""
+def test_an_overdue_stop_ends_the_process() -> None:
+    """Exit status 0 before clients were served, 3 with a log line afterwards, or the outcome of the drain."""
     serving = "it.serving(lambda: 0, flush_log=lambda: print('last', flush=True))"
     done = [
         subprocess.run(
@@ -104,8 +104,8 @@ def test_overdue_ends_the_process() -> None:
     assert done[1].stdout.endswith("last\n")
 
 
-def test_a_pause_across_the_end_of_a_stop_ends_nobody() -> None:
-    """SIGSTOP and SIGCONT around the end of the drain: a line that arrived meanwhile is answered."""
+def test_a_pause_across_the_deadlines_aborts_nobody() -> None:
+    """A pause across the deadlines of the drain and of the forced exit: a line that arrived meanwhile is answered."""
     with serving(*settings(timeouts_drain=1)) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\nhalf") == b"HELLO\n"
         echod.send(signal.SIGTERM)
@@ -132,7 +132,7 @@ sys.exit(__main__.main(sys.argv[1:]))
 
 
 def test_a_loop_that_gets_stuck_in_a_drain_is_ended_in_time() -> None:
-    """No stop takes longer than lame duck, drain and 1.5 s; the exit status says that a client may have been cut.
+    """No stop takes longer than lame duck, drain and 1.5 s; the exit status says that a client may have been aborted.
 
     The best of some tries, for machines where nobody gets a processor in time.
     """
@@ -151,7 +151,7 @@ def _seconds_of_a_stuck_stop() -> float:
         return seconds
 
 
-def test_a_stop_in_which_everything_takes_its_time_is_in_time_and_tells_the_truth(tmp_path: Path) -> None:
+def test_a_stop_in_which_everything_is_slow_ends_in_time_with_the_right_status(tmp_path: Path) -> None:
     """A client that never ends its stream, one of the admin endpoint that never asks, a log that nobody reads: exit 0.
 
     The best of some tries, for machines where nobody gets a processor in time.

@@ -1,4 +1,4 @@
-"""The time as a lame duck: whoever asks is told that echod leaves, and until they have heard it goes on accepting."""
+"""The lame-duck time: `/readyz` says draining while echod still accepts, so that balancers can react."""
 
 import signal
 import time
@@ -11,20 +11,20 @@ LAME_DUCK_S = 3
 
 
 def readiness(admin: Path) -> int:
-    """The status of `/readyz`."""
+    """Return the status of `/readyz`."""
     return get(f"unix:{admin}", "/readyz").status
 
 
 def leave(echod: Daemon) -> float:
-    """Tell it to stop; when that was."""
+    """Request a stop; return when."""
     told_at = time.monotonic()
     echod.send(signal.SIGTERM)
     echod.wait_for("lame duck started")
     return told_at
 
 
-def test_a_lame_duck_accepts_and_says_that_it_leaves(tmp_path: Path) -> None:
-    """The port is open so long, `/readyz` and `state` say draining; `drain` counts from the end of it."""
+def test_a_lame_duck_accepts_clients_and_reports_draining(tmp_path: Path) -> None:
+    """The port stays open, `/readyz` and `state` say draining; `drain` counts from the end of the lame-duck time."""
     admin = tmp_path / "admin"
     flags = settings(timeouts_lame_duck=LAME_DUCK_S, timeouts_drain_quiet=0.2, admin_listen=f"unix:{admin}")
     with serving(*flags) as echod, connect(echod.port) as early:
@@ -33,7 +33,7 @@ def test_a_lame_duck_accepts_and_says_that_it_leaves(tmp_path: Path) -> None:
         began = leave(echod)
         assert readiness(admin) == 503
         assert echod.stats()["state"] == "draining"
-        time.sleep(0.6)  # longer than a drain's quiet: nobody is finished yet
+        time.sleep(0.6)  # longer than `drain_quiet`: nobody is finished yet
         with connect(echod.port) as late:
             assert (ask(late, b"late\n"), ask(early, b"still\n")) == (b"LATE\n", b"STILL\n")
             assert not echod.events_named("drain started")
@@ -45,8 +45,8 @@ def test_a_lame_duck_accepts_and_says_that_it_leaves(tmp_path: Path) -> None:
         assert echod.wait_for("drain finished")["clean"] == 2
 
 
-def test_a_second_signal_cuts_a_lame_duck() -> None:
-    """As in a drain: at once, and exit status 3 if anyone was owed a reply."""
+def test_a_second_signal_ends_the_lame_duck_time() -> None:
+    """A second signal aborts at once, as in a drain; exit status 3 if anyone was owed a reply."""
     with serving(*settings(timeouts_lame_duck=60)) as echod, connect(echod.port) as idle, connect(echod.port) as stuck:
         assert ask(idle, b"hello\n") == b"HELLO\n"
         send_until_stuck(stuck)
@@ -57,7 +57,7 @@ def test_a_second_signal_cuts_a_lame_duck() -> None:
         assert echod.wait_for("drain finished")["cut"] == 1
 
 
-def test_signals_of_a_lame_duck_are_those_of_a_drain() -> None:
+def test_signals_are_handled_as_in_a_drain() -> None:
     """HUP is logged and ignored, USR1 dumps, USR2 is refused."""
     with serving(*settings(timeouts_lame_duck=60)) as echod:
         leave(echod)

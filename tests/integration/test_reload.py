@@ -67,7 +67,7 @@ def _write(text: str) -> Callable[[Path], None]:
 def test_a_fault_leaves_everything_as_it_was_and_says_why(
     spoil: Callable[[Path], None], fault: str, tmp_path: Path
 ) -> None:
-    """Whatever fails, the old config stays in force in every respect and the fault is logged."""
+    """Whatever fails, the old configuration stays in force in every respect, and the error is logged."""
     file = tmp_path / "echod.toml"
     file.write_text(GOOD.format(port=0))
     with socket.create_server(("127.0.0.1", 0)) as taken, serving("-c", str(file)) as echod:
@@ -96,8 +96,8 @@ def _fill(text: str, names: dict[str, str]) -> str:
     return text
 
 
-def test_every_fault_of_a_reload_is_named_at_once(tmp_path: Path) -> None:
-    """`reload refused` (`errors`) has every fault."""
+def test_every_error_is_reported_at_once(tmp_path: Path) -> None:
+    """`reload refused` (`errors`) names every error."""
     file = tmp_path / "echod.toml"
     file.write_text(GOOD.format(port=0))
     with serving("-c", str(file)) as echod:
@@ -106,8 +106,8 @@ def test_every_fault_of_a_reload_is_named_at_once(tmp_path: Path) -> None:
         assert echod.stop() == 0
 
 
-def test_new_limits_and_timeouts_hold_for_established_connections(tmp_path: Path) -> None:
-    """Established connections are never touched; the new limits and timeouts hold for them from then on."""
+def test_new_limits_and_timeouts_apply_to_established_connections(tmp_path: Path) -> None:
+    """Established connections are not touched; new limits and timeouts apply to them from then on."""
     file = tmp_path / "echod.toml"
     file.write_text(GOOD.format(port=0))
     with serving("-c", str(file)) as echod, connect(echod.port) as client, connect(echod.port) as idle:
@@ -127,7 +127,7 @@ def test_new_limits_and_timeouts_hold_for_established_connections(tmp_path: Path
 
 
 def test_listeners_are_added_moved_and_removed_under_load_without_a_lost_reply(tmp_path: Path) -> None:
-    """A listener that went away is closed as in a drain, its connections live on."""
+    """A removed listener is closed as in a drain; its connections live on."""
     file = tmp_path / "echod.toml"
     stays, first, second, third = (free_port() for _ in range(4))
     unix = tmp_path / "echod.sock"
@@ -171,8 +171,8 @@ def test_listeners_are_added_moved_and_removed_under_load_without_a_lost_reply(t
         assert echod.exit_status() == 0
 
 
-def test_200_hups_in_a_second_end_in_one_right_config(tmp_path: Path) -> None:
-    """Reloads run one after the other; signals that pile up become one reload more, never a queue."""
+def test_200_hups_in_a_second_end_with_the_last_configuration(tmp_path: Path) -> None:
+    """Reloads run one after the other; signals that pile up become one further reload."""
     file = tmp_path / "echod.toml"
     file.write_text(GOOD.format(port=0))
     with serving("-c", str(file)) as echod, connect(echod.port) as client:
@@ -195,7 +195,7 @@ def test_200_hups_in_a_second_end_in_one_right_config(tmp_path: Path) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """As an editor does: a reload never sees half a file, or an empty one, which would mean the defaults."""
+    """Replace the file as an editor does: a reload never sees half of it, or an empty file (the defaults)."""
     fresh = file.with_suffix(".new")
     fresh.write_text(text)
     fresh.rename(file)
@@ -208,7 +208,7 @@ def _first_answer(port: int) -> bytes:
 
 
 def test_the_log_file_is_reopened(tmp_path: Path) -> None:
-    """A log file is reopened (logrotate); level and format change live, for loggers in use too."""
+    """A log file is reopened (logrotate); level and format also change for loggers in use."""
     file, log, port = tmp_path / "echod.toml", tmp_path / "echod.log", free_port()
     file.write_text(GOOD.format(port=port) + f"file = '{log}'\n")
     with Daemon("-c", str(file)) as echod:
@@ -227,7 +227,7 @@ def test_the_log_file_is_reopened(tmp_path: Path) -> None:
 
 
 def _asked_for_stats(echod: Daemon) -> bool:
-    """Ask for a stats dump: it goes to standard error only once the reload is in force."""
+    """Request a statistics dump, which goes to standard error only once the reload is in force."""
     echod.send(signal.SIGUSR1)
     return bool(echod.events)
 
@@ -243,8 +243,8 @@ def _wait_until(claim: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_reload_under_way_doesn_t_delay_a_stop(tmp_path: Path) -> None:
-    """A stop that comes during a reload's preparation gives the reload up: nothing of it is left."""
+def test_a_running_reload_does_not_delay_a_stop(tmp_path: Path) -> None:
+    """A stop abandons a reload that is being prepared, and nothing of it is left."""
     gate, file = Gate(tmp_path / "gate"), tmp_path / "echod.toml"
     file.write_text(GOOD.format(port=0))
     with serving("-c", str(file), environment=gate.environment) as echod:
@@ -258,8 +258,8 @@ def test_a_reload_under_way_doesn_t_delay_a_stop(tmp_path: Path) -> None:
         release()
 
 
-def test_what_needs_a_restart_is_told_until_it_is_in_force(tmp_path: Path) -> None:
-    """Each reload names the keys that are not in force, as long as the listener is one that was bound without them."""
+def test_keys_that_need_a_restart_are_named_until_they_are_in_force(tmp_path: Path) -> None:
+    """Each reload names the keys that are not in force, as long as the listener was bound without them."""
     file = tmp_path / "echod.toml"
     stays, goes = free_port(), free_port()
 
@@ -298,8 +298,8 @@ sys.exit(__main__.main(sys.argv[1:]))
 """
 
 
-def test_without_a_thread_left_a_reload_is_refused_whole(tmp_path: Path) -> None:
-    """At the limit of tasks nothing changes, the log says why, and the next reload is as any."""
+def test_a_reload_without_a_free_thread_is_refused(tmp_path: Path) -> None:
+    """Without a thread nothing changes, the log says why, and the next reload succeeds."""
     flag, file, log = tmp_path / "flag", tmp_path / "echod.toml", tmp_path / "log"
     file.write_text(GOOD.format(port=0))
     code = WITHOUT_THREADS.format(flag=str(flag))
@@ -319,7 +319,7 @@ def test_without_a_thread_left_a_reload_is_refused_whole(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("is_file", [False, True])
 def test_no_thread_is_needed_once_everything_is_prepared(is_file: bool, tmp_path: Path) -> None:
-    """A reload that has its thread to prepare in can't fail for want of another, in the middle of the change."""
+    """Once it is prepared, a reload needs no further thread that could be missing."""
     flag, file, log = tmp_path / "flag", tmp_path / "echod.toml", tmp_path / "log"
     file.write_text(GOOD.format(port=0))
     code = WITHOUT_THREADS.format(flag=str(flag))

@@ -1,4 +1,4 @@
-"""No signal, at any moment from echod's first line of code on, ends it by default action or gets lost."""
+"""From echod's first line of code on, no signal ends it by its default action or gets lost."""
 
 import asyncio
 import functools
@@ -53,7 +53,7 @@ def _moments(request: pytest.FixtureRequest) -> list[int]:
 
 
 def _start_until(moment_ms: int) -> Daemon:
-    """A start until so long after its own code has begun: the moment is what is tested."""
+    """Start echod, and return so many milliseconds after its own code has begun."""
     echod = _start()
     deadline = time.monotonic() + DEADLINE_S
     while not _is_armed(echod.pid):
@@ -66,7 +66,7 @@ def _start_until(moment_ms: int) -> Daemon:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_a_stop_during_the_start_exits_0(number: signal.Signals, request: pytest.FixtureRequest) -> None:
-    """Starting: TERM and INT stop with exit 0, at every moment from echod's first line on."""
+    """While starting, TERM and INT stop echod with exit status 0, at every moment from its first line on."""
     for moment_ms in _moments(request):
         with _start_until(moment_ms) as echod:
             echod.send(number)
@@ -75,7 +75,7 @@ def test_a_stop_during_the_start_exits_0(number: signal.Signals, request: pytest
 
 @pytest.mark.timeout(180)
 def test_reload_and_stats_during_the_start_are_held_until_serving(request: pytest.FixtureRequest) -> None:
-    """Starting: HUP and USR1 are held until serving, and then followed."""
+    """While starting, HUP and USR1 are held, and they are handled once clients are served."""
     for moment_ms in _moments(request):
         with _start_until(moment_ms) as echod:
             echod.send(signal.SIGHUP)
@@ -98,7 +98,7 @@ exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
 
 
 def test_the_signals_are_held_before_two_more_starts_of_an_interpreter() -> None:
-    """In CPU, from the console script's first line on; the best of some starts, for caches may be cold.
+    """Measured in CPU time from the console script's first line; the best of some starts, because caches may be cold.
 
     An interpreter starts in 15 ms, or in 30 on a machine that is busy; asyncio alone would be four of them.
     """
@@ -107,7 +107,7 @@ def test_the_signals_are_held_before_two_more_starts_of_an_interpreter() -> None
 
 
 def _cpu_s_until_held() -> tuple[float, float]:
-    """What the process has spent when the interpreter has started, and when echod holds the signals."""
+    """The CPU time when the interpreter has started, and when echod holds the signals."""
     command = [sys.executable, "-c", HELD, CONSOLE_SCRIPT]
     said = subprocess.run(command, env=clean_environment() | UNMEASURED, capture_output=True, timeout=DEADLINE_S)
     began, held = map(float, said.stdout.split())
@@ -129,8 +129,8 @@ def test_the_first_import_blocks_the_signals() -> None:
     assert blocked == "_signal.pthread_sigmask(_signal.SIG_BLOCK, BLOCKED)"
 
 
-def test_usr2_is_followed_not_fatal() -> None:
-    """No signal of the table ends echod by its default action: USR2 upgrades."""
+def test_usr2_is_handled_not_fatal() -> None:
+    """USR2 upgrades; it does not end echod by its default action."""
     with serving() as echod, connect(echod.port) as client:
         echod.send(signal.SIGUSR2)
         echod.wait_for("upgrade done")
@@ -140,7 +140,7 @@ def test_usr2_is_followed_not_fatal() -> None:
 
 
 def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked(tmp_path: Path) -> None:
-    """An entry point that blocks signals for a daemon as PID 1 doesn't make `check` immortal."""
+    """An entry point that blocks signals, as a container may have, does not make `check` immortal."""
     blocked = (
         "import signal, os, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
         "os.execv(sys.executable, [sys.executable, '-m', 'echod', 'check', '-c', sys.argv[1]])"
@@ -155,7 +155,7 @@ def test_other_commands_can_be_ended_even_if_started_with_the_signals_blocked(tm
         release()
 
 
-# -- the room itself, in processes of their own: pytest has other threads, which don't block what is sent --------------
+# -- delivery, in separate processes: pytest has other threads, which do not block the signals -------------------------
 
 _CLAIMS: dict[str, Callable[[], None]] = {}
 
@@ -183,8 +183,8 @@ def _no_limit() -> None:
 
 
 @alone
-def test_each_signal_is_delivered_as_its_command() -> None:
-    """One table signal -> Action, delivered as data, with who sent it."""
+def test_each_signal_is_delivered_as_its_action() -> None:
+    """Each signal of the table is delivered as its action, with its sender."""
     orders: SimpleQueue[SignalEvent] = SimpleQueue()
     with delivered(orders.put, _no_limit):
         for number, command in TABLE.items():
@@ -195,7 +195,7 @@ def test_each_signal_is_delivered_as_its_command() -> None:
 
 @alone
 def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
-    """What arrives while the signals are blocked and nobody waits is held by the kernel."""
+    """The kernel holds a signal that arrives while the signals are blocked and nobody waits."""
     orders: SimpleQueue[SignalEvent] = SimpleQueue()
     signal.pthread_sigmask(signal.SIG_BLOCK, TABLE)
     assert not stop_is_pending()
@@ -208,7 +208,7 @@ def test_a_signal_that_waits_is_delivered_when_the_context_opens() -> None:
 
 
 @alone
-def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> None:
+def test_seconds_left_is_called_after_each_signal_and_when_the_time_is_over() -> None:
     """The thread that waits for signals also watches the time, whatever the rest of the process is doing."""
     answers = iter([None, 3600.0, 0.01, 0.01])
     asked: SimpleQueue[float | None] = SimpleQueue()
@@ -228,8 +228,8 @@ def test_seconds_left_are_asked_after_each_signal_and_when_they_are_over() -> No
 
 
 @alone
-def test_a_stranger_s_wake_up_signal_makes_nobody_deaf() -> None:
-    """The private signal of the thread, sent by somebody else, is ignored."""
+def test_a_foreign_wake_up_signal_is_ignored() -> None:
+    """The thread's private signal is ignored if another process sends it."""
     orders: SimpleQueue[SignalEvent] = SimpleQueue()
     with delivered(orders.put, _no_limit):
         os.kill(os.getpid(), signal.SIGRTMIN)
@@ -271,8 +271,8 @@ def test_a_pause_across_a_time_limit_is_no_signal() -> None:
         assert orders.get(timeout=DEADLINE_S).action is Action.RELOAD
 
 
-def test_a_kind_that_waits_is_one_order_and_stops_are_counted_to_two() -> None:
-    """As in the kernel: nobody fills the signal_queue, and the order of arrival is that of the first of a kind."""
+def test_pending_events_of_a_kind_become_one_and_stops_two() -> None:
+    """As in the kernel, nobody can fill the queue; events of a kind keep the position of the first."""
     signal_queue = SignalQueue()
     for _ in range(1000):
         for command in (Action.DUMP_STATS, Action.STOP, Action.RELOAD, Action.UPGRADE):
@@ -282,8 +282,8 @@ def test_a_kind_that_waits_is_one_order_and_stops_are_counted_to_two() -> None:
     assert signal_queue.take() == []
 
 
-def test_the_loop_has_a_full_turn_before_each_order() -> None:
-    """Whoever sends signals without pause starves no client: what is readable is read first."""
+def test_the_loop_runs_one_full_iteration_before_each_event() -> None:
+    """A flood of signals starves no client: readable sockets are read first."""
 
     async def follow() -> list[str]:
         signal_queue = SignalQueue()
@@ -305,8 +305,8 @@ def test_the_loop_has_a_full_turn_before_each_order() -> None:
             assert runner.run(follow()) == 3 * ["line", "USR1"]
 
 
-def test_an_order_that_rests_is_overtaken() -> None:
-    """It comes when its rest is over, and the others don't wait for it."""
+def test_a_paused_event_is_overtaken() -> None:
+    """It is returned when its pause is over, and other events do not wait for it."""
 
     async def follow() -> list[Action]:
         signal_queue = SignalQueue()
@@ -320,8 +320,8 @@ def test_an_order_that_rests_is_overtaken() -> None:
     assert asyncio.run(follow()) == [Action.DUMP_STATS, Action.STOP, Action.DUMP_STATS]
 
 
-def test_orders_wait_in_the_mailbox_until_they_are_asked_for() -> None:
-    """Orders that come before the loop runs, from another thread, are read in their order."""
+def test_events_wait_until_they_are_read() -> None:
+    """Events that another thread puts before the loop runs are returned in order."""
     signal_queue = SignalQueue()
     first, second, third = (SignalEvent(command, "X", 1) for command in (Action.RELOAD, Action.DUMP_STATS, Action.STOP))
     signal_queue.put(first)
@@ -336,4 +336,4 @@ def test_orders_wait_in_the_mailbox_until_they_are_asked_for() -> None:
         return read
 
     assert asyncio.run(read()) == [first, second, third]
-    signal_queue.put(first)  # a closed loop is no trouble
+    signal_queue.put(first)  # the loop is closed

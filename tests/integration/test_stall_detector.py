@@ -1,4 +1,4 @@
-"""A loop that is stuck is seen from outside, and the log says where."""
+"""A stuck loop is detected from a thread, and the log says where it is stuck."""
 
 import signal
 import sys
@@ -18,7 +18,7 @@ STUCK_FOR_A_WHILE = (
 
 
 def test_a_loop_stuck_for_more_than_a_second_is_logged_with_its_stack() -> None:
-    """`loop stuck` says for how long and where, `loop turns again` when it is over; clients just wait."""
+    """`loop stuck` says for how long and where, `loop turns again` when it is over; clients wait."""
     with serving(command=(sys.executable, "-c", STUCK_FOR_A_WHILE)) as echod, connect(echod.port) as client:
         assert ask(client, "be slöw\n".encode()) == "BE SLÖW\n".encode()
         stuck = echod.wait_for("loop stuck")
@@ -29,12 +29,12 @@ def test_a_loop_stuck_for_more_than_a_second_is_logged_with_its_stack() -> None:
         assert len(echod.events_named("loop stuck")) == 1
 
 
-def test_a_process_that_was_stopped_is_not_called_stuck() -> None:
-    """A stopped and continued process was not stuck: nothing in it was to blame."""
+def test_a_process_that_was_stopped_is_not_reported_as_stuck() -> None:
+    """A process that was stopped and continued was not stuck."""
     with serving() as echod, connect(echod.port) as client:
         echod.send(signal.SIGSTOP)
         time.sleep(1.5)  # the pause under test
         echod.send(signal.SIGCONT)
         assert ask(client, b"hello\n") == b"HELLO\n"
-        time.sleep(0.6)  # time enough for a wrong verdict
+        time.sleep(0.6)  # enough time for a wrong log line
         assert not echod.events_named("loop stuck")

@@ -1,4 +1,4 @@
-"""Surroundings that are not what a process is used to: each is a default or a plain error, never a traceback."""
+"""Unusual surroundings of a process lead to a default or to a plain error, never to a traceback."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def in_deleted_directory(directory: Path, *arguments: str) -> "subprocess.Comple
 
 
 def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
-    """Nobody needs it who names no relative path: clients are served, a reload and an upgrade go well."""
+    """Without relative paths nobody needs it: clients are served, and a reload and an upgrade succeed."""
     with serving(command=(*DELETED, str(tmp_path / "gone"), *ECHOD)) as echod, connect(echod.port) as client:
         assert ask(client, b"here\n") == b"HERE\n"
         echod.reload("reload applied")
@@ -70,7 +70,7 @@ def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
 def test_a_relative_path_in_a_deleted_directory(
     arguments: tuple[str, ...], status: int, words: str, more: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """It is an error that names the path, and nothing is looked for elsewhere."""
+    """The error names the path, and no other directory is searched."""
     done = in_deleted_directory(tmp_path / "gone", "serve", "-l", "127.0.0.1:0", *arguments, *more)
     assert (done.returncode, done.stderr) == (status, f"{words}\n")
 
@@ -80,7 +80,7 @@ def test_a_relative_path_in_a_deleted_directory(
 
 @pytest.mark.skipif(not _can_hide_proc(), reason="needs the right to mount")
 def test_without_proc(tmp_path: Path) -> None:
-    """What only /proc tells is unknown; everything else works, an upgrade too."""
+    """Without /proc some statistics are unknown; everything else works, including an upgrade."""
     admin = f"unix:{tmp_path}/admin"
     arguments = ("-l", f"unix:{tmp_path}/sock", "--set", f"admin.listen={admin}")
     with serving("-l", "127.0.0.1:0", *arguments, command=(*WITHOUT_PROC, *ECHOD)) as echod:
@@ -102,7 +102,7 @@ def test_without_proc(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not _can_hide_proc(), reason="needs the right to mount")
 def test_a_unix_socket_of_another_user_without_proc(tmp_path: Path) -> None:
-    """It can't be given away without a race, so the start is refused, with the reason."""
+    """Without /proc its file cannot be given to another user without a race, so the start is refused."""
     arguments = ("-l", f"unix:{tmp_path}/sock", "--user", "nobody")
     with Daemon(*arguments, command=(*WITHOUT_PROC, *ECHOD)) as echod:
         assert echod.process.wait(DEADLINE_S) == 1
@@ -113,8 +113,8 @@ def test_a_unix_socket_of_another_user_without_proc(tmp_path: Path) -> None:
 # -- ECHOD_HANDOVER ----------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_handover_is_none(tmp_path: Path) -> None:
-    """A variable that says nothing changes nothing: --daemon detaches."""
+def test_an_empty_handover_is_ignored(tmp_path: Path) -> None:
+    """An empty variable changes nothing: --daemon detaches."""
     path = tmp_path / "pid"
     done = subprocess.run(
         [*ECHOD, "serve", "--daemon", "-l", "127.0.0.1:0", "--pidfile", str(path)],
@@ -129,8 +129,8 @@ def test_an_empty_handover_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("said", ["x", "-1", "2", "250", "1e3", "99999999999999999999", "9" * 5000])
 @pytest.mark.parametrize("command", ["serve", pytest.param("preflight", marks=pytest.mark.full)])
-def test_a_handover_that_is_none(said: str, command: str) -> None:
-    """Whatever somebody left in the variable: a plain error, on a standard error that is still open."""
+def test_a_wrong_handover_is_an_error(said: str, command: str) -> None:
+    """A wrong value leads to a plain error, on a standard error that is still open."""
     done = subprocess.run(
         [*ECHOD, *{"serve": ["serve"], "preflight": ["preflight", "serve"]}[command], "-l", "127.0.0.1:0"],
         env=clean_environment() | {"ECHOD_HANDOVER": said},

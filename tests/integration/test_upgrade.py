@@ -1,4 +1,4 @@
-"""A live upgrade: a new program, the same process, the same connections, and not a byte lost, doubled or reordered."""
+"""A live upgrade: a new program in the same process keeps every connection, and no byte is lost or duplicated."""
 
 import asyncio
 import contextlib
@@ -44,14 +44,14 @@ from tests.support.installed import Installed
 from tests.support.streams import stream_through_upgrades, upgrade
 
 PASSING = 800
-"""Clients whose log lines are more than a pipe holds."""
+"""So many clients that their log lines do not fit into a pipe."""
 
 OTHERS = 20
-"""At most so many lines of the log are of no client."""
+"""At most this many log lines belong to no client."""
 
 
 def test_connections_stay_established(full: bool) -> None:
-    """50 streaming clients and some upgrades: every stream byte-exact, same pid, nobody refused or reset meanwhile."""
+    """50 streaming clients and some upgrades: streams are byte-exact, the pid stays, nobody is refused or reset."""
     with serving(*settings(timeouts_write=60)) as echod:
         rounds = 4 if full else 2
         verdicts = asyncio.run(stream_through_upgrades(echod, rounds))
@@ -66,7 +66,7 @@ def test_connections_stay_established(full: bool) -> None:
 
 
 def test_from_one_version_to_another(installed: Installed) -> None:
-    """The second prints its own version in `stats`; connections from before are still answered."""
+    """`stats` shows the new version, and connections from before the upgrade are still answered."""
     installed.add("two", {"__init__": '__version__ = "2.0.0"'})
     with installed.serving() as echod, connect(echod.port) as client:
         client.sendall(b"begun by one")
@@ -99,7 +99,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) -> None:
-    """It leaves the old one serving with nothing lost, and says why."""
+    """The old program serves on with nothing lost, and the log says why."""
     changes, complaint = BROKEN[name]
     installed.add("hasty", {"upgrade.preflight": "PREFLIGHT_S = 1.0"})
     installed.switch("hasty")
@@ -107,8 +107,8 @@ def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) 
     _is_refused(installed, complaint, lambda: installed.switch("two"))
 
 
-def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(installed: Installed) -> None:
-    """Who starts echod may ignore SIGCHLD, which an execve hands on: how the preflight ended is told all the same."""
+def test_a_broken_next_version_is_detected_although_sigchld_is_ignored(installed: Installed) -> None:
+    """A parent that ignores SIGCHLD, which execve passes on, does not hide how the preflight ended."""
     installed.add("two", {"server.server": "def"})
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
@@ -121,12 +121,12 @@ def test_a_broken_next_version_is_seen_where_the_end_of_children_is_ignored(inst
 
 
 def test_a_missing_interpreter_changes_nothing(installed: Installed) -> None:
-    """What the script's first line names is gone."""
+    """The interpreter that the script's first line names is gone."""
     _is_refused(installed, "no such file or directory", (installed.directory / "one/bin/python").unlink)
 
 
 def test_an_execve_that_fails_changes_nothing(installed: Installed) -> None:
-    """The preflight went well, and then there is nothing to execute: the old program takes everything back."""
+    """The preflight succeeds, and then there is nothing to execute: the old program serves on."""
     script = installed.directory / "current/bin/echod"
     removing = (
         f"before = preflight\ndef preflight(*all):\n    before(*all)\n    __import__('os').unlink({str(script)!r})"
@@ -136,7 +136,7 @@ def test_an_execve_that_fails_changes_nothing(installed: Installed) -> None:
 
 
 def test_an_execve_that_fails_takes_everything_back(installed: Installed, tmp_path: Path) -> None:
-    """A signal that came in that moment is followed, the admin endpoint answers, no child inherits a descriptor."""
+    """A signal that arrived meanwhile is handled, the admin endpoint answers, and no child inherits a descriptor."""
     admin, script = tmp_path / "admin", installed.directory / "current/bin/echod"
     installed.add("slow", SLOW)
     installed.add("two", {"service": f"preflight = lambda *all: os.unlink({str(script)!r})"})
@@ -177,11 +177,11 @@ def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], obj
         begun.close()
 
 
-# -- the configuration is read anew ------------------------------------------------------------------------------------
+# -- the configuration is read again -----------------------------------------------------------------------------------
 
 
-def test_the_configuration_is_read_anew(tmp_path: Path) -> None:
-    """What a reload changes, and what it can't: addresses come and go, a port that was its own is shared."""
+def test_the_configuration_is_read_again(tmp_path: Path) -> None:
+    """An upgrade changes what a reload changes, and what it cannot: a port becomes shared (`reuse_port`)."""
     path = tmp_path / "echod.toml"
     port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}, {{address = "127.0.0.1:0"}}]\n')
@@ -202,7 +202,7 @@ def test_the_configuration_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_is_refused_changes_nothing(tmp_path: Path) -> None:
-    """Every fault is told, of the file as of what only the daemon can see, and nothing was touched."""
+    """Every error is reported, of the file and of what only the daemon can see, and nothing has changed."""
     path = tmp_path / "echod.toml"
     path.write_text("")
     with serving("-l", "127.0.0.1:0", "-c", str(path)) as echod, connect(echod.port) as client:
@@ -219,7 +219,7 @@ def test_a_configuration_that_is_refused_changes_nothing(tmp_path: Path) -> None
 
 
 OVERLAPPING = '{{address = "127.0.0.1:{0}"}}, {{address = "0.0.0.0:{0}"}}'
-"""Both can be bound, but the second one can't be listened on beside the first."""
+"""Both addresses can be bound, but only one of them can be listened on."""
 
 
 def _overlap(path: Path, port: int) -> None:
@@ -228,7 +228,7 @@ def _overlap(path: Path, port: int) -> None:
 
 
 def test_addresses_that_overlap_are_refused_by_the_preflight(tmp_path: Path) -> None:
-    """What only listen(2) can tell is told before anything has happened."""
+    """An error that only listen(2) reports is found before anything has changed."""
     path = tmp_path / "echod.toml"
     port = free_port()
     path.write_text(f'listen = [{{address = "127.0.0.1:{port}"}}]\n')
@@ -240,10 +240,8 @@ def test_addresses_that_overlap_are_refused_by_the_preflight(tmp_path: Path) -> 
         client.close()
 
 
-def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
-    installed: Installed, tmp_path: Path
-) -> None:
-    """A preflight that overlooks what is wrong: clients are served as before, and the log says what is wrong."""
+def test_an_error_after_the_preflight_keeps_the_previous_configuration(installed: Installed, tmp_path: Path) -> None:
+    """If the preflight overlooks an error, the old configuration stays in force, and the log names the error."""
     installed.add("two", {"service": "preflight = lambda *all: None"})
     path = tmp_path / "echod.toml"
     port = free_port()
@@ -269,8 +267,8 @@ def test_what_fails_only_after_the_change_leaves_the_configuration_of_before(
 # -- everything crosses ------------------------------------------------------------------------------------------------
 
 
-def test_time_goes_on(installed: Installed) -> None:
-    """A line begun before upgrades, even quicker ones than a sweep, times out as ever; uptime and durations go on."""
+def test_timeouts_and_durations_continue(installed: Installed) -> None:
+    """A partial line from before upgrades, even upgrades faster than a sweep, times out as usual; uptime continues."""
     installed.prove_at_once()
     with installed.serving(*settings(timeouts_line=4)) as echod, connect(echod.port) as client:
         began_at = time.monotonic()
@@ -284,8 +282,8 @@ def test_time_goes_on(installed: Installed) -> None:
         assert echod.stats()["uptime_s"] >= closed["duration_s"]
 
 
-def test_counters_go_on() -> None:
-    """Nothing is counted twice, and nothing is forgotten: of clients that are there, have left or were refused."""
+def test_counters_continue() -> None:
+    """Clients that are connected, have left or were rejected are counted exactly once."""
     with serving(*settings(limits_connections=2)) as echod, connect(echod.port) as client:
         with connect(echod.port) as second, connect(echod.port) as third:
             assert (ask(second, b"one\n"), read_line(third)) == (b"ONE\n", b"ERROR too many connections\n")
@@ -305,8 +303,8 @@ def test_counters_go_on() -> None:
         assert (closed["bytes_in"], closed["bytes_out"]) == (10, 10)
 
 
-def test_the_limit_of_an_address_goes_on() -> None:
-    """Clients from before an upgrade count against it, and no more once they have left."""
+def test_the_limit_of_an_address_continues() -> None:
+    """Clients from before an upgrade count against the limit of their address until they leave."""
     with serving(*settings(limits_connections_per_address=1)) as echod, connect(echod.port) as client:
         assert ask(client, b"one\n") == b"ONE\n"
         upgrade(echod)
@@ -318,8 +316,8 @@ def test_the_limit_of_an_address_goes_on() -> None:
             assert ask(third, b"three\n") == b"THREE\n"
 
 
-def test_a_self_check_under_way_is_nobody(installed: Installed, tmp_path: Path) -> None:
-    """A program that accepts nobody asked itself whether it is well: the next one accepts that and counts nobody."""
+def test_a_pending_self_probe_is_not_counted(installed: Installed, tmp_path: Path) -> None:
+    """A self-probe that the old program did not accept is accepted by the next one, and not counted as a client."""
     installed.add("deaf", {"net.listener": "Listener._accept_some = lambda self: False"})
     installed.switch("deaf")
     watchdog = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
@@ -331,8 +329,8 @@ def test_a_self_check_under_way_is_nobody(installed: Installed, tmp_path: Path) 
         client.close()
 
 
-def test_lines_that_the_log_s_reader_does_not_take_are_counted(tmp_path: Path) -> None:
-    """What a program could not write before it was replaced is lost in whole lines, and the next one tells how many."""
+def test_lost_log_lines_are_counted(tmp_path: Path) -> None:
+    """Log lines that the old program could not write are lost as whole lines, and the next program counts them."""
     admin, (reading, writing) = f"unix:{tmp_path}/admin", os.pipe()
     command = [sys.executable, "-m", "echod", "serve", "-l", "127.0.0.1:0", *settings(admin_listen=admin)]
 
@@ -362,8 +360,8 @@ def test_lines_that_the_log_s_reader_does_not_take_are_counted(tmp_path: Path) -
     assert PASSING - logged <= dropped <= PASSING - logged + OTHERS
 
 
-def test_endings_go_on() -> None:
-    """A client that was told its fault, one whose stream has ended and one that is refused all see their end."""
+def test_connections_that_are_ending_still_end() -> None:
+    """A client that got an error line, one whose stream has ended and one that is rejected see the end of stream."""
     with serving(*settings(limits_connections=3)) as echod:
         port = echod.port
         with connect(port) as faulty, connect(port) as ended, connect(port), connect(port) as refused:
@@ -383,8 +381,8 @@ def test_endings_go_on() -> None:
         assert echod.stats()["connections"]["rejected"]["limit"] == 1
 
 
-def test_unix_sockets_and_the_admin_endpoint_go_on(tmp_path: Path) -> None:
-    """Clients of a Unix socket, its file, and the admin endpoint with its own."""
+def test_unix_sockets_and_the_admin_endpoint_stay(tmp_path: Path) -> None:
+    """Clients of a Unix socket, its file, and the admin endpoint survive an upgrade."""
     sock, admin = tmp_path / "sock", tmp_path / "admin"
     with serving("-l", f"unix:{sock}", *settings(admin_listen=f"unix:{admin}")) as echod:
         with socket.socket(socket.AF_UNIX) as client:
@@ -420,7 +418,7 @@ REACTIONS = {
     ],
 )
 def test_no_signal_is_lost_around_an_upgrade(order: tuple[signal.Signals, ...], pytestconfig: pytest.Config) -> None:
-    """HUP, USR1, USR2 and TERM in every order, at any moment: each is followed, by the old program or the new one."""
+    """HUP, USR1, USR2 and TERM in every order, at any moment: each is handled, by the old program or the new one."""
     moments = random.Random(f"{pytestconfig.getoption('--seed')} {order}")
     with serving(*settings(timeouts_drain_quiet=0.1)) as echod, connect(echod.port) as client:
         client.sendall(b"begun")
@@ -440,8 +438,8 @@ def _reaction(echod: Daemon, number: signal.Signals) -> Event | None:
     return next((event for event in echod.events if event["event"] in REACTIONS[number]), None)
 
 
-def test_upgrades_that_are_asked_for_meanwhile_become_one_more(installed: Installed, tmp_path: Path) -> None:
-    """Ten USR2 in a row are two or three upgrades, of which the last began after it was asked for."""
+def test_requests_during_an_upgrade_become_one_more(installed: Installed, tmp_path: Path) -> None:
+    """Ten USR2 in a row cause two or three upgrades, and the last one begins after the last request."""
     allowed = tmp_path / "allowed"
     installed.add("two", {"service": f"import os, time\nwhile not os.path.exists({str(allowed)!r}): time.sleep(0.01)"})
     with installed.serving() as echod, connect(echod.port) as client:
@@ -459,8 +457,8 @@ def test_upgrades_that_are_asked_for_meanwhile_become_one_more(installed: Instal
         assert 2 <= len(echod.events_named("upgrade done")) <= 3
 
 
-def test_a_stop_in_a_preflight_ends_it(installed: Installed) -> None:
-    """TERM isn't kept waiting by a next program that hangs, and nothing of that one is left."""
+def test_a_stop_ends_a_preflight(installed: Installed) -> None:
+    """TERM does not wait for a preflight that hangs, and the child is killed."""
     installed.add("two", {"service": "import time; time.sleep(1000)"})
     with installed.serving() as echod:
         installed.switch("two")
@@ -489,12 +487,12 @@ def flush(self, timeout_s):
     return before(self, timeout_s)
 LogWriter.flush = flush""",
 }
-"""A program that stands still in the moment of the change, and says so: half a second in which it takes signals, one in
-which the kernel keeps them."""
+"""A program that pauses just before it is replaced, and logs that: for half a second it takes signals, then for one
+second the kernel keeps them."""
 
 
-def test_signals_are_followed_in_their_order(installed: Installed) -> None:
-    """Whether the old program had taken them from the kernel or not."""
+def test_signals_are_handled_in_order(installed: Installed) -> None:
+    """Signals are handled in order, whether or not the old program had taken them from the kernel."""
     installed.add("slow", SLOW)
     installed.switch("slow")
     with installed.serving() as echod:
@@ -512,7 +510,7 @@ def test_signals_are_followed_in_their_order(installed: Installed) -> None:
 
 @pytest.mark.parametrize("wait_s", [0, 1])
 def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed, wait_s: float) -> None:
-    """It has proven itself and hangs all the same: a stop ends it, and isn't told as one that all were content with."""
+    """The next program passes the preflight and then hangs: a stop ends it in time, with exit status 3."""
     installed.add("slow", SLOW)
     installed.switch("slow")
     hang = "import time; preflight = lambda *all: None; _first = lambda *all: time.sleep(1000)"
@@ -543,12 +541,12 @@ def _until_there(look: Callable[[], list[int]]) -> list[int]:
     return found
 
 
-# -- beside a reload ---------------------------------------------------------------------------------------------------
+# -- with a reload --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [(signal.SIGHUP, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGHUP)])
-def test_a_reload_at_the_same_time_is_in_nobody_s_way(order: tuple[signal.Signals, ...], tmp_path: Path) -> None:
-    """An address that the reload begins to listen on while the next program proves itself is no address in use."""
+def test_a_reload_at_the_same_time_does_no_harm(order: tuple[signal.Signals, ...], tmp_path: Path) -> None:
+    """An address that a reload adds during the preflight is not reported as in use."""
     path = tmp_path / "echod.toml"
     before = f'{{address = "unix:{tmp_path}/one"}}'
     path.write_text(f"listen = [{before}]\n")
@@ -560,12 +558,12 @@ def test_a_reload_at_the_same_time_is_in_nobody_s_way(order: tuple[signal.Signal
         assert (verdict["event"], len(verdict.get("listen", ()))) == ("upgrade done", 2)
 
 
-def test_who_waits_for_the_verdict_of_a_reload_gets_it(installed: Installed, tmp_path: Path) -> None:
-    """A reload that is asked for in the last moment, and takes its time, is awaited with whoever asked."""
+def test_a_client_that_waits_for_the_result_of_a_reload_gets_it(installed: Installed, tmp_path: Path) -> None:
+    """An upgrade waits for a slow reload that was requested at the last moment, and for its client."""
     gate = Gate(tmp_path / "gate")
     installed.add(
         "patient", {"admin.endpoint": "END_S = 2", "config.toml": CODE}
-    )  # for the last moment to be one that can be met
+    )  # so that the test can act within the last moment
     installed.switch("patient")
     path = tmp_path / "echod.toml"
     text = f'listen = [{{address = "unix:{tmp_path}/sock"}}]\nadmin.listen = "unix:{tmp_path}/admin"\n'
@@ -579,19 +577,19 @@ def test_who_waits_for_the_verdict_of_a_reload_gets_it(installed: Installed, tmp
         gate.shut()
         client.sendall(b"POST /reload HTTP/1.1\r\nhost: x\r\n\r\n")
         release = gate.wait()
-        time.sleep(3)  # longer than a silent client would be left
+        time.sleep(3)  # longer than a silent client may stay connected
         release()
         assert b"HTTP/1.1 200" in read_to_end(client)
         echod.wait_for("upgrade done")
 
 
-def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, tmp_path: Path) -> None:
-    """An upgrade drops an address at which clients wait, one right after it would reset them: it waits for them."""
+def test_clients_in_the_backlog_of_a_removed_listener_are_served(installed: Installed, tmp_path: Path) -> None:
+    """An upgrade waits for clients in the backlog of a listener that the previous upgrade removed."""
     installed.prove_at_once()
     path = tmp_path / "echod.toml"
     port = free_port()
     kept, gone = f'{{address = "unix:{tmp_path}/sock"}}', f'{{address = "127.0.0.1:{port}"}}'
-    # As few rejected clients as can be linger at once; the next ones make the oldest go.
+    # Only the smallest number of rejected clients may linger; one more closes the oldest.
     rest = f"limits.connections = {allowed_open_files() - RESERVED_FILES - 2}\nlimits.connections_per_address = 1\n"
     path.write_text(f"listen = [{kept}, {gone}]\n{rest}")
     with installed.serving("-c", str(path)) as echod, contextlib.ExitStack() as clients:
@@ -605,11 +603,11 @@ def test_who_waits_in_a_listener_that_goes_away_is_served(installed: Installed, 
             assert read_to_end(client) == b"ERROR too many connections from your address\n"
 
 
-# -- however it was started --------------------------------------------------------------------------------------------
+# -- every way to start -------------------------------------------------------------------------------------------
 
 
 def test_a_daemon_with_a_pid_file(tmp_path: Path) -> None:
-    """The lock of the pid file crosses: a second instance is refused with the same pid, and a stop removes the file."""
+    """The lock of the pid file survives: a second instance is refused, and a stop removes the file."""
     pidfile, log = tmp_path / "pid", tmp_path / "log"
     command = [sys.executable, "-m", "echod", "serve", "--daemon", "--pidfile", str(pidfile)]
     command += ["-l", f"unix:{tmp_path}/sock"]
@@ -634,8 +632,8 @@ def test_a_daemon_with_a_pid_file(tmp_path: Path) -> None:
     assert "exception" not in log.read_text()
 
 
-def test_the_command_line_stays_as_it_was() -> None:
-    """However many upgrades there were, `ps` shows the same."""
+def test_the_command_line_stays_the_same() -> None:
+    """`ps` shows the same command line after any number of upgrades."""
 
     def command_line(echod: Daemon) -> bytes:
         return Path(f"/proc/{echod.pid}/cmdline").read_bytes()
@@ -647,8 +645,8 @@ def test_the_command_line_stays_as_it_was() -> None:
         assert command_line(echod) == once
 
 
-def test_a_script_that_only_an_interpreter_runs(tmp_path: Path) -> None:
-    """Neither executable nor with a first line that names an interpreter: the one that it was started with goes on."""
+def test_a_script_without_an_interpreter_line(tmp_path: Path) -> None:
+    """A script without an interpreter line is run with the interpreter that it was started with."""
     script = tmp_path / "echod"
     script.write_text("import sys\nfrom echod.__main__ import main\nsys.exit(main())\n")
     with serving(command=(sys.executable, "-X", "utf8", str(script))) as echod:
@@ -657,8 +655,8 @@ def test_a_script_that_only_an_interpreter_runs(tmp_path: Path) -> None:
         upgrade(echod)
 
 
-def test_relative_paths_are_meant_from_where_it_was_started(tmp_path: Path) -> None:
-    """A daemon lives in /, and the program before it has told the next one where the paths came from."""
+def test_relative_paths_refer_to_the_directory_of_the_start(tmp_path: Path) -> None:
+    """A daemon's working directory is /, so the directory of its relative paths is part of the state."""
     (tmp_path / "echod.toml").write_text(f"listen = [{{address = 'unix:{tmp_path}/sock'}}]\nlog.file = 'log'\n")
     command = [sys.executable, "-m", "echod", "serve", "--daemon", "--pidfile", "pid", "-c", "echod.toml"]
     subprocess.run(command, env=clean_environment(), cwd=tmp_path, check=True, timeout=DEADLINE_S)
@@ -678,7 +676,7 @@ def _found(log: Path, event: str) -> list[int]:
 
 
 def test_sockets_of_a_service_manager_stay_inherited() -> None:
-    """They keep their names through upgrades and reloads, and are left open and listening by whoever stops."""
+    """Inherited sockets keep their names through upgrades and reloads, and keep listening after a stop."""
     with two_sockets() as (one, other), activated(one, other, names="a:b") as echod:
         ports = echod.ports
         for _ in range(2):
@@ -692,7 +690,7 @@ def test_sockets_of_a_service_manager_stay_inherited() -> None:
             pass
 
 
-def test_one_descriptor_for_each_and_none_is_inherited_by_children(tmp_path: Path) -> None:
+def test_no_descriptor_is_inherited_by_children(tmp_path: Path) -> None:
     """After an upgrade every descriptor beyond the standard streams is close-on-exec again."""
     with serving("-l", "127.0.0.1:0", "-l", f"unix:{tmp_path}/sock") as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
@@ -703,7 +701,7 @@ def test_one_descriptor_for_each_and_none_is_inherited_by_children(tmp_path: Pat
 
 
 def _inheritable(echod: Daemon) -> list[int]:
-    """Its descriptors that a child would inherit, but for the standard streams."""
+    """The descriptors that a child would inherit, except the standard streams."""
     found = []
     for number in map(int, os.listdir(f"/proc/{echod.pid}/fd")):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
@@ -713,8 +711,8 @@ def _inheritable(echod: Daemon) -> list[int]:
     return found
 
 
-def test_a_preflight_that_outlives_us_holds_nothing_of_ours(installed: Installed) -> None:
-    """A next program that hangs has no listener: when this one is killed, its port is free."""
+def test_a_preflight_that_outlives_echod_holds_no_listener(installed: Installed) -> None:
+    """A preflight that hangs holds no listener: when echod is killed, its port is free."""
     installed.add("two", {"service": "import time; time.sleep(1000)"})
     with installed.serving() as echod:
         port = echod.port

@@ -1,4 +1,4 @@
-"""What a service manager hears from a real daemon: readiness, reloads, signs of life and the drain."""
+"""What a daemon tells the service manager: readiness, reloads, signs of life and the drain."""
 
 import contextlib
 import signal
@@ -21,7 +21,7 @@ DEAF = (
     "listener.Listener._accept_some = accept_once\n"
     "sys.exit(__main__.main(sys.argv[1:]))"
 )
-"""Serves one client, which is the first round trip of its own, and none after it."""
+"""A daemon that serves one client, its own first self-probe, and none after it."""
 
 
 class Manager:
@@ -51,7 +51,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
         yield it
 
 
-def test_ready_comes_once_clients_are_served(manager: Manager, tmp_path: Path) -> None:
+def test_ready_is_sent_once_clients_are_served(manager: Manager, tmp_path: Path) -> None:
     """READY=1 is the first message, and a client that connects then is answered."""
     with Daemon("-l", f"unix:{tmp_path}/sock", environment=manager.environment) as echod:
         assert manager.next() == "READY=1\nSTATUS=0 connections open, 0 accepted"
@@ -69,17 +69,17 @@ def test_ready_comes_once_clients_are_served(manager: Manager, tmp_path: Path) -
         (("-l", "unix:/"), 1, "echod: could not start: listen: unix:/: "),
     ],
 )
-def test_a_failed_start_leaves_its_reason(
+def test_a_failed_start_reports_its_reason(
     manager: Manager, arguments: tuple[str, ...], status: int, reason: str
 ) -> None:
-    """The last status is what was wrong."""
+    """The last status names the error."""
     with Daemon(*arguments, environment=manager.environment) as echod:
         assert manager.next().startswith(f"STATUS={reason}")
         assert echod.process.wait(DEADLINE_S) == status
 
 
-def test_a_reload_is_framed_and_its_fault_shown(manager: Manager, tmp_path: Path) -> None:
-    """RELOADING=1, then READY=1 whatever comes of it; the status names the fault until a reload succeeds."""
+def test_a_reload_and_its_error_are_reported(manager: Manager, tmp_path: Path) -> None:
+    """RELOADING=1, then READY=1 whatever the result; the status names the error until a reload succeeds."""
     file = tmp_path / "echod.toml"
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
     with Daemon("-c", str(file), environment=manager.environment) as echod:
@@ -97,8 +97,8 @@ def test_a_reload_is_framed_and_its_fault_shown(manager: Manager, tmp_path: Path
         assert echod.stop() == 0
 
 
-def test_a_drain_is_told_and_goes_on_asking_for_time(manager: Manager) -> None:
-    """STOPPING=1 at its beginning, then once a second EXTEND_TIMEOUT_USEC with what is left."""
+def test_a_drain_is_reported_and_extends_its_time(manager: Manager) -> None:
+    """STOPPING=1 at the beginning, then EXTEND_TIMEOUT_USEC once a second, with what is left."""
     arguments = ("-l", "127.0.0.1:0", *settings(timeouts_drain=4))
     with Daemon(*arguments, environment=manager.environment) as echod, connect(echod.port) as client:
         client.sendall(b"a line begun")
@@ -113,8 +113,8 @@ def test_a_drain_is_told_and_goes_on_asking_for_time(manager: Manager) -> None:
         assert not [message for message in manager.heard if message.startswith("WATCHDOG")]
 
 
-def test_signs_of_life_come_in_time_and_their_round_trips_are_counted_nowhere(manager: Manager) -> None:
-    """Every third of the interval, by the loop itself, after a round trip that no statistic or log line tells of."""
+def test_signs_of_life_are_in_time_and_their_self_probes_are_not_counted(manager: Manager) -> None:
+    """The loop sends one every third of the interval, after a self-probe that is in no statistic or log line."""
     environment = manager.environment | {"WATCHDOG_USEC": "1500000"}
     with Daemon("-l", "127.0.0.1:0", "--log-level", "debug", environment=environment) as echod:
         manager.wait_for("READY=1")
@@ -129,8 +129,8 @@ def test_signs_of_life_come_in_time_and_their_round_trips_are_counted_nowhere(ma
 
 
 @pytest.mark.parametrize("address", ["[::1]:0", "0.0.0.0:0", "[::]:0", "unix:"])
-def test_the_round_trip_goes_through_any_kind_of_listener(manager: Manager, tmp_path: Path, address: str) -> None:
-    """IPv6, all addresses, Unix sockets."""
+def test_the_self_probe_works_on_any_listener(manager: Manager, tmp_path: Path, address: str) -> None:
+    """The self-probe works on IPv6, wildcard addresses and Unix sockets."""
     address = f"unix:{tmp_path}/sock" if address == "unix:" else address
     environment = manager.environment | {"WATCHDOG_USEC": "3000000"}
     with Daemon("-l", address, environment=environment) as echod:
@@ -141,8 +141,8 @@ def test_the_round_trip_goes_through_any_kind_of_listener(manager: Manager, tmp_
         assert not echod.events_named("self-check failed")
 
 
-def test_a_daemon_that_serves_nobody_is_not_alive(manager: Manager) -> None:
-    """A loop that turns but accepts nobody any more gives no sign of life, and says why."""
+def test_a_daemon_that_serves_nobody_gives_no_sign_of_life(manager: Manager) -> None:
+    """A loop that runs but no longer accepts clients gives no sign of life, and the log says why."""
     environment = manager.environment | {"WATCHDOG_USEC": "3000000"}  # the first round trip must be in time
     with Daemon("-l", "127.0.0.1:0", command=(sys.executable, "-c", DEAF), environment=environment) as echod:
         echod.wait_for("self-check failed")
@@ -153,8 +153,8 @@ def test_a_daemon_that_serves_nobody_is_not_alive(manager: Manager) -> None:
         assert manager.heard.count("WATCHDOG=1") == 1, "the first"
 
 
-def test_a_long_fault_is_cut_and_stays_one_line(manager: Manager, tmp_path: Path) -> None:
-    """More than 4096 bytes would be ignored, and READY=1 with them; a line feed would begin an assignment."""
+def test_a_long_error_is_shortened_and_stays_one_line(manager: Manager, tmp_path: Path) -> None:
+    """Systemd would ignore more than 4096 bytes, READY=1 included; a line feed would begin another assignment."""
     file = tmp_path / "echod.toml"
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
     with Daemon("-c", str(file), environment=manager.environment) as echod:
@@ -170,8 +170,8 @@ def test_a_long_fault_is_cut_and_stays_one_line(manager: Manager, tmp_path: Path
         assert echod.stop() == 0
 
 
-def test_at_the_connection_limit_a_sign_of_life_needs_no_round_trip(manager: Manager) -> None:
-    """Full is not sick: the watchdog is fed by the loop alone then."""
+def test_at_the_connection_limit_a_sign_of_life_needs_no_self_probe(manager: Manager) -> None:
+    """At the limit no client could be served, so the watchdog is fed without a self-probe."""
     environment = manager.environment | {"WATCHDOG_USEC": "300000"}
     arguments = ("-l", "127.0.0.1:0", *settings(limits_connections=1))
     with Daemon(*arguments, environment=environment) as echod, connect_once_open(echod.port) as client:
