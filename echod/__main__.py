@@ -18,7 +18,7 @@ from echod.config.sources import Serve
 from echod.process import limits
 
 if TYPE_CHECKING:
-    from echod.service import Tell
+    from echod.service import ReportStart
     from echod.upgrade.snapshot import Predecessor
 
 OK = 0
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _preflight(invocation)
     if invocation.is_daemon and not _is_upgraded():
         return _detach(invocation)
-    return _serve(invocation, _tell_here)
+    return _serve(invocation, _report_here)
 
 
 def _output_failed(error: OSError) -> int:
@@ -91,7 +91,7 @@ def _detach(serve: Serve) -> int:
         directory = limits.working_directory()
         caller = detach(partial(_end_by, (_signal.SIGTERM, _signal.SIGINT)), silent_end=COULD_NOT_START)
     except (OSError, DetachError) as error:
-        return _refuse(_tell_here, [str(error)])
+        return _refuse(_report_here, [str(error)])
     try:
         status = _serve(serve, caller.tell, directory)
     except Exception as error:
@@ -101,7 +101,7 @@ def _detach(serve: Serve) -> int:
     return status
 
 
-def _tell_here(status: int, lines: Sequence[str]) -> bool:
+def _report_here(status: int, lines: Sequence[str]) -> bool:
     from echod.process.sd_notify import Notifier
 
     if status != OK:  # success is reported by the log, on the same standard error
@@ -112,12 +112,12 @@ def _tell_here(status: int, lines: Sequence[str]) -> bool:
     return True
 
 
-def _refuse(tell: "Tell", errors: Sequence[str]) -> int:
-    tell(COULD_NOT_START, [f"echod: could not start: {message}" for message in errors])
+def _refuse(report: "ReportStart", errors: Sequence[str]) -> int:
+    report(COULD_NOT_START, [f"echod: could not start: {message}" for message in errors])
     return COULD_NOT_START
 
 
-def _serve(serve: Serve, tell: "Tell", directory: str = "") -> int:
+def _serve(serve: Serve, report: "ReportStart", directory: str = "") -> int:
     # Imported here, because the other commands do not need them.
     from echod.config.loader import ConfigError
     from echod.lifecycle import generation
@@ -128,19 +128,19 @@ def _serve(serve: Serve, tell: "Tell", directory: str = "") -> int:
     if not _is_upgraded() and signals.stop_is_pending():
         return OK
     try:
-        return _start(serve, tell, directory)
+        return _start(serve, report, directory)
     except generation.PrepareError as error:
-        return _refuse(tell, error.errors)
+        return _refuse(report, error.errors)
     except ConfigError as error:
-        tell(BAD_CONFIG, error.errors)
+        report(BAD_CONFIG, error.errors)
         return BAD_CONFIG
     except pidfile.PidFileError as error:
-        return _refuse(tell, [f"--pidfile: {error}"])
+        return _refuse(report, [f"--pidfile: {error}"])
     except (privileges.PrivilegeError, socket_activation.UnusableSocketError, state_file.HandoverError) as error:
-        return _refuse(tell, [str(error)])
+        return _refuse(report, [str(error)])
 
 
-def _start(serve: Serve, tell: "Tell", directory: str) -> int:
+def _start(serve: Serve, report: "ReportStart", directory: str) -> int:
     from echod import service
     from echod.upgrade.exec import NextProgram, command_line
 
@@ -161,7 +161,7 @@ def _start(serve: Serve, tell: "Tell", directory: str) -> int:
         environment=os.environ,
         directory=directory,
         statuses=service.ExitStatuses(ok=OK, could_not_start=COULD_NOT_START, aborted=ABORTED),
-        tell=tell,
+        report=report,
         predecessor=predecessor,
         next_program=next_program,
     )
@@ -192,7 +192,7 @@ def _preflight(serve: Serve) -> int:
     try:
         received = state_file.receive(os.environ, os.getppid())
         if not received:
-            return _refuse(_tell_here, ["preflight is part of an upgrade; send USR2 to a running echod"])
+            return _refuse(_report_here, ["preflight is part of an upgrade; send USR2 to a running echod"])
         del os.environ[state_file.VARIABLE]
         state, _ = received
         service.preflight(serve, os.environ, state)
@@ -200,7 +200,7 @@ def _preflight(serve: Serve) -> int:
         complain(error.errors)
         return COULD_NOT_START if isinstance(error, generation.PrepareError) else BAD_CONFIG
     except state_file.HandoverError as error:
-        return _refuse(_tell_here, [str(error)])
+        return _refuse(_report_here, [str(error)])
     show_line(f"echod {__version__}")
     return OK
 

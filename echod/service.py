@@ -46,7 +46,7 @@ LOG_FLUSH_S = 1.0
 
 _IMPORTED_LATE = ("asyncio", "difflib", "structlog", "traceback", "uvloop", "echod.lifecycle.run")
 
-Tell = Callable[[int, Sequence[str]], bool]
+ReportStart = Callable[[int, Sequence[str]], bool]
 """Reports how the start went: an exit status and lines to show. Returns False if nobody waits for it any more."""
 
 
@@ -66,7 +66,7 @@ class Start(Struct, frozen=True, kw_only=True):
     directory: str
     """The directory that relative paths refer to."""
     statuses: ExitStatuses
-    tell: Tell
+    report: ReportStart
     predecessor: Predecessor | None
     """What the program that ran in this process before has left, after a live upgrade."""
     next_program: NextProgram
@@ -235,7 +235,7 @@ def _run(start: Start, first: Generation, runtime: Runtime, forced_exit: ForcedE
             outcome = runner.run(run.run(first, runtime, on_serving))
         status = start.statuses.aborted if outcome is run.Outcome.ABORTED else start.statuses.ok
     except ListenError as error:
-        start.tell(status, [f"echod: could not start: listen: {error}"])
+        start.report(status, [f"echod: could not start: listen: {error}"])
     except Exception:
         structlog.get_logger().exception("crashed")
     runtime.life.enter(Phase.STOPPED)
@@ -257,8 +257,8 @@ def _announce(start: Start, first: Generation, runtime: Runtime, addresses: Sequ
     warnings = [*first.warnings]
     if start.options.is_daemon and not first.config.log.file:
         warnings.append("log.file is empty: a daemon has no standard error, so its log goes nowhere")
-    if not start.tell(start.statuses.ok, [f"warning: {warning}" for warning in warnings]):
-        structlog.get_logger().warning("start called off", why="whoever asked for it doesn't wait any more")
+    if not start.report(start.statuses.ok, [f"warning: {warning}" for warning in warnings]):
+        structlog.get_logger().warning("start called off", why="nobody waits for the result of the start any more")
         runtime.signals.put(SignalEvent(Action.STOP, "PIPE", 0))
 
 

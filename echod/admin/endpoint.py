@@ -66,8 +66,8 @@ class ReloadResult(Struct, frozen=True):
     errors: tuple[str, ...] = ()
 
 
-class Endpoint:
-    """Answers on the listeners that `apply` gives it; made and used inside a running loop."""
+class AdminServer:
+    """Answers HTTP requests on its listeners; create and use it inside a running event loop."""
 
     def __init__(
         self, snapshot: Callable[[], dict[str, Any]], reload: Callable[[], Awaitable[ReloadResult]], life: Life

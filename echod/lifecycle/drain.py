@@ -12,7 +12,7 @@ from typing import Any, Self, assert_never
 
 import structlog
 
-from echod.admin.endpoint import Endpoint
+from echod.admin.endpoint import AdminServer
 from echod.lifecycle.runtime import Runtime
 from echod.lifecycle.status import connections, dump_stats
 from echod.process import tasks
@@ -29,11 +29,11 @@ log = structlog.get_logger()
 class Stop:
     """One stop. While the context is open, signals are handled as a stop allows; a second stop signal cuts it short."""
 
-    def __init__(self, event: SignalEvent, server: Server, endpoint: Endpoint, runtime: Runtime) -> None:
+    def __init__(self, event: SignalEvent, server: Server, admin_server: AdminServer, runtime: Runtime) -> None:
         """`event` requested the stop."""
         self._event = event
         self._server = server
-        self._endpoint = endpoint
+        self._admin_server = admin_server
         self._runtime = runtime
         self._cut_short = asyncio.Event()
 
@@ -85,7 +85,7 @@ class Stop:
         log.info("drain started", **self._event.origin, connections=server.open_connections, seconds_left=drain_s)
         notifier.stopping(_drain_status(server.open_connections, drain_s))
         draining = asyncio.ensure_future(server.drain(partial(_report, notifier), deadline))
-        closing = asyncio.ensure_future(_close(self._endpoint, draining, deadline))
+        closing = asyncio.ensure_future(_close(self._admin_server, draining, deadline))
         cutting = asyncio.ensure_future(self._cut_short.wait())
         either: set[asyncio.Future[Any]] = {draining, cutting}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -96,10 +96,10 @@ class Stop:
         return drained
 
 
-async def _close(endpoint: Endpoint, draining: "asyncio.Future[DrainResult]", deadline: float) -> None:
+async def _close(admin_server: AdminServer, draining: "asyncio.Future[DrainResult]", deadline: float) -> None:
     """Close the admin endpoint when the drain has finished, or at its deadline, while the last clients close."""
     await asyncio.wait({draining}, timeout=max(0.0, deadline - time.monotonic()))
-    await endpoint.close()
+    await admin_server.close()
 
 
 def _report(notifier: Notifier, count: int, seconds_left: float) -> None:

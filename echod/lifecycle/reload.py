@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from echod.admin.endpoint import Endpoint, ReloadResult
+from echod.admin.endpoint import AdminServer, ReloadResult
 from echod.config.loader import ConfigError
 from echod.config.schema import changed_keys
 from echod.lifecycle.generation import Generation, Kept, restart_needed
@@ -33,12 +33,12 @@ log = structlog.get_logger()
 class Reloader:
     """Owns the configuration in force from the first generation on."""
 
-    def __init__(self, first: Generation, server: Server, endpoint: Endpoint, runtime: Runtime) -> None:
+    def __init__(self, first: Generation, server: Server, admin_server: AdminServer, runtime: Runtime) -> None:
         self.config = first.config
         self.restart_needed: tuple[str, ...] = ()
         """The keys whose configured values need a restart to take effect."""
         self._server = server
-        self._endpoint = endpoint
+        self._admin_server = admin_server
         self._runtime = runtime
         self._stats = runtime.stats
         self._wanted = asyncio.Event()
@@ -104,7 +104,7 @@ class Reloader:
             await asyncio.sleep(PAUSE_S)
 
     async def _reload(self) -> ReloadResult:
-        kept = Kept(dict.fromkeys(self._server.listening), dict.fromkeys(self._endpoint.listening))
+        kept = Kept(dict.fromkeys(self._server.listening), dict.fromkeys(self._admin_server.listening))
         try:
             return await self._apply(await aside(lambda: self._runtime.prepare(kept), Generation.discard))
         except ConfigError as error:
@@ -127,7 +127,7 @@ class Reloader:
         return ReloadResult(errors=tuple(errors))
 
     async def _apply(self, generation: Generation) -> ReloadResult:
-        put_in_force(generation, self._server, self._endpoint)
+        put_in_force(generation, self._server, self._admin_server)
         changed = changed_keys(self.config, generation.config)
         self.restart_needed = tuple(restart_needed(self._server.listening.values()))
         self.config = generation.config
@@ -138,18 +138,18 @@ class Reloader:
         for warning in generation.warnings:
             log.warning("configuration", warning=warning)
         with suppress(asyncio.CancelledError):  # by a stop, which waits for retiring listeners itself
-            await asyncio.gather(self._server.retired(), self._endpoint.retired())
+            await asyncio.gather(self._server.retired(), self._admin_server.retired())
         addresses = self._server.addresses
         log.info("reload applied", changed=changed, restart_needed=self.restart_needed, listen=addresses)
         return ReloadResult(changed=tuple(changed), restart_needed=self.restart_needed)
 
 
-def put_in_force(generation: Generation, server: Server, endpoint: Endpoint) -> None:
+def put_in_force(generation: Generation, server: Server, admin_server: AdminServer) -> None:
     """Serve with this generation; if that fails, discard it, with nothing changed. Raises ListenError."""
     try:
         generation.listen()
         # Entering a context does everything that can fail; leaving it puts the listeners in force.
-        with endpoint.change(generation.admin), server.change(generation.config, generation.listeners):
+        with admin_server.change(generation.admin), server.change(generation.config, generation.listeners):
             pass
     except BaseException:
         generation.discard()

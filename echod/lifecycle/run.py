@@ -14,7 +14,7 @@ from typing import assert_never
 import structlog
 
 from echod import __version__
-from echod.admin.endpoint import Endpoint
+from echod.admin.endpoint import AdminServer
 from echod.config.schema import Config
 from echod.lifecycle.drain import Stop
 from echod.lifecycle.generation import Generation
@@ -63,11 +63,11 @@ async def _beat(stall_detector: StallDetector) -> None:
 
 async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server, Reloader], None]) -> Outcome:
     server = Server(first.config, runtime.stats, runtime.open_files, runtime.life)
-    endpoint = Endpoint(server.snapshot, lambda: reloads.reload(by="admin endpoint"), runtime.life)
+    admin_server = AdminServer(server.snapshot, lambda: reloads.reload(by="admin endpoint"), runtime.life)
     if runtime.predecessor:
-        _take_over(runtime.predecessor, first.config, server, endpoint)
-    put_in_force(first, server, endpoint)
-    reloads = Reloader(first, server, endpoint, runtime)
+        _take_over(runtime.predecessor, first.config, server, admin_server)
+    put_in_force(first, server, admin_server)
+    reloads = Reloader(first, server, admin_server, runtime)
     for warning in first.warnings:
         log.warning("configuration", warning=warning)
     if runtime.predecessor:
@@ -77,11 +77,11 @@ async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server
         runtime.notifier.ready(reloads.status)
     runtime.life.enter(Phase.SERVING)
     on_serving(server, reloads)
-    stop = await _serve(server, endpoint, reloads, runtime)
+    stop = await _serve(server, admin_server, reloads, runtime)
     await reloads.close()
     timeouts = reloads.config.timeouts
     lame_duck_end = runtime.stop_began_at() + timeouts.lame_duck
-    async with Stop(stop, server, endpoint, runtime) as stopping:
+    async with Stop(stop, server, admin_server, runtime) as stopping:
         if timeouts.lame_duck:
             await stopping.lame_duck(lame_duck_end)
         runtime.life.enter(Phase.DRAINING)
@@ -91,10 +91,10 @@ async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server
     return Outcome.ABORTED if drained.cut else Outcome.STOPPED
 
 
-def _take_over(predecessor: Predecessor, config: Config, server: Server, endpoint: Endpoint) -> None:
+def _take_over(predecessor: Predecessor, config: Config, server: Server, admin_server: AdminServer) -> None:
     """Continue where the predecessor stopped: first with its listeners, whatever the configuration says now."""
     server.clients.self_probe.expect(predecessor.self_probes)
-    with endpoint.change(predecessor.admin_listeners), server.change(config, predecessor.listeners):
+    with admin_server.change(predecessor.admin_listeners), server.change(config, predecessor.listeners):
         pass
     for descriptor, peer, state in predecessor.clients:
         server.clients.adopt(descriptor, peer, state)
@@ -112,9 +112,9 @@ def _log_upgrade(predecessor: ProcessState, server: Server) -> None:
     )
 
 
-async def _serve(server: Server, endpoint: Endpoint, reloads: Reloader, runtime: Runtime) -> SignalEvent:
+async def _serve(server: Server, admin_server: AdminServer, reloads: Reloader, runtime: Runtime) -> SignalEvent:
     """Handle signals until one requests a stop; return it."""
-    upgrades = Upgrader(runtime.handover, server, endpoint, reloads, runtime.stats)
+    upgrades = Upgrader(runtime.handover, server, admin_server, reloads, runtime.stats)
     supervising = supervise(runtime.notifier, runtime.watchdog_s, lambda: reloads.status, server.is_well)
     try:
         while True:

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from echod.admin.endpoint import Endpoint
+from echod.admin.endpoint import AdminServer
 from echod.config.schema import Config
 from echod.process import tasks
 from echod.process.signals import Action, Delivery, SignalEvent, SignalQueue
@@ -61,10 +61,12 @@ class Handover(Struct, frozen=True, kw_only=True):
 class Upgrader:
     """Upgrades on request, one upgrade after the other."""
 
-    def __init__(self, handover: Handover, server: Server, endpoint: Endpoint, reloads: Reloads, stats: Stats) -> None:
+    def __init__(
+        self, handover: Handover, server: Server, admin_server: AdminServer, reloads: Reloads, stats: Stats
+    ) -> None:
         self._handover = handover
         self._server = server
-        self._endpoint = endpoint
+        self._admin_server = admin_server
         self._reloads = reloads
         self._stats = stats
         self._wanted = asyncio.Event()
@@ -107,7 +109,7 @@ class Upgrader:
                 await self._finish_what_cannot_cross()
             self._replace()
         finally:
-            self._endpoint.resume()
+            self._admin_server.resume()
 
     async def _prove(self) -> str:
         """Let the next program show that it could take over; return its name and version.
@@ -123,7 +125,7 @@ class Upgrader:
             except PreflightError:
                 if self._reloads.is_idle and generation == self._stats.config_generation:
                     raise
-                # A reload has changed the listeners meanwhile, so the next program was told of wrong ones.
+                # A reload has changed the listeners meanwhile, so the next program was given outdated ones.
 
     async def _run_preflight(self) -> str:
         program = self._handover.next_program
@@ -139,10 +141,10 @@ class Upgrader:
         while True:
             await self._reloads.idle()
             # A client in the backlog of a retiring listener would be reset.
-            await asyncio.gather(self._server.retired(), self._endpoint.retired())
-            if await self._endpoint.pause() and self._reloads.is_idle:
+            await asyncio.gather(self._server.retired(), self._admin_server.retired())
+            if await self._admin_server.pause() and self._reloads.is_idle:
                 return
-            self._endpoint.resume()
+            self._admin_server.resume()
 
     def _replace(self) -> None:
         """Save the state and execute the next program; if that fails, raise OSError with nothing changed.
@@ -176,7 +178,7 @@ class Upgrader:
     def _service_state(self) -> ServiceState:
         return ServiceState(
             listeners=snapshot.listeners(self._server.listening),
-            admin_listeners=snapshot.listeners(self._endpoint.listening),
+            admin_listeners=snapshot.listeners(self._admin_server.listening),
             config=msgspec.to_builtins(self._reloads.config),
             stats=self._stats.save(),
             self_probes=[snapshot.saved_address(name) for name in self._server.clients.self_probe.names],
