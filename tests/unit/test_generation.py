@@ -1,4 +1,4 @@
-"""A generation that is prepared aside: nothing of one that isn't wanted any more is left."""
+"""A generation that is prepared in a thread: if nobody waits for it any more, nothing of it is left."""
 
 import asyncio
 import os
@@ -23,8 +23,8 @@ def _load(directory: Path) -> loader.Loaded:
     return loader.load(None, {}, flags, 20_000)
 
 
-def test_a_generation_that_comes_too_late_is_discarded(tmp_path: Path) -> None:
-    """A stop that comes during a reload's preparation: its listeners, socket files and log are closed again."""
+def test_a_generation_that_is_ready_after_a_stop_is_discarded(tmp_path: Path) -> None:
+    """A stop during the preparation of a reload: its listeners, socket files and log are closed again."""
     may_go_on = threading.Event()
     descriptors = len(os.listdir("/proc/self/fd"))
 
@@ -48,8 +48,8 @@ def test_a_generation_that_comes_too_late_is_discarded(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_a_generation_for_a_loop_that_is_closed_is_discarded(tmp_path: Path) -> None:
-    """The same when nobody is left to hear of it."""
+def test_a_generation_for_a_closed_loop_is_discarded(tmp_path: Path) -> None:
+    """The event loop was closed during the preparation: the listeners and socket files are closed again."""
     may_go_on = threading.Event()
 
     def slow() -> generation.Generation:

@@ -1,4 +1,4 @@
-"""The state that crosses an execve: written and read, by this program and by another version of it."""
+"""The state file of a live upgrade, written and read by this program and by another version of it."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from echod.upgrade import state_file
 from echod.upgrade.state_file import HandoverError, ListenerState, ProcessState, ServiceState, State
 
 SAMPLE = Path(__file__).with_name("state-1.sample")
-"""A state as version 1 wrote it. It is never written again: see `python -m tests.unit.test_state_file`."""
+"""A state as version 1 wrote it. `python -m tests.unit.test_state_file` writes the sample of a new version."""
 
 STATE = State(
     ProcessState(
@@ -71,13 +71,13 @@ def read(descriptor: int) -> tuple[State, list[ConnectionState]]:
 
 
 def test_what_is_written_is_read() -> None:
-    """Every field crosses."""
+    """Every field survives."""
     assert read(state_file.save(STATE, CLIENTS)) == (STATE, CLIENTS)
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.none() | st.text(max_size=20))
-def test_any_bytes_cross(unanswered: bytes, pending: bytes, reason: str | None) -> None:
-    """What clients sent and are owed is not looked at."""
+def test_any_bytes_survive(unanswered: bytes, pending: bytes, reason: str | None) -> None:
+    """Input and pending replies may hold any bytes."""
     past = ConnectionState(
         descriptor=3, family=2, peer=[], opened_at=0.0, unanswered=unanswered, pending=pending, reason=reason
     )
@@ -91,8 +91,8 @@ def test_a_state_of_version_1_is_understood() -> None:
     assert (state, list(clients)) == (STATE, CLIENTS)
 
 
-def test_a_field_that_is_not_known_is_left_out_and_one_that_is_missing_has_its_default() -> None:
-    """So versions that differ by a field understand each other."""
+def test_an_unknown_field_is_ignored_and_a_missing_one_has_its_default() -> None:
+    """Versions that differ by a field understand each other."""
     import msgspec
 
     documents = [
@@ -118,15 +118,15 @@ def test_a_field_that_is_not_known_is_left_out_and_one_that_is_missing_has_its_d
         (SAMPLE.read_bytes()[:40], "a broken state"),
     ],
 )
-def test_what_is_not_understood_is_refused(content: bytes, complaint: str) -> None:
-    """Another version, another file, or half of one."""
+def test_an_unreadable_state_is_refused(content: bytes, complaint: str) -> None:
+    """Another version of the format, another file, or half a file is refused."""
     with pytest.raises(HandoverError, match=complaint):
         state_file.read(content)
 
 
 @pytest.mark.parametrize("said", ["", "x", "-1", "99999"])
-def test_a_descriptor_that_is_none(said: str) -> None:
-    """The variable is empty where there was no program before; what is no descriptor is refused."""
+def test_a_wrong_descriptor_is_refused(said: str) -> None:
+    """An empty variable means that there is no predecessor; any other value must be a descriptor."""
     if not said:
         assert state_file.receive({state_file.VARIABLE: said}, os.getpid()) is None
         return
@@ -135,7 +135,7 @@ def test_a_descriptor_that_is_none(said: str) -> None:
 
 
 def test_the_state_of_another_process_is_refused() -> None:
-    """A child that got the variable by mistake doesn't take over its parent's clients."""
+    """A child that got the variable by mistake does not take over its parent's clients."""
     descriptor = state_file.save(STATE)
     with pytest.raises(HandoverError, match="the state of another process, 4711"):
         state_file.receive({state_file.VARIABLE: str(descriptor)}, 4712)
