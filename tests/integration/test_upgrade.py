@@ -54,8 +54,8 @@ def test_connections_stay_established(full: bool) -> None:
     """50 streaming clients and some upgrades: streams are byte-exact, the pid stays, nobody is refused or reset."""
     with serving(*settings(timeouts_write=60)) as echod:
         rounds = 4 if full else 2
-        verdicts = asyncio.run(stream_through_upgrades(echod, rounds))
-        assert {verdict["pid"] for verdict in verdicts} == {echod.pid}
+        done = asyncio.run(stream_through_upgrades(echod, rounds))
+        assert {each["pid"] for each in done} == {echod.pid}
         stats = echod.stats()
         assert stats["upgrades"] == rounds
         counts = stats["connections"]
@@ -554,8 +554,8 @@ def test_a_reload_at_the_same_time_does_no_harm(order: tuple[signal.Signals, ...
         path.write_text(f'listen = [{before}, {{address = "unix:{tmp_path}/two"}}]\n')
         for number in order:
             echod.send(number)
-        verdict = echod.wait_until(partial(_reaction, echod, signal.SIGUSR2), "no verdict")
-        assert (verdict["event"], len(verdict.get("listen", ()))) == ("upgrade done", 2)
+        outcome = echod.wait_until(partial(_reaction, echod, signal.SIGUSR2), "no outcome")
+        assert (outcome["event"], len(outcome.get("listen", ()))) == ("upgrade done", 2)
 
 
 def test_a_client_that_waits_for_the_result_of_a_reload_gets_it(installed: Installed, tmp_path: Path) -> None:
