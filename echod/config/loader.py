@@ -27,7 +27,7 @@ from echod.config.schema import (
     Timeouts,
 )
 from echod.config.sources import Setting, Sources, as_number, base
-from echod.net.address import HandedOver, TcpAddress, identity, parse_address
+from echod.net.address import SystemdAddress, TcpAddress, identity, parse_address
 from echod.process import files
 
 DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
@@ -283,7 +283,7 @@ def _require_separate_admin(config: Config, setting: Setting | None) -> None:
     if not setting or not setting.value:
         return
     admin = parse_address(setting.value)
-    if isinstance(admin, HandedOver):
+    if isinstance(admin, SystemdAddress):
         raise ConfigError([f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}"])
     is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
     clients = [str(identity(parse_address(entry.address))) for entry in config.listen]

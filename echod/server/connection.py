@@ -256,7 +256,7 @@ class Connection(HotPath):
             return
         if self.echo.has_more and not self._pending:
             self._owner.scheduler.add(self)
-        elif not is_answered and (error := sockets.failure(self.descriptor)):
+        elif not is_answered and (error := sockets.pending_error(self.descriptor)):
             # libuv reports an error on a descriptor once and then stops polling it. The read above may have returned
             # only the input before the error. Without a send, nothing else would report it.
             self._lose(error)
