@@ -195,7 +195,10 @@ FILE_FAULTS = [
     ("listen = []", "listen: expected at least one address (got [])"),
     ("[[listen]]", "listen[0].address: missing"),
     ("[[listen]]\naddress = 3", "listen[0].address: expected str (got 3)"),
-    ("[[listen]]\naddress = ':1'", "listen[0].address: no host; 0.0.0.0:PORT or [::]:PORT listens on every address (got ':1')"),
+    (
+        "[[listen]]\naddress = ':1'",
+        "listen[0].address: no host; 0.0.0.0:PORT or [::]:PORT listens on every address (got ':1')",
+    ),
     (
         "[[listen]]\naddress = 'a:1'\n[[listen]]\naddress = 'a:1'",
         "listen[1].address: listed twice (got 'a:1')",
