@@ -59,11 +59,11 @@ class ListenerSet:
         Listeners that are not in `prepared` retire within `deadline_s` seconds; their settings stay as they are.
         Raises ListenError, and nothing has changed then.
         """
-        with self.change(prepared, bound_s):
+        with self.change(prepared, deadline_s):
             pass
 
     @contextmanager
-    def change(self, prepared: Prepared, bound_s: float) -> Iterator[None]:
+    def change(self, prepared: Prepared, deadline_s: float) -> Iterator[None]:
         """Do what can fail in `apply` when the context is entered, and the rest when it ends.
 
         If the context ends with an error, nothing has changed. It must not span an iteration of the event loop, because

@@ -86,7 +86,7 @@ class Echo:
         return self._kept[self._kept_from :] if self._kept else bytes(self._unfinished)
 
     def receive(self, chunk: bytes) -> bytes:
-        """Process received bytes; return the replies to the lines they complete, and an error line if `error` is set."""
+        """Process received bytes; return the replies to the lines that they complete, with any error line."""
         if self._unfinished or self.error or not 0 < len(chunk) <= self.line_bytes:
             return self._receive_carefully(chunk)
         if chunk.find(b"\n") == len(chunk) - 1 and chunk.isascii():
@@ -156,8 +156,8 @@ class Echo:
         return replies if self.error else replies + self._fail(LineError.LINE_TOO_LONG)
 
     def _answer(self, lines: bytes) -> bytes:
-        # Decoding, stripping and upper-casing whole chunks is exact: LF is part of no UTF-8 sequence, and upper-casing a
-        # character does not depend on its neighbours. It is twice as fast as line by line.
+        # Decoding, stripping and upper-casing whole chunks is exact: LF is part of no UTF-8 sequence, and upper-casing
+        # one character does not depend on the next. It is twice as fast as line by line.
         if replies := self._answer_long(lines):
             return replies
         try:

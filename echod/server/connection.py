@@ -29,6 +29,10 @@ LEAST_CHUNK_BYTES = 16_384
 # All connections share this buffer: its content is copied before the next read.
 _chunk = memoryview(bytearray(CHUNK_BYTES))
 
+# All connections without pending replies share this object, which is never changed. Pending replies are a bytearray
+# because deleting its front takes amortized linear time; slicing bytes would copy the rest at each write.
+_NO_REPLIES = bytearray()
+
 
 class State(Enum):
     """Where a connection is between its accept and its end.
@@ -127,8 +131,7 @@ class Connection(HotPath):
         """When the idle timeout ends, if the connection is parked; None if it is sampled regularly."""
         self.unacknowledged_bytes = 0
         """How many bytes the client's kernel had not acknowledged when the linger ended."""
-        # Deleting the front of a bytearray takes amortized linear time; slicing bytes would copy the rest each time.
-        self._pending = bytearray()
+        self._pending = _NO_REPLIES
         self._counted_bytes = 0
         self._waits_for_memory = False
         self._has_ended = False
@@ -187,7 +190,7 @@ class Connection(HotPath):
         self.activity.restore(saved.activity)
         self.opened_at = saved.opened_at
         self.bytes_in, self.bytes_out = saved.bytes_in, saved.bytes_out
-        self._pending = bytearray(saved.pending)
+        self._pending = bytearray(saved.pending) if saved.pending else _NO_REPLIES
         if saved.reason is not None:
             self.reason = end_reason(saved.reason)
             self._has_ended = self.reason is CloseReason.CLIENT
@@ -312,6 +315,7 @@ class Connection(HotPath):
         self._count_held()
         if self._pending:
             return
+        self._pending = _NO_REPLIES
         if self.state is State.FLUSHING:
             self._end_when_sent()
         elif self.echo.has_more:
@@ -506,7 +510,7 @@ class Connection(HotPath):
         if self._linger:
             self._linger.cancel()
         self._is_reading = self._is_writing = False
-        self._pending = bytearray()
+        self._pending = _NO_REPLIES
         self._count_held()
         self._owner.memory.forget(self)
         os.close(self.descriptor)
