@@ -45,20 +45,20 @@ class Echo:
     all of it. Do not call `receive` before that.
     """
 
-    __slots__ = ("_kept", "_kept_from", "_unfinished", "answered", "error", "line_bytes")
+    __slots__ = ("_kept", "_kept_from", "_partial", "answered", "error", "line_bytes")
 
-    def __init__(self, line_bytes: int, unfinished: bytes = b"", answered: int = 0) -> None:
-        """`unfinished` and `answered` continue the state of another instance, as after a live upgrade."""
+    def __init__(self, line_bytes: int, unanswered: bytes = b"", answered: int = 0) -> None:
+        """`unanswered` and `answered` continue the state of another instance, as after a live upgrade."""
         self.line_bytes = line_bytes
         self.answered = answered
         self.error: LineError | None = None
-        self._unfinished: bytes | bytearray = b""
+        self._partial: bytes | bytearray = b""
         self._kept = b""
         self._kept_from = 0
-        if b"\n" in unfinished:
-            self._kept = unfinished
-        elif unfinished:
-            self._unfinished = bytearray(unfinished)
+        if b"\n" in unanswered:
+            self._kept = unanswered
+        elif unanswered:
+            self._partial = bytearray(unanswered)
 
     @property
     def has_more(self) -> bool:
@@ -68,26 +68,26 @@ class Echo:
     @property
     def is_clean(self) -> bool:
         """Whether everything received has been answered, without an error."""
-        return not (self._unfinished or self._kept or self.error)
+        return not (self._partial or self._kept or self.error)
 
     @property
-    def unfinished_bytes(self) -> int:
+    def partial_bytes(self) -> int:
         """The length of the partial line in bytes, 0 if there is none."""
-        return len(self._unfinished)
+        return len(self._partial)
 
     @property
     def held_bytes(self) -> int:
         """How many received bytes are not answered: a partial line, or lines that wait for `receive_more`."""
-        return len(self._unfinished) or len(self._kept) - self._kept_from
+        return len(self._partial) or len(self._kept) - self._kept_from
 
     @property
-    def unfinished(self) -> bytes:
+    def unanswered(self) -> bytes:
         """The received bytes that are not answered: a partial line, or lines that wait for `receive_more`."""
-        return self._kept[self._kept_from :] if self._kept else bytes(self._unfinished)
+        return self._kept[self._kept_from :] if self._kept else bytes(self._partial)
 
     def receive(self, chunk: bytes) -> bytes:
         """Process received bytes; return the replies to the lines that they complete, with any error line."""
-        if self._unfinished or self.error or not 0 < len(chunk) <= self.line_bytes:
+        if self._partial or self.error or not 0 < len(chunk) <= self.line_bytes:
             return self._receive_carefully(chunk)
         if chunk.find(b"\n") == len(chunk) - 1 and chunk.isascii():
             # One complete ASCII line, as from a client that waits for each reply: half the time of the general case.
@@ -107,13 +107,13 @@ class Echo:
         if not end:
             self._extend_partial(chunk)
             return self._answer_checked(b"")
-        if _is_costly(self._unfinished, chunk):
-            self._kept = b"".join((self._unfinished, chunk))
+        if _is_costly(self._partial, chunk):
+            self._kept = b"".join((self._partial, chunk))
             self._kept_from = 0
-            self._unfinished = b""
+            self._partial = b""
             return b""
-        lines = b"".join((self._unfinished, memoryview(chunk)[:end]))
-        self._unfinished = b""
+        lines = b"".join((self._partial, memoryview(chunk)[:end]))
+        self._partial = b""
         if end < len(chunk):
             self._extend_partial(chunk[end:])
         return self._answer_checked(lines)
@@ -134,23 +134,23 @@ class Echo:
 
     def finish(self) -> bytes:
         """Process the client's end of stream; return the reply to its unterminated last line, if there is one."""
-        if self.error or not self._unfinished:
+        if self.error or not self._partial:
             return b""
-        lines = bytes(self._unfinished) + b"\n"
-        self._unfinished = b""
+        lines = bytes(self._partial) + b"\n"
+        self._partial = b""
         return self._answer_checked(lines)
 
     def _extend_partial(self, text: bytes) -> None:
         # A bytearray grows in place: a line that arrives byte by byte costs no more than one that arrives at once.
-        if isinstance(self._unfinished, bytearray):
-            self._unfinished += text
+        if isinstance(self._partial, bytearray):
+            self._partial += text
         else:
-            self._unfinished = bytearray(text)
+            self._partial = bytearray(text)
 
     def _answer_checked(self, lines: bytes) -> bytes:
         """Answer complete lines up to the first that is too long; check the length of the partial line, too."""
         end = _end_of_valid_lines(lines, self.line_bytes)
-        if end == len(lines) and len(self._unfinished) <= self.line_bytes:
+        if end == len(lines) and len(self._partial) <= self.line_bytes:
             return self._answer(lines) if lines else b""
         replies = self._answer(lines[:end]) if end else b""
         return replies if self.error else replies + self._fail(LineError.LINE_TOO_LONG)
@@ -177,7 +177,7 @@ class Echo:
 
     def _fail(self, error: LineError) -> bytes:
         self.error = error
-        self._unfinished = self._kept = b""
+        self._partial = self._kept = b""
         self._kept_from = 0
         match error:
             case LineError.LINE_TOO_LONG:

@@ -23,7 +23,7 @@ from echod.server.scheduler import Scheduler
 from echod.server.state import ConnectionState
 from echod.telemetry.reasons import CloseReason, EndReason, end_reason
 
-LEAST_CHUNK_BYTES = 16_384
+MIN_CHUNK_BYTES = 16_384
 """The smallest read buffer, however long the partial line that the read continues."""
 
 # All connections share this buffer: its content is copied before the next read.
@@ -214,8 +214,8 @@ class Connection(HotPath):
         The smaller read bounds what one client can make us hold: three times 64 KiB plus the smallest read, because
         upper-casing can triple the size of UTF-8 text.
         """
-        begun = self.echo.unfinished_bytes
-        room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
+        partial_bytes = self.echo.partial_bytes
+        room = _chunk[: max(CHUNK_BYTES - partial_bytes, MIN_CHUNK_BYTES)] if partial_bytes else _chunk
         if self._owner.memory.is_exceeded and self.state is State.OPEN:
             room = room[: self._spare_bytes(room)]
             if not room:
@@ -392,7 +392,7 @@ class Connection(HotPath):
         """
         if sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES:
             return 0
-        if self.echo.unfinished_bytes <= SPARE_BYTES:
+        if self.echo.partial_bytes <= SPARE_BYTES:
             return SPARE_BYTES
         if self._owner.memory.is_overdrawn:
             return 0

@@ -50,7 +50,7 @@ def _connection_state(connection: Connection, *, is_counted: bool) -> Connection
         bytes_in=connection.bytes_in,
         bytes_out=connection.bytes_out,
         lines=connection.lines,
-        unanswered=connection.echo.unfinished,
+        unanswered=connection.echo.unanswered,
         pending=connection.pending,
         reason=connection.reason and connection.reason.value,
         activity=connection.activity.save(),
