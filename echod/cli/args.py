@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from echod import __version__
 from echod.client.probe import Plan
 from echod.config.sources import Serve, Setting, Sources
-from echod.net.address import Address, HandedOver, TcpAddress, UnixAddress, parse_address
+from echod.net.address import Address, SystemdAddress, TcpAddress, UnixAddress, parse_address
 
 LONGEST_LINE = 16_777_216
 """What limits.line_bytes can be at most."""
@@ -225,7 +225,7 @@ def _add_plan(ping: argparse.ArgumentParser) -> None:
 
 def _to_connect_to(text: str) -> TcpAddress | UnixAddress:
     match _address(text):
-        case HandedOver():
+        case SystemdAddress():
             raise argparse.ArgumentTypeError(f"only the process that was handed the socket knows where it is ({text})")
         case TcpAddress(port=0):
             raise argparse.ArgumentTypeError(f"port 0 can't be connected to (got {text!r})")

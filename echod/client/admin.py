@@ -7,7 +7,7 @@ from contextlib import closing
 from http.client import BadStatusLine, HTTPConnection, HTTPException, RemoteDisconnected
 from typing import Any
 
-from echod.net.address import Address, HandedOver, TcpAddress, UnixAddress, parse_address
+from echod.net.address import Address, SystemdAddress, TcpAddress, UnixAddress, parse_address
 
 STATS_S = 10.0
 """How long an answer may take that a loop which turns gives at once."""
@@ -148,5 +148,5 @@ def _connection(address: Address, timeout_s: float) -> HTTPConnection:
             return _UnixConnection(path, timeout_s)
         case TcpAddress(host, port):
             return HTTPConnection(host, port, timeout=timeout_s)
-        case HandedOver():
+        case SystemdAddress():
             raise UnansweredError(f"{address}: only the process that was handed the socket knows where that is")

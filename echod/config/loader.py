@@ -27,7 +27,7 @@ from echod.config.schema import (
     Timeouts,
 )
 from echod.config.sources import Setting, Sources, as_number, base
-from echod.net.address import HandedOver, TcpAddress, identity, parse_address
+from echod.net.address import SystemdAddress, TcpAddress, identity, parse_address
 from echod.process import files
 
 DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
@@ -79,6 +79,7 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
         admin=Admin(**_section(values, "admin")),
     )
     _require_separate_admin(config, last.get("admin.listen"))
+    _require_memory_for_a_line(config.limits, last)
     fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
     warnings = (*warnings_of(environment), *warnings)
     return Loaded(fitting, warnings, is_listen_set="listen" in last and last["listen"].source != DEFAULT_LISTEN)
@@ -283,7 +284,7 @@ def _require_separate_admin(config: Config, setting: Setting | None) -> None:
     if not setting or not setting.value:
         return
     admin = parse_address(setting.value)
-    if isinstance(admin, HandedOver):
+    if isinstance(admin, SystemdAddress):
         raise ConfigError([f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}"])
     is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
     clients = [str(identity(parse_address(entry.address))) for entry in config.listen]
@@ -291,6 +292,14 @@ def _require_separate_admin(config: Config, setting: Setting | None) -> None:
         raise ConfigError(
             [f"{setting.source}: admin.listen: clients are served at this address, choose another{_got(setting.value)}"]
         )
+
+
+def _require_memory_for_a_line(limits: Limits, last: Mapping[str, Setting]) -> None:
+    """Raise ConfigError if a single client could not complete the longest line within `limits.held_bytes`."""
+    if 0 < limits.held_bytes < limits.line_bytes:
+        source = last["limits.held_bytes"].source
+        message = f"expected 0 or at least limits.line_bytes, {limits.line_bytes}{_got(limits.held_bytes)}"
+        raise ConfigError([f"{source}: limits.held_bytes: {message}"])
 
 
 def _fit(config: Config, setting: Setting | None, open_files: int) -> tuple[Config, tuple[str, ...]]:

@@ -36,7 +36,7 @@ class Generation(Struct, frozen=True):
     def give(self, uid: int, gid: int) -> None:
         """Give the files of Unix sockets to the user who will have to remove them; raises OSError."""
         for bound in self._sockets:
-            bound.give(uid, gid)
+            bound.change_owner(uid, gid)
 
     def listen(self) -> None:
         """Start to listen on all new sockets; raises ListenError, and then the generation is to be discarded."""

@@ -1,4 +1,4 @@
-"""An address as people write it: `host:port`, `[v6]:port`, `unix:/path` or `systemd:NAME`."""
+"""Addresses in the configuration and on the command line: `host:port`, `[v6]:port`, `unix:/path` or `systemd:NAME`."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class TcpAddress(NamedTuple):
-    """A host, by name or number, and a port; port 0 means any free one."""
+    """A host name or IP address, and a port; port 0 means any free port."""
 
     host: str
     port: int
@@ -30,8 +30,8 @@ class UnixAddress(NamedTuple):
         return f"unix:{self.path}"
 
 
-class HandedOver(NamedTuple):
-    """The sockets of that name which a service manager hands over at the start."""
+class SystemdAddress(NamedTuple):
+    """The inherited sockets with this name, which the service manager passes at the start."""
 
     name: str
 
@@ -39,15 +39,15 @@ class HandedOver(NamedTuple):
         return f"systemd:{self.name}"
 
 
-Address = TcpAddress | UnixAddress | HandedOver
+Address = TcpAddress | UnixAddress | SystemdAddress
 
 
 def parse_address(text: str) -> Address:
-    """Read an address; a ValueError says what is wrong with it."""
+    """Parse an address; raises ValueError, which says what is wrong with it."""
     if text.startswith("unix:"):
         return _unix(text.removeprefix("unix:"))
     if text.startswith("systemd:"):
-        return _handed_over(text.removeprefix("systemd:"))
+        return _systemd(text.removeprefix("systemd:"))
     host, colon, port = text.rpartition(":")
     if not colon:
         raise ValueError("expected host:port, [v6]:port or unix:/path")
@@ -59,31 +59,31 @@ def parse_address(text: str) -> Address:
 
 
 def identity(address: Address) -> Address:
-    """Return what the address stands for: two addresses of the same identity can't both be listened on.
+    """Return a normal form of the address: only one of several addresses with the same identity can be listened on.
 
-    Looks at the file system, for `real_path`; resolves no host name.
+    Follows symbolic links in the path of a Unix socket; resolves no host names.
     """
     match address:
         case UnixAddress(path):
             return UnixAddress(real_path(path))
         case TcpAddress(host, port):
             return TcpAddress(normal_host(host), port)
-        case HandedOver():
+        case SystemdAddress():
             return address
 
 
 def real_path(path: str) -> str:
     """Return the path of a Unix socket without symbolic links in its directory.
 
-    The last component isn't followed, as bind(2) doesn't either.
+    The last component is not followed, as in bind(2).
     """
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def normal_host(host: str) -> str:
-    """Return the one way to write a host, such as ::1 for 0:0:0:0:0:0:0:1.
+    """Return the normal form of a host, such as ::1 for 0:0:0:0:0:0:0:1.
 
-    An IPv4-mapped address is the IPv4 address: ::ffff:127.0.0.1 is 127.0.0.1 (RFC 4291, 2.5.5.2).
+    An IPv4-mapped IPv6 address becomes the IPv4 address: ::ffff:127.0.0.1 is 127.0.0.1 (RFC 4291, 2.5.5.2).
     """
     if ":" not in host:
         return host.lower()
@@ -102,7 +102,7 @@ def _host(host: str) -> str:
         raise ValueError(
             "expected a host name or an IP address before the port"
             if host
-            else "no host; 0.0.0.0:PORT or [::]:PORT is all"
+            else "no host; 0.0.0.0:PORT or [::]:PORT listens on every address"
         )
     return _number(IPv4Address, host) if re.fullmatch("[0-9.]+", host) else host
 
@@ -119,14 +119,14 @@ def _unix(path: str) -> UnixAddress:
     if not path.startswith("/"):
         raise ValueError("expected an absolute path, unix:/path")
     if "\0" in path:
-        raise ValueError("a path holds no NUL")
+        raise ValueError("a path cannot contain NUL")
     if len(path.encode(errors="surrogateescape")) > UNIX_PATH_BYTES:
         raise ValueError(f"path longer than {UNIX_PATH_BYTES} bytes")
     return UnixAddress(path)
 
 
-def _handed_over(name: str) -> HandedOver:
+def _systemd(name: str) -> SystemdAddress:
     # systemd.socket(5), FileDescriptorName=
     if not name or ":" in name or not name.isascii() or not name.isprintable():
-        raise ValueError("expected a name, as FileDescriptorName= in the socket unit gives it")
-    return HandedOver(name)
+        raise ValueError("expected a name that FileDescriptorName= in the socket unit can set")
+    return SystemdAddress(name)

@@ -1,7 +1,7 @@
-"""From addresses to sockets: resolve, bind, or take what a service manager handed over; all or nothing.
+"""Turns configured addresses into sockets: resolves and binds them, or takes inherited sockets; all or nothing.
 
-None of them listens yet: a client that came while the rest still fails would be reset. Knows no event loop and no
-configuration file.
+No new socket listens yet: if a later step failed, a client that had connected already would be reset. Knows neither an
+event loop nor the configuration file.
 """
 
 import errno
@@ -15,7 +15,7 @@ from itertools import count
 
 from msgspec import Struct
 
-from echod.net.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, UnixAddress, normal_host, real_path
+from echod.net.address import UNIX_PATH_BYTES, Address, SystemdAddress, TcpAddress, UnixAddress, normal_host, real_path
 from echod.net.sockets import (
     DEFAULT_SETTINGS,
     BoundSocket,
@@ -23,21 +23,21 @@ from echod.net.sockets import (
     ListenerSettings,
     Prepared,
     SocketAddress,
-    identity,
+    file_identity,
     share_port,
 )
 from echod.process import lockfile
 
 LOCK_S = 1.0
-"""How long others may bind at the same path, each for a moment; bounded, for one of them may be stopped."""
+"""How long to wait for other processes that bind the same path, each for a moment; one of them may be stopped."""
 
 
 class BindError(Exception):
-    """Why an address can't be listened on, and what to do about it."""
+    """An address cannot be listened on; the message says why, and what to do about it."""
 
 
 class BindErrors(Exception):
-    """Every address that can't be listened on, with its reason."""
+    """The errors of every address that cannot be listened on."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__("; ".join(errors))
@@ -110,45 +110,42 @@ def _key(address: SocketAddress, others: Collection[ListenerKey], *, is_inherite
 
 
 def _resolve_or_find(address: Address, inherited: Sequence[InheritedSocket]) -> list[SocketAddress]:
-    if not isinstance(address, HandedOver):
+    if not isinstance(address, SystemdAddress):
         return resolve(address)
     found = [each.address for each in inherited if each.name == address.name]
     if not found:
         names = ", ".join(sorted({each.name for each in inherited})) or "none"
-        raise BindError(f"{address}: no socket of that name was handed over; FileDescriptorName= sets it (got {names})")
+        raise BindError(f"{address}: no inherited socket has that name; FileDescriptorName= sets it (got {names})")
     return found
 
 
 def resolve(address: TcpAddress | UnixAddress) -> list[SocketAddress]:
-    """Every endpoint that the address stands for, however it is written; may wait for a name server.
-
-    Raises BindError.
-    """
+    """Return every socket address that the address stands for; raises BindError. May wait for a name server."""
     match address:
         case UnixAddress(path):
             return [unix_address(path)]
         case TcpAddress(host, port):
             try:
-                # As bytes, for a str would import the idna codec (6 ms) to encode what is ASCII anyway.
+                # As bytes: a str would import the idna codec (6 ms), although the host is ASCII.
                 name = normal_host(host).encode("ascii")
                 found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             except (OSError, UnicodeError) as error:
-                words = getattr(error, "strerror", None) or error
-                raise BindError(f"{address}: unknown host: {words}") from error
+                reason = getattr(error, "strerror", None) or error
+                raise BindError(f"{address}: unknown host: {reason}") from error
             return list(dict.fromkeys(SocketAddress(family, sockaddr) for family, *_, sockaddr in found))
 
 
 def unix_address(path: str) -> SocketAddress:
-    """The endpoint of a Unix socket, however its path is written.
+    """Return the socket address of a Unix socket, with symbolic links in its path resolved.
 
-    Its directory may be named through a symbolic link because the real path is too long to bind: that path is kept.
+    If the resolved path is too long to bind, the path stays as it is written.
     """
     real = real_path(path)
     return SocketAddress(socket.AF_UNIX, real if len(os.fsencode(real)) <= UNIX_PATH_BYTES else path)
 
 
 def is_possible(address: Address) -> bool:
-    """Whether this kernel has the address's family: one that was booted without IPv6 has no address of it."""
+    """Whether the kernel supports the address's family; it may have been booted without IPv6."""
     if not isinstance(address, TcpAddress) or ":" not in normal_host(address.host):
         return True
     try:
@@ -186,7 +183,7 @@ def bind(address: SocketAddress, settings: ListenerSettings = DEFAULT_SETTINGS) 
                 sock.bind(address.sockaddr)
                 if settings.is_private:
                     os.chmod(address.sockaddr, 0o600)  # nobody can connect yet, because the socket does not listen
-                return BoundSocket(sock, settings, identity(address.sockaddr))
+                return BoundSocket(sock, settings, file_identity(address.sockaddr))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if settings.reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -211,9 +208,9 @@ def _advice(address: SocketAddress, error: OSError) -> str:
                 "and several echods share one with reuse_port = true in each"
             )
         case errno.EADDRNOTAVAIL:
-            return "not an address of this machine; `ip address` lists them"
+            return "not an address of this machine; `ip address` lists its addresses"
         case errno.EAFNOSUPPORT:
-            return "this kernel has no IPv6; list addresses of IPv4 alone"
+            return "this kernel has no IPv6; listen on IPv4 addresses only"
         case errno.EMFILE | errno.ENFILE:
             return "no descriptor left; raise the limit of open files (ulimit -n, LimitNOFILE=)"
         case errno.EACCES | errno.EPERM if address.family != socket.AF_UNIX:
@@ -257,16 +254,16 @@ def _wait_for_lock(path: str, name: str) -> int:
             time.sleep(0.005)
         except OSError as error:
             if os.path.lexists(name):
-                words = (error.strerror or str(error)).lower()
-                raise BindError(f"unix:{path}: {name}: {words}; remove it if no echod is starting") from error
+                reason = (error.strerror or str(error)).lower()
+                raise BindError(f"unix:{path}: {name}: {reason}; remove it if no echod is starting") from error
             raise
 
 
 def _remove_stale(path: str) -> None:
-    """Remove the socket file that a dead process left."""
+    """Remove the socket file of a process that has ended; raises BindError if a process still uses it."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise BindError(f"unix:{path}: a file that is no socket is in the way")
+            raise BindError(f"unix:{path}: the file exists and is not a socket")
         if _is_bound(path):
             raise BindError(f"unix:{path}: address already in use; `ss -lxp` shows by whom")
         os.unlink(path)

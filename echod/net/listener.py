@@ -1,7 +1,7 @@
-"""One listening socket in the event loop: accepts by hand, and stops without losing a client.
+"""One listening socket in the event loop: accepts clients, and closes without losing one.
 
-By hand, because the loop's own server resets what waits in the backlog when it closes, and libuv closes the whole
-backlog without a word when descriptors run out. What becomes of an accepted socket is the owner's business.
+It calls accept(2) itself: the event loop's own server resets the clients in its backlog when it closes, and libuv
+silently closes all of them when descriptors run out.
 """
 
 import asyncio
@@ -13,16 +13,16 @@ from echod.net import sockets
 from echod.net.sockets import BoundSocket, ListenerSettings, RawAddress
 
 ACCEPT_BATCH = 64
-"""Accepts in a row, before established connections get their turn."""
+"""Clients accepted at once, before the event loop serves established connections."""
 
 QUIET_S = 0.05
-"""A closing listener that has had no new client for this long, and no handshake is under way, has none left."""
+"""A closing listener is done if no client has arrived for this long and no handshake is under way."""
 
 CLOSE_S = 0.5
-"""A closing listener ends here: a handshake takes a round trip, but may never end, or a new one come each moment."""
+"""The longest time that closing a listener takes: a handshake may never end, or new clients may keep arriving."""
 
 STARVED_S = 0.2
-"""Pause after an accept for which descriptors or memory were missing; the clients wait in the backlog."""
+"""The pause after an accept failed for lack of descriptors or memory; clients wait in the backlog."""
 
 Accepted = tuple[int, RawAddress]
 """The non-blocking descriptor of an accepted client, which the caller has to close, and the client's address."""
@@ -51,9 +51,9 @@ def python_acceptor(listener: socket.socket) -> Callable[[], Accepted | None]:
 
 
 class Listener:
-    """Hands the descriptor of each accepted client, and its address, to `on_accept`, which must not raise.
+    """Accepts clients and passes each to `on_accept`, which must not raise.
 
-    Listens from the beginning on; making one raises ListenError if that can't be.
+    Listens from its construction on, which raises ListenError.
     """
 
     def __init__(
@@ -75,51 +75,54 @@ class Listener:
         self._sets_no_delay = not sockets.pass_on_no_delay(bound)
         self._accept = acceptor(bound.socket)
         bound.listen()
-        self._loop.add_reader(self._socket, self._accept_some)
+        self._loop.add_reader(self._socket, self._accept_batch)
 
     @property
     def address(self) -> str:
-        """The address really bound: with the port that the kernel chose for port 0."""
+        """The actual address, with the port that the kernel chose for port 0."""
         return sockets.peer_name(self._socket.family, self._socket.getsockname())
 
     @property
     def listening_socket(self) -> socket.socket:
-        """The socket that listens."""
+        """The listening socket."""
         return self._socket
 
     @property
     def is_accepting(self) -> bool:
-        """Whether it accepts clients now."""
+        """Whether it is open and not paused."""
         return self._is_open and not self._pauses
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes may listen on the same port."""
-        return self._socket.family != socket.AF_UNIX and bool(
-            self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
-        )
+        return sockets.is_port_shared(self._socket)
 
     def pause(self, reason: str) -> None:
-        """Leave new clients in the backlog, until `resume` for this reason and every other one."""
+        """Leave new clients in the backlog until `resume` is called for each reason."""
         self._pauses.add(reason)
         if self._is_open:
             self._loop.remove_reader(self._socket)
 
     def resume(self, reason: str) -> None:
-        """Accept again, unless there is another reason not to."""
+        """Accept again, unless it is paused for another reason."""
         self._pauses.discard(reason)
         if self._is_open and not self._pauses:
-            self._loop.add_reader(self._socket, self._accept_some)
+            self._loop.add_reader(self._socket, self._accept_batch)
 
     async def close(self) -> None:
         """Accept every client whose handshake was complete or under way, then close; later ones are refused.
 
-        One that a service manager holds too is left to it: later clients wait there for the next process.
-        Takes CLOSE_S at most, not counting the time in which it is paused: what waits meanwhile would be reset.
+        Takes at most CLOSE_S, not counting pauses: closing during a pause would reset the clients in the backlog.
+        An inherited socket is emptied once; later clients wait in it for the next process.
         """
         self._is_closing = True
         if self.bound.is_inherited:
-            self._leave()  # it is the service manager's too: none of its options is ours to change
+            # The service manager uses the socket too, so its options are left alone. The number of batches is bounded,
+            # because a flood of clients may never end.
+            for _ in range(sockets.BACKLOG // ACCEPT_BATCH):
+                if not (self._is_open and self._accept_batch()):
+                    break
+            self.close_now()
             return
         sockets.refuse_new_handshakes(self._socket)
         self._last_client_at = self._loop.time()
@@ -135,20 +138,13 @@ class Listener:
                 self._last_client_at = self._loop.time()
             else:
                 left_s -= wait_s
-        while self._is_open and (self._accept_some() or self._pauses):
+        while self._is_open and (self._accept_batch() or self._pauses):
             if self._pauses:
                 await asyncio.sleep(QUIET_S)
         self.close_now()
 
-    def _leave(self) -> None:
-        """Accept who waits now, then close."""
-        for _ in range(sockets.BACKLOG // ACCEPT_BATCH):  # no longer, for a storm of clients may never end
-            if not (self._is_open and self._accept_some()):
-                break
-        self.close_now()
-
     def close_now(self) -> None:
-        """Close; who is still in the backlog is reset."""
+        """Close now; clients that are still in the backlog are reset."""
         if self._is_open:
             if self._retry:
                 self._retry.cancel()
@@ -159,7 +155,7 @@ class Listener:
     def _is_open(self) -> bool:
         return self._socket.fileno() >= 0
 
-    def _accept_some(self) -> bool:
+    def _accept_batch(self) -> bool:
         """Accept at most a batch; return whether more may be waiting."""
         for _ in range(ACCEPT_BATCH):
             if self._pauses:
@@ -167,26 +163,26 @@ class Listener:
             try:
                 accepted = self._accept()
             except OSError as error:
-                return self._accept_failed(error)
+                return self._on_accept_error(error)
             if accepted is None:
                 return False
             if self._sets_no_delay:
                 sockets.set_no_delay(accepted[0])
             if self._is_closing:
                 self._last_client_at = self._loop.time()
-                sockets.welcome(accepted[0], self._socket.family)
+                sockets.reset_inherited_options(accepted[0], self._socket.family)
             self._on_accept(*accepted, self.bound.settings)
         return True
 
-    def _accept_failed(self, error: OSError) -> bool:
+    def _on_accept_error(self, error: OSError) -> bool:
         if error.errno in _STARVED:
             self.pause("starved")
             self._retry = self._loop.call_later(STARVED_S, self.resume, "starved")
             self._on_starved(error)
             return False
         if error.errno == errno.EINVAL:
-            # A Unix listener that was shut down for reading: its queue is empty, and it would stay readable for ever.
+            # A Unix listener that was shut down for reading: its backlog is empty, and it would stay readable forever.
             self.close_now()
             return False
-        # What accept(2) calls network errors of the new connection: that client is gone, the next may not be.
+        # A network error of the new connection (accept(2)): that client is gone, but others may be waiting.
         return True

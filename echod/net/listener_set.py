@@ -1,4 +1,4 @@
-"""The listeners in force and those that are retiring: changed as a whole, paused and closed together."""
+"""The listeners in force and those that are retiring, which are changed, paused and closed together."""
 
 import asyncio
 import socket
@@ -11,12 +11,12 @@ from echod.net.listener import CLOSE_S, Acceptor, Listener, OnAccept, python_acc
 from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared
 from echod.process.tasks import background_once
 
-TELL_STARVED_S = 10.0
-"""At most this often the owner hears that clients wait for want of descriptors or memory: each pause is only 0.2 s."""
+STARVED_INTERVAL_S = 10.0
+"""The shortest time between two calls of `on_starved`; a pause for lack of descriptors or memory takes only 0.2 s."""
 
 
 class ListenerSet:
-    """Hands the descriptor and address of each client that any of them accepts to `on_accept`, which must not raise."""
+    """Listens on a set of sockets and passes each accepted client to `on_accept`, which must not raise."""
 
     def __init__(
         self, on_accept: OnAccept, on_starved: Callable[[OSError], None], acceptor: Acceptor = python_acceptor
@@ -24,17 +24,17 @@ class ListenerSet:
         self._on_accept = on_accept
         self._on_starved = on_starved
         self._acceptor = acceptor
-        self._starved_told_at = float("-inf")
+        self._starved_at = float("-inf")
         self._in_force: dict[ListenerKey, Listener] = {}
         self._retiring: dict[Listener, asyncio.Task[object]] = {}
 
     def __iter__(self) -> Iterator[Listener]:
-        """All of them, the retiring ones too."""
+        """All listeners, including those that are retiring."""
         return iter((*self._in_force.values(), *self._retiring))
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses really listened on."""
+        """The actual addresses of the listeners in force."""
         return [listener.address for listener in self._in_force.values()]
 
     @property
@@ -44,26 +44,26 @@ class ListenerSet:
 
     @property
     def open_socket(self) -> socket.socket | None:
-        """One that clients are accepted from now, and by nobody else: who shares a port can't tell who will answer."""
+        """The first socket that accepts clients now and that no other process may answer for; None if there is none."""
         listeners = (each for each in self._in_force.values() if each.is_accepting and not each.is_shared)
         return next((each.listening_socket for each in listeners), None)
 
     @property
     def are_retiring(self) -> bool:
-        """Whether any is still on its way to being closed."""
+        """Whether any removed listener is still accepting its backlog."""
         return bool(self._retiring)
 
-    def apply(self, prepared: Prepared, bound_s: float) -> None:
+    def apply(self, prepared: Prepared, deadline_s: float) -> None:
         """Listen on the prepared sockets, and change the settings of the listeners that exist already.
 
-        Listeners that are not in `prepared` retire within `bound_s` seconds; their settings stay as they are.
+        Listeners that are not in `prepared` retire within `deadline_s` seconds; their settings stay as they are.
         Raises ListenError, and nothing has changed then.
         """
-        with self.change(prepared, bound_s):
+        with self.change(prepared, deadline_s):
             pass
 
     @contextmanager
-    def change(self, prepared: Prepared, bound_s: float) -> Iterator[None]:
+    def change(self, prepared: Prepared, deadline_s: float) -> Iterator[None]:
         """Do what can fail in `apply` when the context is entered, and the rest when it ends.
 
         If the context ends with an error, nothing has changed. It must not span an iteration of the event loop, because
@@ -78,29 +78,29 @@ class ListenerSet:
                     listener.close_now()
             raise
         for key in self._in_force.keys() - prepared.keys():
-            self._retire(self._in_force[key], bound_s)
+            self._retire(self._in_force[key], deadline_s)
         for key, each in prepared.items():
             if isinstance(each, ListenerSettings):
                 listeners[key].bound = msgspec.structs.replace(listeners[key].bound, settings=each)
         self._in_force = listeners
 
     def pause(self, reason: str) -> None:
-        """Leave new clients in the backlogs until `resume`."""
+        """Leave new clients in the backlogs until `resume` is called for this reason."""
         for listener in self:
             listener.pause(reason)
 
     def resume(self, reason: str) -> None:
-        """Accept again what waits."""
+        """Accept clients again."""
         for listener in self:
             listener.resume(reason)
 
     async def retired(self) -> None:
-        """Return when each listener that went away has served its backlog and is closed."""
+        """Return when every removed listener has accepted its backlog and is closed."""
         while self._retiring:
             await asyncio.wait(self._retiring.values())
 
     def close_now(self) -> None:
-        """Close all; who is still in a backlog is reset."""
+        """Close the retiring listeners now; clients that are still in a backlog are reset."""
         for listener, closing in [*self._retiring.items()]:
             closing.cancel()
             listener.close_now()
@@ -119,17 +119,17 @@ class ListenerSet:
 
     def _starved(self, error: OSError) -> None:
         now = asyncio.get_running_loop().time()
-        if now - self._starved_told_at >= TELL_STARVED_S:
-            self._starved_told_at = now
+        if now - self._starved_at >= STARVED_INTERVAL_S:
+            self._starved_at = now
             self._on_starved(error)
 
-    def _retire(self, listener: Listener, bound_s: float) -> None:
+    def _retire(self, listener: Listener, deadline_s: float) -> None:
         async def close() -> None:
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(bound_s, 2 * CLOSE_S)):
+                async with asyncio.timeout(max(deadline_s, 2 * CLOSE_S)):
                     await listener.close()
 
-        def forget(_: object) -> None:  # a callback, for a task that is cancelled before its first step runs no finally
+        def forget(_: object) -> None:  # a callback: a task that is cancelled before it starts runs no `finally`
             listener.close_now()
             del self._retiring[listener]
 

@@ -1,4 +1,4 @@
-"""Listening sockets that a service manager handed over, made ready to be served."""
+"""Takes the listening sockets that a service manager passes at the start (sd_listen_fds(3))."""
 
 import os
 import socket
@@ -13,64 +13,66 @@ from echod.net.sockets import RawAddress, SocketAddress
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
 
-class Inherited(Struct, frozen=True):
-    """A listening socket that was handed over, under the name that its unit gives it."""
+class InheritedDescriptor(Struct, frozen=True):
+    """The descriptor of a socket that a service manager passed to us, with the name that its unit gives it."""
 
     name: str
     descriptor: int
 
 
-def take_descriptors(environment: MutableMapping[str, str], pid: int) -> tuple[Inherited, ...]:
-    """The sockets handed over to this process; their variables are removed, and no child inherits them.
+def take_descriptors(environment: MutableMapping[str, str], pid: int) -> tuple[InheritedDescriptor, ...]:
+    """Return the sockets that were passed to this process; removes their variables, and no child inherits the sockets.
 
-    What is meant for another process is left alone but for its variables. Raises ValueError if the count is no number,
-    OSError if there is no such descriptor.
+    Descriptors meant for another process are left alone. Raises ValueError if the count is not a number, OSError if a
+    descriptor does not exist.
     """
-    said = {name: environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
-    if said["LISTEN_PID"] != str(pid):
+    values = {name: environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
+    if values["LISTEN_PID"] != str(pid):
         return ()
-    names = said["LISTEN_FDNAMES"].split(":")
+    names = values["LISTEN_FDNAMES"].split(":")
     taken = []
-    for number in range(int(said["LISTEN_FDS"] or 0)):
+    for number in range(int(values["LISTEN_FDS"] or 0)):
         descriptor = FIRST_DESCRIPTOR + number
         os.set_inheritable(descriptor, False)
-        taken.append(Inherited(names[number] if number < len(names) and names[number] else "unknown", descriptor))
+        taken.append(
+            InheritedDescriptor(names[number] if number < len(names) and names[number] else "unknown", descriptor)
+        )
     return tuple(taken)
 
 
 class UnusableSocketError(Exception):
-    """Why a descriptor that was handed over can't be served."""
+    """An inherited descriptor cannot be served."""
 
 
 def inherit(environment: MutableMapping[str, str], pid: int) -> tuple[InheritedSocket, ...]:
-    """The sockets that a service manager handed over to this process; raises UnusableSocketError."""
+    """Return the sockets that a service manager passed to this process; raises UnusableSocketError."""
     try:
         return adopt(take_descriptors(environment, pid))
     except (ValueError, OSError) as error:
         raise UnusableSocketError(f"LISTEN_FDS: {error}: not the descriptors of a service manager") from error
 
 
-def adopt(handed: Iterable[Inherited]) -> tuple[InheritedSocket, ...]:
-    """The sockets behind the descriptors; raises UnusableSocketError if one is none to accept stream clients from."""
-    return tuple(_adopt(each) for each in handed)
+def adopt(inherited: Iterable[InheritedDescriptor]) -> tuple[InheritedSocket, ...]:
+    """Return the sockets of the descriptors; raises UnusableSocketError for one that is no listening stream socket."""
+    return tuple(_adopt(each) for each in inherited)
 
 
-def _adopt(handed: Inherited) -> InheritedSocket:
+def _adopt(inherited: InheritedDescriptor) -> InheritedSocket:
     try:
-        sock = socket.socket(fileno=handed.descriptor)
+        sock = socket.socket(fileno=inherited.descriptor)
         is_known = sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
         is_fit = (
             is_known and sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         )
     except OSError as error:
-        raise UnusableSocketError(f"systemd:{handed.name}: {(error.strerror or str(error)).lower()}") from error
+        raise UnusableSocketError(f"systemd:{inherited.name}: {(error.strerror or str(error)).lower()}") from error
     if not is_fit:
         sock.close()
         raise UnusableSocketError(
-            f"systemd:{handed.name}: no listening stream socket; its unit needs ListenStream= and Accept=no"
+            f"systemd:{inherited.name}: not a listening stream socket; its unit needs ListenStream= and Accept=no"
         )
     sock.setblocking(False)
-    return InheritedSocket(handed.name, _address(sock), sock)
+    return InheritedSocket(inherited.name, _address(sock), sock)
 
 
 def _address(sock: socket.socket) -> SocketAddress:

@@ -1,6 +1,6 @@
-"""Sockets as the kernel sees them: their names, how to stop listening without a reset, what is queued in them.
+"""Sockets as the kernel sees them: addresses, options, closing a listener without a reset, queued bytes.
 
-Linux facts live here, each with its source; no event loop and no configuration file is known.
+This module collects the facts about Linux, each with its source; it knows neither the event loop nor the configuration.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 BACKLOG = 4096
-"""Handshakes that may wait for an accept; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4."""
+"""Complete handshakes that may wait for an accept; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4."""
 
 _IP_MINTTL = 21  # linux/in.h
 _IPV6_MINHOPCOUNT = 73  # linux/in6.h
@@ -44,22 +44,22 @@ class SocketAddress(Struct, frozen=True):
 
 
 def peer_name(family: int, sockaddr: RawAddress | None) -> str:
-    """A socket address as people write it, whatever the family of the socket that brought it.
+    """Return an address for people to read; `family` is that of the socket, and the address may be of another one.
 
-    A client of a Unix socket has no name of its own.
+    The result is "unix" for the usual client of a Unix socket, which has no address of its own.
     """
     if isinstance(sockaddr, tuple):
         host, port = sockaddr[0], sockaddr[1]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if isinstance(sockaddr, str | bytes) and sockaddr:
-        # It may hold anything: what can't be shown in a line would spoil it.
+        # A path may contain any character, such as a line feed.
         return "unix:" + "".join(each if each.isprintable() else repr(each)[1:-1] for each in os.fsdecode(sockaddr))
     # None: the peer was gone before it was accepted.
     return "unix" if family == socket.AF_UNIX or sockaddr == "" else "unknown"
 
 
 class ListenError(Exception):
-    """Why a socket that is bound can't be listened on."""
+    """A bound socket cannot be listened on."""
 
 
 class ListenerKey(NamedTuple):
@@ -97,9 +97,9 @@ class BoundSocket(Struct, frozen=True):
     """Whether a service manager holds the socket too; later clients wait in it for the next process."""
 
     def listen(self) -> None:
-        """Let clients come; raises ListenError if another process was quicker."""
+        """Start to listen; raises ListenError, for example if another process listens on the port already."""
         if self.is_inherited:
-            return  # it is listened on, with the backlog that its unit says
+            return  # it listens already, with the backlog of its unit
         try:
             self.socket.listen(BACKLOG)
         except OSError as error:
@@ -107,10 +107,10 @@ class BoundSocket(Struct, frozen=True):
             raise ListenError(f"{name}: {(error.strerror or str(error)).lower()}") from error
 
     def try_listening(self) -> None:
-        """See whether `listen` can go well, on a socket that is to be closed and that no client finds meanwhile.
+        """Check whether `listen` would succeed, without any client noticing; raises ListenError. Close the socket then.
 
-        Of two new addresses that overlap both can be bound, and only one listened on. Raises ListenError. A Unix socket
-        is refused when it is bound already, and who shares a port can't be in anybody's way.
+        Two sockets with overlapping addresses can both be bound, but only one can listen. A Unix socket in use is
+        refused by the bind already, and a shared port conflicts with nobody.
         """
         sock = self.socket
         is_shared = sock.family == socket.AF_UNIX or sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
@@ -118,19 +118,19 @@ class BoundSocket(Struct, frozen=True):
             self.listen()
 
     def close(self) -> None:
-        """Close the socket and remove its file, if it is still the same."""
+        """Close the socket, and remove its file unless another one has replaced it."""
         if self.file is not None:
             with suppress(OSError):
                 path = self.socket.getsockname()
-                if identity(path) == self.file:
+                if file_identity(path) == self.file:
                     os.unlink(path)
         self.socket.close()
 
-    def give(self, uid: int, gid: int) -> None:
-        """Make its file another user's, if it is a Unix socket's; raises OSError."""
+    def change_owner(self, uid: int, gid: int) -> None:
+        """Change the owner of a Unix socket's file; raises OSError."""
         if self.file is None:
             return
-        # By descriptor: what somebody puts in its place in between is not given away.
+        # By descriptor, so that a file that replaces it meanwhile keeps its owner.
         found = os.open(self.socket.getsockname(), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             status = os.fstat(found)
@@ -142,27 +142,27 @@ class BoundSocket(Struct, frozen=True):
 
 def _chown(found: int, uid: int, gid: int) -> None:
     try:
-        os.chown(f"/proc/self/fd/{found}", uid, gid)  # fchown(2) takes no O_PATH
+        os.chown(f"/proc/self/fd/{found}", uid, gid)  # fchown(2) fails for O_PATH
     except FileNotFoundError as error:
-        raise OSError(error.errno, "a Unix socket can't be given away without /proc") from error
+        raise OSError(error.errno, "the owner of a Unix socket cannot be changed without /proc") from error
 
 
 def share_port(sock: socket.socket, *, is_shared: bool) -> None:
-    """Let other processes listen on the same port, or no more of them (SO_REUSEPORT), while it listens already.
+    """Allow or forbid that other processes listen on the same port (SO_REUSEPORT), even while the socket listens.
 
-    Measured on Linux 6.18: whoever binds later is let in, and the kernel then shares new clients out among all.
+    Measured on Linux 6.18: a later bind succeeds, and the kernel then distributes new clients among all sockets.
     """
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, is_shared)
 
 
 def is_port_shared(sock: socket.socket) -> bool:
-    """Whether other processes may listen on the same port (SO_REUSEPORT); a Unix socket has none."""
+    """Whether other processes may listen on the same port (SO_REUSEPORT); False for a Unix socket."""
     return sock.family != socket.AF_UNIX and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT))
 
 
-def identity(path: str) -> tuple[int, int]:
-    """Device and inode of a file, which tell it from a later one of the same name."""
+def file_identity(path: str) -> tuple[int, int]:
+    """Return the device and inode of a file, which distinguish it from a later file with the same name."""
     status = os.lstat(path)
     return status.st_dev, status.st_ino
 
@@ -171,18 +171,18 @@ Prepared = Mapping[ListenerKey, BoundSocket | ListenerSettings]
 """The listeners of a configuration: a new socket for each, or only the settings if the listener exists already."""
 
 
-# -- stopping ----------------------------------------------------------------------------------------------------------
+# -- closing a listener ------------------------------------------------------------------------------------------------
 
 
 def refuse_new_handshakes(sock: socket.socket) -> None:
-    """Let no new client in, while those whose handshake is under way or complete can still be accepted.
+    """Refuse new clients, while those whose handshake is under way or complete can still be accepted.
 
-    TCP: bound to an interface that doesn't exist the listener is found by no SYN, so later clients are refused at once;
-    a handshake under way has been given its interface already and goes on. Before Linux 5.7 that takes a privilege, and
-    where other processes share the port (SO_REUSEPORT) the kernel may choose this listener all the same: there a
-    minimum TTL of 255 drops each SYN that crossed a router or comes from loopback (TTL 64), and the sender retries a
-    second later; what is accepted meanwhile inherits that: see `welcome`. A Unix listener is shut down for reading:
-    connect(2) is refused at once, and what is queued can be accepted until EINVAL.
+    TCP: the listener is bound to an interface that does not exist. No SYN matches it then, so later clients are refused
+    at once; handshakes under way have recorded their interface and continue. Before Linux 5.7 this needs a privilege,
+    and if other processes share the port (SO_REUSEPORT), the kernel may still choose this listener. In these cases a
+    minimum TTL of 255 drops each SYN that crossed a router or comes from loopback (TTL 64), and its sender retries
+    after a second. Accepted sockets inherit that option: see `reset_inherited_options`.
+    Unix: shut down for reading, the listener refuses connect(2), and its backlog can be accepted until EINVAL.
     """
     with suppress(OSError):
         if sock.family == socket.AF_UNIX:
@@ -202,9 +202,9 @@ def _bind_to_no_interface(sock: socket.socket) -> bool:
 
 
 def has_handshakes_under_way(sock: socket.socket) -> bool:
-    """Whether some client of a TCP listener has still to acknowledge that it is let in; False if nobody can tell.
+    """Whether a handshake with a TCP listener is incomplete (SYN_RECV); False if that cannot be determined.
 
-    Asks sock_diag(7), or where a sandbox forbids that, the tables of /proc: 20 ms with 10 000 connections.
+    Asks sock_diag(7), or if a sandbox forbids that, reads the tables of /proc: 20 ms with 10 000 connections.
     """
     if sock.family == socket.AF_UNIX:
         return False
@@ -218,7 +218,7 @@ def has_handshakes_under_way(sock: socket.socket) -> bool:
 
 
 def _diagnose_handshakes(family: int, port: int) -> bool:
-    """Ask for sockets of that port in SYN_RECV: the first message of the answer is one, or the end of the list."""
+    """Request the sockets of the port in SYN_RECV: the first message is such a socket, or the end of the list."""
     head = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 0, 0)
     query = struct.pack("=BBxxIH46x", family, socket.IPPROTO_TCP, 1 << _TCP_SYN_RECV, socket.htons(port))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diagnosis:
@@ -237,8 +237,8 @@ def _is_handshake_listed(table: str, port: int) -> bool:
     return False
 
 
-def welcome(descriptor: int, family: int) -> None:
-    """Undo on an accepted socket what `refuse_new_handshakes` made it inherit."""
+def reset_inherited_options(descriptor: int, family: int) -> None:
+    """Reset the options that an accepted socket inherits from its listener after `refuse_new_handshakes`."""
     if family == socket.AF_UNIX:
         return
     with suppress(OSError), borrowed(descriptor) as sock:
@@ -269,7 +269,7 @@ def set_no_delay(descriptor: int) -> None:
 # -- established connections -------------------------------------------------------------------------------------------
 
 LINGER_S = 1.0
-"""How long to read on after a half-close for the peer's end of stream: closing on unread input would reset it."""
+"""How long to read for the peer's end of stream after a half-close: closing with unread input would reset the peer."""
 
 
 @contextmanager
@@ -288,16 +288,16 @@ def half_close(descriptor: int) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
-def failure(descriptor: int) -> int:
+def pending_error(descriptor: int) -> int:
     """Return the errno of a connection's error that no call has reported yet, else 0 (socket(7), SO_ERROR)."""
     with borrowed(descriptor) as sock:
         return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
 def reset_on_close(descriptor: int) -> None:
-    """Make the close of a connection reset it, and forget what the peer has not acknowledged (socket(7), SO_LINGER).
+    """Make the close of a connection reset it and discard unacknowledged data (socket(7), SO_LINGER).
 
-    Else the kernel keeps megabytes of it for a peer that takes none, for minutes, in which the peer isn't told either.
+    Otherwise the kernel would keep megabytes for minutes for a peer that does not read, and the peer would see no end.
     """
     with borrowed(descriptor) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -318,15 +318,15 @@ def is_ended(descriptor: int) -> bool:
 
 
 def unacknowledged_bytes(descriptor: int) -> int:
-    """Bytes written that the peer's kernel has not acknowledged (SIOCOUTQ, tcp(7)); a FIN counts as one.
+    """Return how many sent bytes the peer's kernel has not acknowledged (SIOCOUTQ, tcp(7)); a FIN counts as one.
 
-    For a Unix socket: memory that holds what the peer has not read; it tells progress, but no number of bytes.
+    For a Unix socket, the memory that holds what the peer has not read: it shows progress, but is no number of bytes.
     """
     return _queued(descriptor, termios.TIOCOUTQ)
 
 
 def unread_bytes(descriptor: int) -> int:
-    """Bytes that have arrived and were not read (SIOCINQ, tcp(7), unix(7))."""
+    """Return how many bytes have arrived and were not read (SIOCINQ, tcp(7), unix(7))."""
     return _queued(descriptor, termios.FIONREAD)
 
 

@@ -1,36 +1,38 @@
 """The uppercase-echo protocol: bytes in, reply bytes out.
 
-Owns the unfinished line of one connection and what can be wrong with a line. Its rule: what is answered depends on the
-bytes alone, never on how they were cut into chunks. It does no I/O and knows no sockets, no time and no configuration,
-so every cut of every input can be tested.
+Owns the partial line of one connection and the errors of a line. The replies depend only on the bytes, never on how
+they were split into chunks. This module does no I/O and knows neither sockets nor time nor the configuration, so every
+split of every input can be tested.
 """
 
 from enum import Enum
 
 _ASCII_WHITESPACE = b"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f "
-"""What str.strip takes from ASCII text; bytes.strip alone would leave the separators 1c to 1f."""
-
+"""The ASCII characters that str.strip removes; bytes.strip without an argument would keep the separators 1c to 1f."""
 
 _LONG_BYTES = 256
-"""From such a length on it is cheaper to look at a line's two ends than to make a string of it."""
+"""From this length on, checking the two ends of a line is cheaper than creating a str of it."""
 
 SLICE_BYTES = 4096
-"""The approximate size of the slices in which costly input is answered; 0.4 ms if every byte is a line (measured)."""
+"""The approximate size of a slice, the part of costly input that is answered in one step.
+
+A step takes 0.4 ms if every byte is a line (measured).
+"""
 
 SLICE_LINES = 1024
-"""A larger chunk is costly if it holds more lines than this, or text that is not ASCII."""
+"""A chunk larger than a slice is costly if it holds more lines than this, or text that is not ASCII."""
 
 
 class LineError(Enum):
-    """What makes a line unanswerable; it is the last line of its connection that gets a reply."""
+    """Why a line cannot be answered; it gets an error line, and no later line is answered."""
 
     LINE_TOO_LONG = "line too long"
     INVALID_UTF8 = "invalid utf-8"
 
 
-def error_line(words: str) -> bytes:
-    """The line that tells a client why it is being left; no reply can look like it, for replies hold no lower case."""
-    return b"ERROR " + words.encode() + b"\n"
+def error_line(text: str) -> bytes:
+    """Return the error line with this text; no reply can look like it, because replies contain no lower-case ASCII."""
+    return b"ERROR " + text.encode() + b"\n"
 
 
 class Echo:
@@ -43,20 +45,20 @@ class Echo:
     all of it. Do not call `receive` before that.
     """
 
-    __slots__ = ("_kept", "_kept_from", "_unfinished", "answered", "error", "line_bytes")
+    __slots__ = ("_kept", "_kept_from", "_partial", "answered", "error", "line_bytes")
 
-    def __init__(self, line_bytes: int, unfinished: bytes = b"", answered: int = 0) -> None:
-        """`unfinished` and `answered`: where an earlier one of the same connection was left."""
+    def __init__(self, line_bytes: int, unanswered: bytes = b"", answered: int = 0) -> None:
+        """`unanswered` and `answered` continue the state of another instance, as after a live upgrade."""
         self.line_bytes = line_bytes
         self.answered = answered
         self.error: LineError | None = None
-        self._unfinished: bytes | bytearray = b""
+        self._partial: bytes | bytearray = b""
         self._kept = b""
         self._kept_from = 0
-        if b"\n" in unfinished:
-            self._kept = unfinished
-        elif unfinished:
-            self._unfinished = bytearray(unfinished)
+        if b"\n" in unanswered:
+            self._kept = unanswered
+        elif unanswered:
+            self._partial = bytearray(unanswered)
 
     @property
     def has_more(self) -> bool:
@@ -66,29 +68,29 @@ class Echo:
     @property
     def is_clean(self) -> bool:
         """Whether everything received has been answered, without an error."""
-        return not (self._unfinished or self._kept or self.error)
+        return not (self._partial or self._kept or self.error)
 
     @property
-    def unfinished_bytes(self) -> int:
+    def partial_bytes(self) -> int:
         """The length of the partial line in bytes, 0 if there is none."""
-        return len(self._unfinished)
+        return len(self._partial)
 
     @property
     def held_bytes(self) -> int:
         """How many received bytes are not answered: a partial line, or lines that wait for `receive_more`."""
-        return len(self._unfinished) or len(self._kept) - self._kept_from
+        return len(self._partial) or len(self._kept) - self._kept_from
 
     @property
-    def unfinished(self) -> bytes:
+    def unanswered(self) -> bytes:
         """The received bytes that are not answered: a partial line, or lines that wait for `receive_more`."""
-        return self._kept[self._kept_from :] if self._kept else bytes(self._unfinished)
+        return self._kept[self._kept_from :] if self._kept else bytes(self._partial)
 
     def receive(self, chunk: bytes) -> bytes:
-        """Take what has arrived; return every reply that it completes, ending with an error line if `error` is set."""
-        if self._unfinished or self.error or not 0 < len(chunk) <= self.line_bytes:
+        """Process received bytes; return the replies to the lines that they complete, with any error line."""
+        if self._partial or self.error or not 0 < len(chunk) <= self.line_bytes:
             return self._receive_carefully(chunk)
         if chunk.find(b"\n") == len(chunk) - 1 and chunk.isascii():
-            # One whole line of ASCII, as from a client that waits for each reply: half the time of the general way.
+            # One complete ASCII line, as from a client that waits for each reply: half the time of the general case.
             self.answered += 1
             return chunk.strip(_ASCII_WHITESPACE).upper() + b"\n"
         if chunk.endswith(b"\n"):
@@ -103,18 +105,18 @@ class Echo:
             return b""
         end = chunk.rfind(b"\n") + 1
         if not end:
-            self._begin(chunk)
-            return self._within_limit(b"")
-        if _is_costly(self._unfinished, chunk):
-            self._kept = b"".join((self._unfinished, chunk))
+            self._extend_partial(chunk)
+            return self._answer_checked(b"")
+        if _is_costly(self._partial, chunk):
+            self._kept = b"".join((self._partial, chunk))
             self._kept_from = 0
-            self._unfinished = b""
+            self._partial = b""
             return b""
-        lines = b"".join((self._unfinished, memoryview(chunk)[:end]))
-        self._unfinished = b""
+        lines = b"".join((self._partial, memoryview(chunk)[:end]))
+        self._partial = b""
         if end < len(chunk):
-            self._begin(chunk[end:])
-        return self._within_limit(lines)
+            self._extend_partial(chunk[end:])
+        return self._answer_checked(lines)
 
     def receive_more(self) -> bytes:
         """Answer the next slice of a costly chunk that `receive` has kept; return the replies."""
@@ -122,39 +124,40 @@ class Echo:
         end = (kept.rfind(b"\n", start, start + SLICE_BYTES) + 1) or (kept.find(b"\n", start + SLICE_BYTES) + 1)
         if not end:
             end = len(kept)
-            self._begin(kept[start:])
+            self._extend_partial(kept[start:])
             start = end
         self._kept_from = end
         if end == len(kept):
             self._kept = b""
             self._kept_from = 0
-        return self._within_limit(kept[start:end])
+        return self._answer_checked(kept[start:end])
 
     def finish(self) -> bytes:
-        """Take the client's end of stream; return the reply to its unterminated last line, if there is one."""
-        if self.error or not self._unfinished:
+        """Process the client's end of stream; return the reply to its unterminated last line, if there is one."""
+        if self.error or not self._partial:
             return b""
-        lines = bytes(self._unfinished) + b"\n"
-        self._unfinished = b""
-        return self._within_limit(lines)
+        lines = bytes(self._partial) + b"\n"
+        self._partial = b""
+        return self._answer_checked(lines)
 
-    def _begin(self, text: bytes) -> None:
-        # A bytearray grows in place: a line that comes byte by byte costs no more than one that comes at once.
-        if isinstance(self._unfinished, bytearray):
-            self._unfinished += text
+    def _extend_partial(self, text: bytes) -> None:
+        # A bytearray grows in place: a line that arrives byte by byte costs no more than one that arrives at once.
+        if isinstance(self._partial, bytearray):
+            self._partial += text
         else:
-            self._unfinished = bytearray(text)
+            self._partial = bytearray(text)
 
-    def _within_limit(self, lines: bytes) -> bytes:
-        end = _end_of_sound_lines(lines, self.line_bytes)
-        if end == len(lines) and len(self._unfinished) <= self.line_bytes:
+    def _answer_checked(self, lines: bytes) -> bytes:
+        """Answer complete lines up to the first that is too long; check the length of the partial line, too."""
+        end = _end_of_valid_lines(lines, self.line_bytes)
+        if end == len(lines) and len(self._partial) <= self.line_bytes:
             return self._answer(lines) if lines else b""
         replies = self._answer(lines[:end]) if end else b""
         return replies if self.error else replies + self._fail(LineError.LINE_TOO_LONG)
 
     def _answer(self, lines: bytes) -> bytes:
-        # Decoding, stripping and upper-casing whole chunks is exact: LF is part of no UTF-8 sequence, and mapping to
-        # upper case looks at no neighbour (only the final sigma of lower case does). Twice as fast as line by line.
+        # Decoding, stripping and upper-casing whole chunks is exact: LF is part of no UTF-8 sequence, and upper-casing
+        # one character does not depend on the next. It is twice as fast as line by line.
         if replies := self._answer_long(lines):
             return replies
         try:
@@ -174,7 +177,7 @@ class Echo:
 
     def _fail(self, error: LineError) -> bytes:
         self.error = error
-        self._unfinished = self._kept = b""
+        self._partial = self._kept = b""
         self._kept_from = 0
         match error:
             case LineError.LINE_TOO_LONG:
@@ -183,16 +186,16 @@ class Echo:
                 return error_line("invalid utf-8")
 
 
-def _is_costly(begun: bytes | bytearray, chunk: bytes) -> bool:
-    if len(begun) + len(chunk) <= SLICE_BYTES:
+def _is_costly(partial: bytes | bytearray, chunk: bytes) -> bool:
+    if len(partial) + len(chunk) <= SLICE_BYTES:
         return False
-    return not (chunk.isascii() and begun.isascii()) or chunk.count(b"\n") > SLICE_LINES
+    return not (chunk.isascii() and partial.isascii()) or chunk.count(b"\n") > SLICE_LINES
 
 
-def _end_of_sound_lines(lines: bytes, line_bytes: int) -> int:
-    """Where the first line longer than `line_bytes` begins, or the length of `lines`, which end with LF, if none is.
+def _end_of_valid_lines(lines: bytes, line_bytes: int) -> int:
+    """Return where the first line longer than `line_bytes` begins, or the length of `lines`, which must end with LF.
 
-    Leaps from the start of a line to the last LF within reach of it, so short lines aren't looked at one by one.
+    It jumps from the start of a line to the last LF within the limit, so short lines are not visited one by one.
     """
     start = 0
     while len(lines) - start > line_bytes + 1:
@@ -206,7 +209,7 @@ def _end_of_sound_lines(lines: bytes, line_bytes: int) -> int:
 
 
 def _long_lines(lines: bytes) -> int:
-    """How many lines of ASCII there are, or 0 if one isn't long or has whitespace at an end."""
+    """Return the number of ASCII lines, or 0 if one is not long or has whitespace at an end."""
     count = start = 0
     while start < len(lines):
         end = lines.find(b"\n", start)

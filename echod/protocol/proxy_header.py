@@ -1,7 +1,7 @@
-"""The header of the PROXY protocol, versions 1 and 2: where a client comes from that a balancer has brought.
+"""The header of the PROXY protocol, versions 1 and 2, in which a balancer names the client's address.
 
-As HAProxy's proxy-protocol.txt has it: what no correct sender can send is refused. Bytes go in, a source comes out;
-sockets and time are not known here.
+It follows HAProxy's proxy-protocol.txt, and refuses what no correct sender can send. This module does no I/O and knows
+neither sockets nor time.
 """
 
 import re
@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv6Address
 from msgspec import Struct
 
 MAX_BYTES = 4096
-"""The longest header that is read. Version 2 allows 64 KiB, of which a sender uses a few hundred bytes."""
+"""The longest header that is accepted. Version 2 allows 64 KiB; real headers have at most a few hundred bytes."""
 
 _V1, _V1_BYTES = b"PROXY ", 107
 _V2, _V2_HEAD = b"\r\n\r\n\0\r\nQUIT\n", struct.Struct("!12sBBH")
@@ -24,22 +24,24 @@ _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 
 
 class ProxyError(Exception):
-    """Why this is no header."""
+    """The bytes are not a valid header; the message says why."""
 
 
 Source = tuple[str, int] | tuple[str, int, int, int] | str | bytes
-"""As the socket module has the addresses of IPv4, IPv6 and Unix sockets."""
+"""An IPv4, IPv6 or Unix address in the format of the socket module."""
 
 
 class Header(Struct, frozen=True):
-    """A whole header: how many bytes it has, and where the client comes from; None if that isn't told."""
+    """A complete header."""
 
     length: int
+    """Its length in bytes."""
     source: Source | None
+    """The client's address; None if the header does not name one."""
 
 
 def read(data: bytes) -> Header | None:
-    """The header that `data` begins with; None as long as all of it is only its beginning. Raises ProxyError."""
+    """Return the header at the start of `data`, or None if it is not complete yet; raises ProxyError."""
     if data[: len(_V2)] == _V2[: len(data)]:
         return _read_v2(data) if data else None
     if data[: len(_V1)] == _V1[: len(data)]:
@@ -50,7 +52,7 @@ def read(data: bytes) -> Header | None:
 def _read_v1(data: bytes) -> Header | None:
     line, end, rest = data[:_V1_BYTES].partition(b"\r")
     if b"\n" in line or rest[:1] not in (b"", b"\n") or (len(data) >= _V1_BYTES and not rest):
-        raise ProxyError("version 1: no line that ends with CR LF within 107 bytes")
+        raise ProxyError("version 1: expected CR LF within 107 bytes")
     if not rest:
         return None
     return Header(len(line) + len(end) + 1, _source_v1(line))
@@ -84,7 +86,7 @@ def _ipv4(host: str | bytes, port: int) -> Source:
 
 
 def _ipv6(host: str | bytes, port: int) -> Source:
-    """One spelling for each client, or it would be several; of IPv4 where it was mapped for a socket of IPv6."""
+    """Return the address in its normal form, so that each client has only one; IPv4-mapped IPv6 becomes IPv4."""
     try:
         address = IPv6Address(host)
     except ValueError:
@@ -100,18 +102,20 @@ def _read_v2(data: bytes) -> Header | None:
     _, command, family, length = _V2_HEAD.unpack_from(data)
     whole = _V2_HEAD.size + length
     if command not in (_LOCAL, _PROXY):
-        raise ProxyError("version 2: another version, or neither LOCAL nor PROXY")
+        raise ProxyError("version 2: expected version 2 and the command LOCAL or PROXY")
     if whole > MAX_BYTES:
         raise ProxyError(f"version 2: longer than {MAX_BYTES} bytes")
     if command == _PROXY and (family not in _ADDRESSES or length < _ADDRESSES[family].size):
-        raise ProxyError("version 2: neither a stream of IPv4, IPv6 or Unix sockets nor unspecified, or no addresses")
+        raise ProxyError(
+            "version 2: expected stream sockets of IPv4, IPv6 or Unix, or unspecified, and their addresses"
+        )
     if len(data) < whole:
         return None
     return Header(whole, _source_v2(family, data) if command == _PROXY else None)
 
 
 def _source_v2(family: int, data: bytes) -> Source | None:
-    parts = _ADDRESSES[family].unpack_from(data, _V2_HEAD.size)  # what follows them (TLV) is skipped
+    parts = _ADDRESSES[family].unpack_from(data, _V2_HEAD.size)  # the TLVs that follow are skipped
     if family == _TCP4:
         return _ipv4(parts[0], parts[2])
     if family == _TCP6:
@@ -121,5 +125,5 @@ def _source_v2(family: int, data: bytes) -> Source | None:
 
 def _path(field: bytes) -> str | bytes:
     if field.startswith(b"\0") and (name := field.rstrip(b"\0")):
-        return name  # of the abstract namespace
+        return name  # in the abstract namespace (unix(7))
     return field.partition(b"\0")[0].decode(errors="surrogateescape")

@@ -23,11 +23,15 @@ from echod.server.scheduler import Scheduler
 from echod.server.state import ConnectionState
 from echod.telemetry.reasons import CloseReason, EndReason, end_reason
 
-LEAST_CHUNK_BYTES = 16_384
+MIN_CHUNK_BYTES = 16_384
 """The smallest read buffer, however long the partial line that the read continues."""
 
 # All connections share this buffer: its content is copied before the next read.
 _chunk = memoryview(bytearray(CHUNK_BYTES))
+
+# All connections without pending replies share this object, which is never changed. Pending replies are a bytearray
+# because deleting its front takes amortized linear time; slicing bytes would copy the rest at each write.
+_NO_REPLIES = bytearray()
 
 
 class State(Enum):
@@ -127,8 +131,7 @@ class Connection(HotPath):
         """When the idle timeout ends, if the connection is parked; None if it is sampled regularly."""
         self.unacknowledged_bytes = 0
         """How many bytes the client's kernel had not acknowledged when the linger ended."""
-        # Deleting the front of a bytearray takes amortized linear time; slicing bytes would copy the rest each time.
-        self._pending = bytearray()
+        self._pending = _NO_REPLIES
         self._counted_bytes = 0
         self._waits_for_memory = False
         self._has_ended = False
@@ -187,7 +190,7 @@ class Connection(HotPath):
         self.activity.restore(saved.activity)
         self.opened_at = saved.opened_at
         self.bytes_in, self.bytes_out = saved.bytes_in, saved.bytes_out
-        self._pending = bytearray(saved.pending)
+        self._pending = bytearray(saved.pending) if saved.pending else _NO_REPLIES
         if saved.reason is not None:
             self.reason = end_reason(saved.reason)
             self._has_ended = self.reason is CloseReason.CLIENT
@@ -211,8 +214,8 @@ class Connection(HotPath):
         The smaller read bounds what one client can make us hold: three times 64 KiB plus the smallest read, because
         upper-casing can triple the size of UTF-8 text.
         """
-        begun = self.echo.unfinished_bytes
-        room = _chunk[: max(CHUNK_BYTES - begun, LEAST_CHUNK_BYTES)] if begun else _chunk
+        partial_bytes = self.echo.partial_bytes
+        room = _chunk[: max(CHUNK_BYTES - partial_bytes, MIN_CHUNK_BYTES)] if partial_bytes else _chunk
         if self._owner.memory.is_exceeded and self.state is State.OPEN:
             room = room[: self._spare_bytes(room)]
             if not room:
@@ -256,7 +259,7 @@ class Connection(HotPath):
             return
         if self.echo.has_more and not self._pending:
             self._owner.scheduler.add(self)
-        elif not is_answered and (error := sockets.failure(self.descriptor)):
+        elif not is_answered and (error := sockets.pending_error(self.descriptor)):
             # libuv reports an error on a descriptor once and then stops polling it. The read above may have returned
             # only the input before the error. Without a send, nothing else would report it.
             self._lose(error)
@@ -312,6 +315,7 @@ class Connection(HotPath):
         self._count_held()
         if self._pending:
             return
+        self._pending = _NO_REPLIES
         if self.state is State.FLUSHING:
             self._end_when_sent()
         elif self.echo.has_more:
@@ -388,7 +392,7 @@ class Connection(HotPath):
         """
         if sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES:
             return 0
-        if self.echo.unfinished_bytes <= SPARE_BYTES:
+        if self.echo.partial_bytes <= SPARE_BYTES:
             return SPARE_BYTES
         if self._owner.memory.is_overdrawn:
             return 0
@@ -506,7 +510,7 @@ class Connection(HotPath):
         if self._linger:
             self._linger.cancel()
         self._is_reading = self._is_writing = False
-        self._pending = bytearray()
+        self._pending = _NO_REPLIES
         self._count_held()
         self._owner.memory.forget(self)
         os.close(self.descriptor)

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from echod.config.schema import Config
 from echod.net.bind import InheritedSocket
-from echod.net.socket_activation import Inherited, UnusableSocketError, adopt
+from echod.net.socket_activation import InheritedDescriptor, UnusableSocketError, adopt
 from echod.net.sockets import BoundSocket, ListenerKey, RawAddress, SocketAddress
 from echod.server.clients import Clients
 from echod.server.connection import Connection
@@ -50,7 +50,7 @@ def _connection_state(connection: Connection, *, is_counted: bool) -> Connection
         bytes_in=connection.bytes_in,
         bytes_out=connection.bytes_out,
         lines=connection.lines,
-        unanswered=connection.echo.unfinished,
+        unanswered=connection.echo.unanswered,
         pending=connection.pending,
         reason=connection.reason and connection.reason.value,
         activity=connection.activity.save(),
@@ -124,7 +124,7 @@ def predecessor(state: State, client_states: Iterable[ConnectionState]) -> Prede
     try:
         for _, descriptor in state.process.inherited:
             os.set_inheritable(descriptor, False)
-        inherited = adopt(Inherited(name, descriptor) for name, descriptor in state.process.inherited)
+        inherited = adopt(InheritedDescriptor(name, descriptor) for name, descriptor in state.process.inherited)
         known = {each.socket.fileno(): each.socket for each in inherited}
         return Predecessor(
             state=state,

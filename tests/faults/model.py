@@ -59,7 +59,7 @@ BAD = {
     "connections_per_address =": "not valid TOML",
     "MISSING": "cannot be read",
     "LISTEN 127.0.0.1:{taken}": "already in use",
-    "LISTEN unix:{directory}/in-the-way": "a file that is no socket is in the way",
+    "LISTEN unix:{directory}/in-the-way": "the file exists and is not a socket",
 }
 """What can be wrong with a configuration, and what is said of it."""
 

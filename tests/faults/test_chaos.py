@@ -40,7 +40,7 @@ FAULTS = {
     "timeouts.drain_quiet = -1": "expected number >= 0",
     "listen 127.0.0.1:{taken}": "address already in use",
     "listen 192.0.2.1:9": "not an address of this machine",
-    "listen unix:{directory}/in-the-way": "a file that is no socket is in the way",
+    "listen unix:{directory}/in-the-way": "the file exists and is not a socket",
     "log.file = '/no/such/folder/log'": "no such file or directory",
 }
 """What can be wrong with a configuration ("": there is none), and what is said of it."""

@@ -55,12 +55,12 @@ def protocol(data: bytes) -> None:
         seen += chunk
         replies += receive(echo, chunk)
         assert replies == reference(seen, line_bytes, is_ended=False)
-        assert echo.unfinished_bytes == (0 if echo.error else len(seen.rpartition(b"\n")[2]))
+        assert echo.partial_bytes == (0 if echo.error else len(seen.rpartition(b"\n")[2]))
     replies += echo.finish()
     assert replies == reference(seen, line_bytes, is_ended=True)
     assert replies == told([seen], line_bytes) == told(bytewise(seen), line_bytes)
     assert echo.answered == replies.count(b"\n") - bool(echo.error)
-    assert echo.unfinished_bytes == 0
+    assert echo.partial_bytes == 0
 
 
 # -- the configuration -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_a_name_that_nobody_handed_over_ends_the_start() -> None:
         assert echod.process.wait() == 1
         echod._reader.join()
         (complaint,) = echod.other_lines
-        assert "systemd:web: no socket of that name was handed over" in complaint
+        assert "systemd:web: no inherited socket has that name" in complaint
         assert "(got x, y)" in complaint
 
 

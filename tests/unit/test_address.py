@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from echod.net.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, UnixAddress, identity, parse_address
+from echod.net.address import UNIX_PATH_BYTES, Address, SystemdAddress, TcpAddress, UnixAddress, identity, parse_address
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ from echod.net.address import UNIX_PATH_BYTES, Address, HandedOver, TcpAddress, 
         ("unix:/run/echod.sock", UnixAddress("/run/echod.sock")),
         ("unix:/a b:0", UnixAddress("/a b:0")),
         ("unix:/ß", UnixAddress("/ß")),
-        ("systemd:web", HandedOver("web")),
-        ("systemd:echod.socket", HandedOver("echod.socket")),
+        ("systemd:web", SystemdAddress("web")),
+        ("systemd:echod.socket", SystemdAddress("echod.socket")),
     ],
 )
 def test_good(text: str, address: Address) -> None:
@@ -35,7 +35,7 @@ def test_good(text: str, address: Address) -> None:
 @pytest.mark.parametrize("text", ["systemd:", "systemd:a:b", "systemd:ß", "systemd:a\n"])
 def test_no_name_of_a_socket(text: str) -> None:
     """What FileDescriptorName= can't be (systemd.socket(5))."""
-    with pytest.raises(ValueError, match=r"^expected a name, as FileDescriptorName= in the socket unit gives it$"):
+    with pytest.raises(ValueError, match=r"^expected a name that FileDescriptorName= in the socket unit can set$"):
         parse_address(text)
 
 
@@ -70,7 +70,7 @@ def test_ipv6_without_brackets(text: str) -> None:
 
 def test_no_host() -> None:
     """An address without a host listens nowhere."""
-    with pytest.raises(ValueError, match=r"^no host; 0.0.0.0:PORT or \[::\]:PORT is all$"):
+    with pytest.raises(ValueError, match=r"^no host; 0.0.0.0:PORT or \[::\]:PORT listens on every address$"):
         parse_address(":80")
 
 
@@ -115,7 +115,7 @@ def test_longest_path(letter: str) -> None:
 
 def test_nul_in_path() -> None:
     """A path holds no NUL, which the kernel would take for its end."""
-    with pytest.raises(ValueError, match=r"^a path holds no NUL$"):
+    with pytest.raises(ValueError, match=r"^a path cannot contain NUL$"):
         parse_address("unix:/a\0b")
 
 

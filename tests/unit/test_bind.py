@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from echod.net import bind, socket_activation, sockets
-from echod.net.address import Address, HandedOver, TcpAddress, UnixAddress
+from echod.net.address import Address, SystemdAddress, TcpAddress, UnixAddress
 from echod.net.bind import ListenEntry
-from echod.net.socket_activation import Inherited
+from echod.net.socket_activation import InheritedDescriptor
 from echod.process import lockfile
 from tests.support.daemon import DEADLINE_S
 
@@ -217,7 +217,7 @@ def test_a_live_socket_is_not_replaced_by_another_spelling(
         for other in spellings:
             with pytest.raises(bind.BindErrors, match="already in use"):
                 bind.bind_all(wanted(other))
-            assert sockets.identity(spellings[0].path) == bound.file
+            assert sockets.file_identity(spellings[0].path) == bound.file
         if is_listening:
             with pytest.raises(BlockingIOError):  # and the question was no client
                 bound.socket.accept()
@@ -300,25 +300,29 @@ def test_instances_share_a_port(opened: Sockets) -> None:
         bind.discard(second)
 
 
-# -- handed over -------------------------------------------------------------------------------------------------------
+# -- inherited sockets -----------------------------------------------------------------------------------------------
 
 
-def handed_over(name: str, path: str = "") -> bind.InheritedSocket:
+def inherited_socket(name: str, path: str = "") -> bind.InheritedSocket:
     """A socket that a service manager listens on, as it is handed over."""
     sock = socket.socket(socket.AF_UNIX) if path else socket.socket()
     sock.bind(path or ("127.0.0.1", 0))
     sock.listen()
-    (heir,) = socket_activation.adopt([Inherited(name, sock.detach())])
-    return heir
+    (passed,) = socket_activation.adopt([InheritedDescriptor(name, sock.detach())])
+    return passed
 
 
 def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_too(
     opened: Sockets, tmp_path: Path
 ) -> None:
     """An entry of its address or of its name takes it; what no entry wants comes behind; what is left over is bound."""
-    by_address, by_name, unwanted = handed_over("a"), handed_over("web", str(tmp_path / "web")), handed_over("b")
+    by_address, by_name, unwanted = (
+        inherited_socket("a"),
+        inherited_socket("web", str(tmp_path / "web")),
+        inherited_socket("b"),
+    )
     host, port = by_address.socket.getsockname()
-    entries = wanted(HandedOver("web"), TcpAddress(host, port), ANY)
+    entries = wanted(SystemdAddress("web"), TcpAddress(host, port), ANY)
     opened |= bind_new(entries, inherited=[by_address, by_name, unwanted])
     bounds = [*opened.values()]
     assert [bound.is_inherited for bound in bounds] == [True, True, False, True]
@@ -336,47 +340,50 @@ def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spel
     """It is matched by what its address is."""
     mapped = socket.create_server(("::ffff:127.0.0.1", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     port = mapped.getsockname()[1]
-    inherited = [handed_over("a", spellings[2].path), *socket_activation.adopt([Inherited("b", mapped.detach())])]
+    inherited = [
+        inherited_socket("a", spellings[2].path),
+        *socket_activation.adopt([InheritedDescriptor("b", mapped.detach())]),
+    ]
     opened |= bind_new(wanted(spellings[1], TcpAddress("127.0.0.1", port)), inherited=inherited)
-    assert [bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
+    assert [bound.socket for bound in opened.values()] == [each.socket for each in inherited]
 
 
 def test_several_sockets_of_one_name(opened: Sockets) -> None:
     """All sockets of one unit bear its name unless it says otherwise: an entry takes each of them."""
-    inherited = [handed_over("echod.socket"), handed_over("echod.socket")]
-    opened |= bind_new(wanted(HandedOver("echod.socket")), inherited=inherited)
-    assert [bound.socket for bound in opened.values()] == [heir.socket for heir in inherited]
+    inherited = [inherited_socket("echod.socket"), inherited_socket("echod.socket")]
+    opened |= bind_new(wanted(SystemdAddress("echod.socket")), inherited=inherited)
+    assert [bound.socket for bound in opened.values()] == [each.socket for each in inherited]
 
 
 def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None:
     """[::]:PORT means IPv6 alone; `ListenStream=PORT` is both, so only its name takes it."""
     sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     port = sock.getsockname()[1]
-    (heir,) = socket_activation.adopt([Inherited("web", sock.detach())])
-    with closing(heir.socket):
+    (passed,) = socket_activation.adopt([InheritedDescriptor("web", sock.detach())])
+    with closing(passed.socket):
         with pytest.raises(bind.BindErrors, match="already in use"):
-            bind.bind_all(wanted(TcpAddress("::", port)), inherited=[heir])
+            bind.bind_all(wanted(TcpAddress("::", port)), inherited=[passed])
     (again,) = socket_activation.adopt(
-        [Inherited("web", socket.create_server(("::1", 0), family=socket.AF_INET6).detach())]
+        [InheritedDescriptor("web", socket.create_server(("::1", 0), family=socket.AF_INET6).detach())]
     )
-    opened |= bind_new(wanted(HandedOver("web")), inherited=[again])
+    opened |= bind_new(wanted(SystemdAddress("web")), inherited=[again])
     assert [bound.socket for bound in opened.values()] == [again.socket]
 
 
 def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
     """The fault says which names there are."""
-    heir = handed_over("web")
+    passed = inherited_socket("web")
     with (
-        closing(heir.socket),
-        pytest.raises(bind.BindErrors, match=re.escape("systemd:wbe: no socket of that name")),
+        closing(passed.socket),
+        pytest.raises(bind.BindErrors, match=re.escape("systemd:wbe: no inherited socket has that name")),
     ):
-        bind.bind_all(wanted(HandedOver("wbe")), inherited=[heir])
+        bind.bind_all(wanted(SystemdAddress("wbe")), inherited=[passed])
 
 
 def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Path) -> None:
     """Closing what was handed over removes no path: the socket is still listened on."""
     path = tmp_path / "sock"
-    for bound in bind_new([], [handed_over("a", str(path))]).values():
+    for bound in bind_new([], [inherited_socket("a", str(path))]).values():
         bound.close()
     assert path.exists()
 
@@ -385,15 +392,15 @@ def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Pat
 def test_what_does_not_listen_is_a_fault(kind: socket.SocketKind) -> None:
     """Accept=yes hands over connections, ListenDatagram= datagrams: neither can be served."""
     descriptor = socket.socket(socket.AF_INET, kind).detach()
-    with pytest.raises(socket_activation.UnusableSocketError, match="systemd:web: no listening stream socket"):
-        socket_activation.adopt([Inherited("web", descriptor)])
+    with pytest.raises(socket_activation.UnusableSocketError, match="systemd:web: not a listening stream socket"):
+        socket_activation.adopt([InheritedDescriptor("web", descriptor)])
 
 
 def test_a_descriptor_that_is_no_socket_is_a_fault() -> None:
     """Whatever was put there."""
     descriptor = os.open(os.devnull, os.O_RDONLY)
     with pytest.raises(socket_activation.UnusableSocketError, match="systemd:web: socket operation on non-socket"):
-        socket_activation.adopt([Inherited("web", descriptor)])
+        socket_activation.adopt([InheritedDescriptor("web", descriptor)])
     os.close(descriptor)
 
 

@@ -131,8 +131,9 @@ def addresses(loaded: Loaded) -> list[str]:
 def test_each_key_from_each_source(key: str, file: Path) -> None:
     """Each key can be set by the file, as ECHOD_<SECTION>_<KEY>, and by a flag."""
     section, _, name = key.partition(".")
-    text = {"log.level": "error", "log.format": "json", "log.file": "/x", "admin.listen": "unix:/x"}.get(key, "7")
-    file.write_text(f"[{section}]\n{name} = {text if text == '7' else repr(text)}\n")
+    texts = {"log.level": "error", "log.format": "json", "log.file": "/x", "admin.listen": "unix:/x"}
+    text = (texts | {"limits.held_bytes": "70000"}).get(key, "7")
+    file.write_text(f"[{section}]\n{name} = {text if text.isdigit() else repr(text)}\n")
     variable = f"ECHOD_{section}_{name}".upper()
     loaded = [load(str(file), {}, (), PLENTY), load(None, {variable: text}, (), PLENTY)]
     loaded.append(load(None, {}, [flag(key, text)], PLENTY))
@@ -149,6 +150,7 @@ def test_a_bad_value_is_a_fault_although_a_later_source_wins(file: Path) -> None
 # -- each fault --------------------------------------------------------------------------------------------------------
 
 FILE_FAULTS = [
+    ("[limits]\nheld_bytes = 65535", "limits.held_bytes: expected 0 or at least limits.line_bytes, 65536 (got 65535)"),
     ("[limits]\nconnections = 0", "limits.connections: expected int >= 1 (got 0)"),
     ("[limits]\nconnections = 1000001", "limits.connections: expected int <= 1000000 (got 1000001)"),
     ("[limits]\nconnections = '5'", "limits.connections: expected int (got '5')"),
@@ -195,7 +197,10 @@ FILE_FAULTS = [
     ("listen = []", "listen: expected at least one address (got [])"),
     ("[[listen]]", "listen[0].address: missing"),
     ("[[listen]]\naddress = 3", "listen[0].address: expected str (got 3)"),
-    ("[[listen]]\naddress = ':1'", "listen[0].address: no host; 0.0.0.0:PORT or [::]:PORT is all (got ':1')"),
+    (
+        "[[listen]]\naddress = ':1'",
+        "listen[0].address: no host; 0.0.0.0:PORT or [::]:PORT listens on every address (got ':1')",
+    ),
     (
         "[[listen]]\naddress = 'a:1'\n[[listen]]\naddress = 'a:1'",
         "listen[1].address: listed twice (got 'a:1')",
@@ -250,7 +255,7 @@ FILE_FAULTS = [
     ),
     (
         "[[listen]]\naddress = 'systemd:'",
-        "listen[0].address: expected a name, as FileDescriptorName= in the socket unit gives it (got 'systemd:')",
+        "listen[0].address: expected a name that FileDescriptorName= in the socket unit can set (got 'systemd:')",
     ),
     (
         "[[listen]]\naddress = 'a:1'\nadress = 1",

@@ -335,7 +335,7 @@ def test_lines_that_wait_their_turn_cross_an_upgrade() -> None:
             opened_at=0.0,
             bytes_in=before.bytes_in,
             lines=before.lines,
-            unanswered=before.echo.unfinished,
+            unanswered=before.echo.unanswered,
             activity=before.activity.save(),
         )
         before.close()
@@ -343,7 +343,7 @@ def test_lines_that_wait_their_turn_cross_an_upgrade() -> None:
         expected = "".join(f"SS{number}\n" for number in range(3_000)).encode()
         assert await received(client, len(expected)) == expected
         assert after.lines == 3_000
-        assert after.echo.unfinished == b"and a partial"
+        assert after.echo.unanswered == b"and a partial"
         assert after.bytes_in == len(data)
         after.end_now()
 

@@ -199,10 +199,10 @@ def test_finish_answers_once() -> None:
     """The last line is answered once, and then no line is begun."""
     echo = Echo(LIMIT)
     receive(echo, b"ab")
-    assert echo.unfinished_bytes == 2
+    assert echo.partial_bytes == 2
     assert echo.finish() == b"AB\n"
     assert echo.finish() == b""
-    assert echo.unfinished_bytes == 0
+    assert echo.partial_bytes == 0
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_nothing_after_a_fault(data: bytes, fault: LineError) -> None:
     assert receive(echo, data).startswith(b"A\nERROR ")
     assert echo.error is fault
     assert receive(echo, b"c\nd") == receive(echo, b"\n") == receive(echo, b"x" * 100) == echo.finish() == b""
-    assert (echo.answered, echo.unfinished_bytes) == (1, 0)
+    assert (echo.answered, echo.partial_bytes) == (1, 0)
 
 
 @pytest.mark.parametrize(

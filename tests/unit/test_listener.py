@@ -16,7 +16,7 @@ import uvloop
 from echod.net import bind, listener, sockets
 from echod.net.address import TcpAddress, UnixAddress, parse_address
 from echod.net.listener import CLOSE_S, QUIET_S, Listener
-from echod.net.listener_set import TELL_STARVED_S, ListenerSet
+from echod.net.listener_set import STARVED_INTERVAL_S, ListenerSet
 from echod.net.sockets import ListenerSettings, RawAddress
 from tests.support.daemon import DEADLINE_S
 from tests.unit.test_bind import wanted
@@ -179,9 +179,9 @@ def test_listeners_that_are_closed_at_once_are_gone() -> None:
 
     async def scenario() -> None:
         listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
-        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
+        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), deadline_s=8)
         (port,) = (int(address.rpartition(":")[2]) for address in listeners.addresses)
-        listeners.apply({}, bound_s=8)
+        listeners.apply({}, deadline_s=8)
         listeners.close_now()
         await listeners.retired()
         assert not listeners.are_retiring
@@ -196,16 +196,16 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
 
     async def scenario() -> None:
         listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
-        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
+        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), deadline_s=8)
         before = listeners.addresses
         new = bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
         *_, last = bind.new_sockets(new)
         last.socket.close()
         with pytest.raises((OSError, ValueError)):
-            listeners.apply(new, bound_s=8)
+            listeners.apply(new, deadline_s=8)
         assert listeners.addresses == before
         assert [bound.socket.fileno() for bound in bind.new_sockets(new)] == [-1, -1]
-        listeners.apply({}, bound_s=0)
+        listeners.apply({}, deadline_s=0)
         await listeners.retired()
 
     _run(scenario())
@@ -241,12 +241,12 @@ def test_starvation_pauses_and_ends() -> None:
 
     async def scenario() -> None:
         door = Door()
-        assert not door.listener._accept_failed(OSError(errno.EMFILE, "Too many open files"))
+        assert not door.listener._on_accept_error(OSError(errno.EMFILE, "Too many open files"))
         assert len(door.starved) == 1
         with door.client():
             (await door.came.get()).close()
-        assert door.listener._accept_failed(ConnectionAbortedError(errno.ECONNABORTED, "gone"))
-        door.listener._accept_failed(OSError(errno.ENFILE, "Too many open files in system"))
+        assert door.listener._on_accept_error(ConnectionAbortedError(errno.ECONNABORTED, "gone"))
+        door.listener._on_accept_error(OSError(errno.ENFILE, "Too many open files in system"))
         door.listener.close_now()
         door.listener.close_now()
         door.listener.resume("full")
@@ -260,14 +260,14 @@ def test_a_long_starvation_is_told_once() -> None:
     async def scenario() -> None:
         starved: list[OSError] = []
         listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), starved.append)
-        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0))), bound_s=8)
+        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0))), deadline_s=8)
         for listener_of_them in [*listeners, *listeners]:
-            listener_of_them._accept_failed(OSError(errno.EMFILE, "Too many open files"))
+            listener_of_them._on_accept_error(OSError(errno.EMFILE, "Too many open files"))
         assert len(starved) == 1
-        listeners._starved_told_at -= TELL_STARVED_S
-        next(iter(listeners))._accept_failed(OSError(errno.EMFILE, "Too many open files"))
+        listeners._starved_at -= STARVED_INTERVAL_S
+        next(iter(listeners))._on_accept_error(OSError(errno.EMFILE, "Too many open files"))
         assert len(starved) == 2
-        listeners.apply({}, bound_s=8)
+        listeners.apply({}, deadline_s=8)
         listeners.close_now()
         await listeners.retired()
 
@@ -279,7 +279,7 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
 
     async def scenario() -> None:
         listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
-        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), bound_s=8)
+        listeners.apply(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))), deadline_s=8)
         before = listeners.bound.keys()
         new = bind.bind_all(wanted(TcpAddress("127.0.0.1", 0), TcpAddress("127.0.0.1", 0)))
         (_, second) = bind.new_sockets(new)
@@ -288,10 +288,10 @@ def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None
             quicker.bind(second.socket.getsockname())
             quicker.listen()
             with pytest.raises(sockets.ListenError, match="address already in use"):
-                listeners.apply(new, bound_s=8)
+                listeners.apply(new, deadline_s=8)
         bind.discard(new)
         assert listeners.bound.keys() == before
-        listeners.apply({}, bound_s=8)
+        listeners.apply({}, deadline_s=8)
         await listeners.retired()
 
     _run(scenario())

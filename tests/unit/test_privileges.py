@@ -263,14 +263,14 @@ def test_a_socket_s_file_is_given_away_and_nothing_else(open_path: Path) -> None
     """The user gets the file of a Unix socket, but not one that was put in its place."""
     path = open_path / "sock"
     (bound,) = bind.new_sockets(bind.bind_all([bind.ListenEntry(UnixAddress(str(path)))]))
-    bound.give(NOBODY.pw_uid, NOBODY.pw_gid)
+    bound.change_owner(NOBODY.pw_uid, NOBODY.pw_gid)
     assert _owner(path) == (NOBODY.pw_uid, NOBODY.pw_gid)
     path.unlink()
     path.write_text("")
-    bound.give(NOBODY.pw_uid, NOBODY.pw_gid)
+    bound.change_owner(NOBODY.pw_uid, NOBODY.pw_gid)
     assert _owner(path) == (0, 0)
     bound.close()
     assert path.exists()
     tcp = sockets.BoundSocket(socket.socket())
-    tcp.give(NOBODY.pw_uid, NOBODY.pw_gid)
+    tcp.change_owner(NOBODY.pw_uid, NOBODY.pw_gid)
     tcp.close()
