@@ -198,7 +198,7 @@ def test_the_endpoint_has_moved_but_the_daemon_is_still_at_its_runtime_directory
 @pytest.mark.parametrize(
     ("arguments", "more", "words"),
     [
-        ([], {}, "no admin endpoint is known: name it by --admin ADDRESS, or by -c FILE the file it is in"),
+        ([], {}, "no admin endpoint is known: name it with --admin ADDRESS, or its configuration with -c FILE"),
         (["--admin", "unix:/no/such/socket"], {}, "nobody answers at unix:/no/such/socket: is echod running? "),
         ([], {"RUNTIME_DIRECTORY": "/no/such"}, "nobody answers at unix:/no/such/admin: is echod running? "),
         (
@@ -299,7 +299,7 @@ def test_a_port_for_clients(question: str) -> None:
         address = f"127.0.0.1:{echod.port}"
         done = command(question, "--admin", address)
     assert (done.returncode, done.stdout) == (1, "")
-    words = f"{address}: echod serves clients there; its admin endpoint is where admin.listen says"
+    words = f"{address}: echod serves clients at this address; use that of admin.listen"
     assert done.stderr == f"echod: {words}\n"
 
 
@@ -315,7 +315,7 @@ def test_what_is_wrong_with_an_answer(answer: bytes, words: str) -> None:
     """The message is plain words, not the name of an exception."""
     with stranger(answer) as address:
         done = command("stats", "--admin", str(address))
-    assert done.stderr == f"echod: {address}: no admin endpoint of echod: {words}\n"
+    assert done.stderr == f"echod: {address}: not an admin endpoint of echod: {words}\n"
 
 
 def test_no_answer_in_time() -> None:
