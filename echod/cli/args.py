@@ -119,6 +119,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="echod",
         description="A TCP daemon that answers every line in upper case.",
+        epilog="echod COMMAND --help shows the options of a command.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -141,7 +142,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _add_stats_options(stats: argparse.ArgumentParser) -> None:
     stats.add_argument("--json", action="store_true", help="print one line of JSON")
-    stats.add_argument("--watch", action="store_true", help="print every second, with rates, until Ctrl-C")
+    stats.add_argument("--watch", action="store_true", help="print them every second, with rates, until Ctrl-C")
     _add_target(stats)
 
 
@@ -154,11 +155,11 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         "--listen",
         metavar="ADDRESS",
         action="append",
-        help="host:port, [v6]:port, unix:/path or systemd:NAME; repeatable, replaces the addresses of the file",
+        help="listen on host:port, [v6]:port, unix:/path or systemd:NAME; repeatable, replaces the addresses of the file",
     )
     for flag, key, choices in (
-        ("--log-level", "log.level", "debug, info, warning, error"),
-        ("--log-format", "log.format", "auto, console, json"),
+        ("--log-level", "log.level", "log events from this level on: debug, info, warning, error"),
+        ("--log-format", "log.format", "log as auto (console on a terminal, else json), console or json"),
     ):
         command.add_argument(
             flag,
