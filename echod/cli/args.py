@@ -155,7 +155,7 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         "--listen",
         metavar="ADDRESS",
         action="append",
-        help="listen on host:port, [v6]:port, unix:/path or systemd:NAME; repeatable, replaces the addresses of the file",
+        help="listen on host:port, [v6]:port, unix:/path or systemd:NAME; repeatable, replaces those of the file",
     )
     for flag, key, choices in (
         ("--log-level", "log.level", "log events from this level on: debug, info, warning, error"),
