@@ -135,7 +135,7 @@ def test_a_reload_over_tcp_is_refused_with_words() -> None:
         [address] = echod.wait_for("admin endpoint")["listen"]
         done = command("reload", "--admin", address)
         assert done.returncode == 1
-        assert done.stderr == f"echod: {address}: a reload is taken from the Unix socket alone (status 403)\n"
+        assert done.stderr == f"echod: {address}: a reload is accepted only on the Unix socket (status 403)\n"
         assert json.loads(command("stats", "--json", "--admin", address).stdout)["pid"] == echod.pid
 
 

@@ -182,7 +182,7 @@ def test_a_reload_over_tcp_is_refused() -> None:
     """POST /reload on TCP is 403 with words, and nothing is reloaded."""
     with admin_on("127.0.0.1:0") as (echod, address):
         reply = reload(address)
-        assert (reply.status, reply.body) == (403, b"a reload is taken from the Unix socket alone\n")
+        assert (reply.status, reply.body) == (403, b"a reload is accepted only on the Unix socket\n")
         assert echod.stats()["reloads"]["applied"] == 0
 
 
