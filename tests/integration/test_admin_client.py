@@ -69,7 +69,7 @@ def test_stats_for_people(daemon: Daemon, local: str) -> None:
 
 
 def test_reload_waits_for_the_verdict_and_prints_it(daemon: Daemon, file: Path, local: str) -> None:
-    """`reload` exits 0 with what changed once it is in force, or 1 with every fault."""
+    """`reload` exits 0 with what changed once it is in force, or 1 with every error."""
     done = command("reload", "--admin", local)
     assert (done.returncode, done.stdout, done.stderr) == (0, "reload applied: nothing changed\n", "")
     good = file.read_text()
@@ -105,7 +105,7 @@ def test_reload_says_what_is_not_in_force(tmp_path: Path, local: str) -> None:
 
 @pytest.mark.parametrize("question", ["reload", "stats"])
 def test_a_broken_file_is_told_by_the_command_itself(question: str, daemon: Daemon, file: Path) -> None:
-    """A broken FILE given by -c: its faults, exit 1; the daemon isn't even asked."""
+    """A broken FILE given by -c: its errors, exit 1; the daemon isn't even asked."""
     file.write_text("[limits]\nconnections = 0\n[nonsense]\n")
     done = command(question, "-c", str(file))
     assert (done.returncode, done.stdout) == (1, "")
@@ -160,7 +160,7 @@ def test_where_the_address_comes_from(daemon: Daemon, file: Path, local: str) ->
 
 
 def test_how_many_files_the_shell_may_open_is_nothing_to_them(daemon: Daemon, file: Path) -> None:
-    """A limit of connections that fits the daemon may be too high for the shell: that is no fault here."""
+    """A limit of connections that fits the daemon may be too high for the shell: that is no error here."""
     file.write_text(file.read_text() + "[limits]\nconnections = 1000000\n")
     assert command("stats", "-c", str(file)).returncode == 0
 

@@ -61,12 +61,12 @@ def test_letters() -> None:
         (b"x" * 10_000, f"wrong reply: '{'x' * 60}...' instead of 'HALLO WELT'"),
     ],
 )
-def test_faults(said: bytes, words: str | None) -> None:
+def test_errors(said: bytes, words: str | None) -> None:
     """Whatever else than the reply came, it is shown from where it differs, short and fit for a terminal."""
     assert mismatch("Hallo Welt", said) == words
 
 
-def test_a_fault_far_behind() -> None:
+def test_an_error_far_behind() -> None:
     """Of a long reply it is shown where it goes wrong."""
     said = mismatch("a" * 1000, b"A" * 500 + b"b" + b"A" * 499 + b"\n")
     assert said == f"wrong reply: '{'A' * 15}b{'A' * 44}...' instead of '{'A' * 60}...', from byte 486 on"
