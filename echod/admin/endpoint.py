@@ -1,6 +1,6 @@
-"""The admin endpoint: what monitoring and operators may ask over HTTP, and that nobody who asks can hurt the service.
+"""The admin endpoint: HTTP for monitoring and operators, on TCP and Unix sockets, bounded to protect the service.
 
-One code for TCP and Unix sockets. It is handed what it can say and do as callables, and knows nothing of the server.
+The endpoint knows nothing of the server: its owner passes what it can report and do as callables.
 
 The endpoint uses at most a fifth of the event loop's time, however many clients it has and however they behave. All CPU
 time that its clients cause is charged to one of three shares, and work whose share is used up pauses. The shares are
@@ -40,25 +40,25 @@ COSTLY = {"/stats", "/metrics", "/reload"}
 """The paths whose requests are queued: clients of Unix sockets are answered first, then in the order of arrival."""
 
 EXCHANGES = 8
-"""How many clients may send a request, or have their answer and stay connected, at once. Another one replaces the
-oldest of the TCP address that has most of them. The number is small because they use descriptors from the 32 that echod
-keeps for itself. It suffices because a request is answered as soon as it is complete."""
+"""How many clients may be connected at once without waiting for an answer. Another one replaces the oldest client of
+the TCP address that has most of them. The number is small because these clients use descriptors from the 32 that echod
+reserves for itself. It suffices because a request is answered as soon as it is complete."""
 
 IN_TURN = 12
 """How many TCP clients may be queued for COSTLY in addition. Beyond that, the last one of the address that has most of
-them gets a 503: to retry is better than to wait for long."""
+them gets a 503, because a retry is better than a long wait."""
 
 WAITING = 32
 """How many clients of Unix sockets may be queued in addition, and as many again may wait for the result of a reload."""
 
 END_S = 0.25
-"""How long `close` waits for clients that are still connected: they have their answer, or sent no request."""
+"""How long `pause` and `close` wait for clients that have their answer or have sent no request."""
 
 log = structlog.get_logger()
 
 
 class ReloadResult(Struct, frozen=True):
-    """The result of a reload: the keys that it changed, or every error for which nothing has changed."""
+    """The result of a reload: the keys that changed, or the errors because of which nothing changed."""
 
     changed: tuple[str, ...] = ()
     restart_needed: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class AdminServer:
         }
         self._exposition: Callable[[dict[str, Any]], Answer] | None = None
         self._loop = asyncio.get_running_loop()
-        self._exchanges: dict[Exchange, None] = {}  # a set that keeps its order: the oldest first
+        self._exchanges: dict[Exchange, None] = {}  # an ordered set, oldest first
         self._turns: dict[Exchange, Callable[[], Answer | Awaitable[Answer]]] = {}
         self._costly = CpuShare(COSTLY_SHARE, lambda: None, partial(self._loop.call_soon, self._take_turns))
         self._sides = (self._side(TCP_SHARE, is_local=False), self._side(UNIX_SHARE, is_local=True))
@@ -95,11 +95,11 @@ class AdminServer:
 
         return _Side(share, exchanges, self._admit, self._on_starved, is_local=is_local)
 
-    # -- what the lifecycle asks -----------------------------------------------------------------------------------
+    # -- for the lifecycle -----------------------------------------------------------------------------------------
 
     @property
     def listening(self) -> dict[ListenerKey, BoundSocket]:
-        """The sockets of the listeners in force."""
+        """The sockets of the current listeners."""
         return {key: bound for side in self._sides for key, bound in side.listeners.bound.items()}
 
     @contextmanager
@@ -119,7 +119,7 @@ class AdminServer:
             log.info("admin endpoint", listen=[each for side in self._sides for each in side.listeners.addresses])
 
     async def retired(self) -> None:
-        """Return when each listener that went away has served its backlog and is closed."""
+        """Wait until each removed listener has served its backlog and is closed."""
         for side in self._sides:
             await side.listeners.retired()
 
@@ -174,7 +174,7 @@ class AdminServer:
         if len(waiting) > (WAITING if exchange.is_local else IN_TURN):
             refused = _of_largest_group(reversed(waiting))
             del self._turns[refused]
-            refused.reply(Answer(503, b"too many ask, try again\n", headers=(("retry-after", "1"),)))
+            refused.reply(Answer(503, b"too many requests, try again\n", headers=(("retry-after", "1"),)))
 
     def _take_turns(self) -> None:
         """Answer queued requests until the share is used up; called again when it has caught up."""
@@ -193,9 +193,9 @@ class AdminServer:
         match request.method, request.path:
             case "POST", "/reload" if is_local:
                 is_full = sum(exchange.is_awaited for exchange in self._exchanges) >= WAITING
-                return Answer(503, b"too many wait for a reload\n") if is_full else self._reload_answer()
+                return Answer(503, b"too many clients wait for a reload\n") if is_full else self._reload_answer()
             case "POST", "/reload":
-                return Answer(403, b"a reload is taken from the Unix socket alone\n")
+                return Answer(403, b"a reload is accepted only on the Unix socket\n")
             case "GET" | "HEAD", path if path in self._pages:
                 return self._pages[path]()
             case _, "/reload":
@@ -203,7 +203,7 @@ class AdminServer:
             case _, path if path in self._pages:
                 return _not_allowed("GET, HEAD")
             case _:
-                return Answer(404, f"there are {', '.join(self._pages)} and, to POST, /reload\n".encode())
+                return Answer(404, f"not found: GET {', '.join(self._pages)}, POST /reload\n".encode())
 
     def _readiness(self) -> Answer:
         return Answer(503, b"draining\n") if self._life.is_leaving else Answer(200, b"serving\n")
@@ -215,7 +215,7 @@ class AdminServer:
         try:
             self._exposition = await aside(_exposition)
         except (ImportError, NoThreadError) as error:
-            return Answer(503, f"no metrics: {error}\n".encode())
+            return Answer(503, f"metrics unavailable: {error}\n".encode())
         return self._exposition(self._snapshot())
 
     async def _reload_answer(self) -> Answer:
@@ -224,7 +224,7 @@ class AdminServer:
             return _json(409, {"errors": result.errors})
         return _json(200, {"changed": result.changed, "restart_needed": result.restart_needed})
 
-    # -- clients come and go ---------------------------------------------------------------------------------------
+    # -- clients ---------------------------------------------------------------------------------------------------
 
     def _admit(self, descriptor: int, peer: RawAddress, share: CpuShare) -> None:
         self._make_room()
@@ -272,7 +272,7 @@ class _Side:
         with self.listeners.change(listeners, END_S):
             yield
         if self._share.is_suspended:
-            self.listeners.pause("share")  # new listeners have to pause too
+            self.listeners.pause("share")  # so that new listeners pause too
 
     def _on_accept(self, descriptor: int, peer: RawAddress, _: ListenerSettings) -> None:
         self._share.run(self._admit, descriptor, peer, self._share)
@@ -302,9 +302,9 @@ def _exposition() -> Callable[[dict[str, Any]], Answer]:
 
 
 def _not_allowed(methods: str) -> Answer:
-    return Answer(405, f"only {methods}\n".encode(), headers=(("allow", methods),))
+    return Answer(405, f"only {methods} allowed\n".encode(), headers=(("allow", methods),))
 
 
 def _json(status: int, content: object) -> Answer:
-    # Not msgspec, which refuses a path that isn't UTF-8: a fault may name one.
+    # Not msgspec, which cannot encode a path that is not UTF-8; an error may name one.
     return Answer(status, json.dumps(content).encode() + b"\n", "application/json")

@@ -1,8 +1,8 @@
-"""One HTTP request and its answer on one socket: read within bounds, answered once, closed without a reset.
+"""One HTTP exchange on a socket: read a request within bounds, answer it once, close without a reset.
 
-The code reads and writes the socket itself, without a transport. So it sees a request that arrived in the backlog
-immediately, and a crowd of silent clients cannot displace it. The owner supplies the answer. h11 parses the request; it
-is imported when the first request arrives.
+The code reads and writes the socket directly, without a transport, so that a request from the backlog is read before a
+crowd of silent clients can displace it. The owner supplies the answer. h11 parses the request; the first request
+imports it.
 """
 
 import asyncio
@@ -24,24 +24,24 @@ REQUEST_BYTES = 8192
 """The largest head of a request."""
 
 BODY_BYTES = 262_144
-"""How much may follow the head. It is read and discarded, so that closing the socket does not reset the connection."""
+"""How many bytes may follow the head. They are read and discarded, so that the close does not reset the connection."""
 
 READ_BYTES = 65_536
-"""How much is read at once."""
+"""How many bytes are read at once."""
 
 REQUEST_S = 5.0
-"""How long a client may take to ask, and again to take its answer."""
+"""How long a client may take to send its request, and again to receive its answer."""
 
 
 class Request(Struct, frozen=True):
-    """What a client asks for."""
+    """The request line of a client."""
 
     method: str
     path: str
 
 
 class Answer(Struct, frozen=True):
-    """What a client is told."""
+    """A response."""
 
     status: int
     body: bytes
@@ -75,7 +75,7 @@ class Exchange:
         self._http = _new_http()
         self._left_bytes = REQUEST_BYTES
         self._is_head = False
-        self._is_heard = False
+        self._is_received = False
         self._has_ended = False
         self._is_answered = False
         self._is_paused = False
@@ -84,7 +84,7 @@ class Exchange:
         self._timer = self._loop.call_later(REQUEST_S, share.run, self._time_out)
 
     def start(self) -> None:
-        """Answer if the request is there, or as soon as it is."""
+        """Answer the request as soon as it has arrived, which may be at once."""
         self._socket.setblocking(False)
         self._read()
         self._watch()
@@ -102,7 +102,7 @@ class Exchange:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether its client waits for an answer that is still being found."""
+        """Whether the client waits for an answer that is still being prepared."""
         return self._answering is not None and not self._has_ended
 
     @property
@@ -110,7 +110,7 @@ class Exchange:
         return self._socket.fileno() >= 0
 
     def close(self) -> None:
-        """End now, whatever the client has or hasn't got."""
+        """Close now, even if the client has not received its answer."""
         if not self._is_open:
             return
         self._timer.cancel()
@@ -142,13 +142,13 @@ class Exchange:
         self._left_bytes -= len(data)
         if not data:
             self._has_ended = True
-            self._loop.remove_reader(self._socket)  # it would stay readable for ever
-        if not self._is_heard:
-            self._hear(data)
+            self._loop.remove_reader(self._socket)  # at its end, a socket is always readable
+        if not self._is_received:
+            self._parse(data)
         elif not self._left_bytes or (self._has_ended and self._is_answered):
             self.close()
 
-    def _hear(self, data: bytes) -> None:
+    def _parse(self, data: bytes) -> None:
         import h11
 
         self._http.receive_data(data)
@@ -158,7 +158,7 @@ class Exchange:
             self.reply(Answer(error.error_status_hint, f"{error}\n".encode()))
             return
         if isinstance(event, h11.Request):
-            self._heard()
+            self._on_received()
             self._is_head = event.method == b"HEAD"
             self._on_request(self, Request(event.method.decode(), event.target.decode().partition("?")[0]))
         elif event is not h11.NEED_DATA:  # the client left without a request
@@ -166,23 +166,23 @@ class Exchange:
         elif not self._left_bytes:
             self.reply(Answer(431, f"request longer than {REQUEST_BYTES} bytes\n".encode()))
 
-    def _heard(self) -> None:
-        self._is_heard = True
+    def _on_received(self) -> None:
+        self._is_received = True
         self._left_bytes = BODY_BYTES
         self._timer.cancel()
 
     def _time_out(self) -> None:
-        # Unread input is not the client's delay: the whole process may have been stopped.
+        # Read first: the whole process may have been stopped while input arrived.
         self._read()
-        if not self._is_heard and self._is_open:
-            self.reply(Answer(408, b"request not finished in time\n"))
+        if not self._is_received and self._is_open:
+            self.reply(Answer(408, b"request not completed in time\n"))
 
     # -- the answer ------------------------------------------------------------------------------------------------
 
     def reply(self, answer: Answer) -> None:
         """Send the answer, and close once the client has it."""
-        if not self._is_heard:
-            self._heard()
+        if not self._is_received:
+            self._on_received()
         self._unsent = _rendered(answer, with_body=not self._is_head)
         self._end_after(REQUEST_S)
         self._send()
@@ -191,9 +191,9 @@ class Exchange:
 
     def reply_later(self, answer: Awaitable[Answer]) -> None:
         """Send the answer when `answer` has produced it; `answer` must not raise."""
-        self._answering = background_once(lambda: self._reply_once_found(answer), "admin answer")
+        self._answering = background_once(lambda: self._reply_when_ready(answer), "admin answer")
 
-    async def _reply_once_found(self, answer: Awaitable[Answer]) -> None:
+    async def _reply_when_ready(self, answer: Awaitable[Answer]) -> None:
         found = await answer
         self._answering = None
         self._share.run(self.reply, found)

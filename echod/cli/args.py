@@ -1,4 +1,4 @@
-"""The command line: arguments to what shall be done. Reads no file and does nothing itself."""
+"""Parse the command line into an `Invocation`; read no file and do nothing else."""
 
 import argparse
 import math
@@ -14,37 +14,37 @@ from echod.config.sources import Serve, Setting, Sources
 from echod.net.address import Address, SystemdAddress, TcpAddress, UnixAddress, parse_address
 
 LONGEST_LINE = 16_777_216
-"""What limits.line_bytes can be at most."""
+"""The largest value of limits.line_bytes."""
 
 A_DAY_S = 86_400
 
 
 class Check(NamedTuple):
-    """`echod check`"""
+    """The arguments of `echod check`."""
 
     sources: Sources
 
 
 class ShowDefaults(NamedTuple):
-    """`echod config`"""
+    """`echod config`, which has no arguments."""
 
 
 class Ping(NamedTuple):
-    """`echod ping`"""
+    """The arguments of `echod ping`."""
 
     plan: Plan
     as_json: bool
 
 
 class Target(NamedTuple):
-    """Which daemon to ask: at an address, or the one that a configuration file tells of."""
+    """The daemon to ask: the address of its admin endpoint, or its configuration file."""
 
     admin: Address | None
     file: str | None
 
 
 class AskStats(NamedTuple):
-    """`echod stats`"""
+    """The arguments of `echod stats`."""
 
     target: Target
     as_json: bool
@@ -52,7 +52,7 @@ class AskStats(NamedTuple):
 
 
 class AskReload(NamedTuple):
-    """`echod reload`"""
+    """The arguments of `echod reload`."""
 
     target: Target
 
@@ -61,7 +61,7 @@ Invocation = Serve | Check | ShowDefaults | Ping | AskStats | AskReload
 
 
 def parse(arguments: Sequence[str]) -> Invocation:
-    """What the arguments ask for. Wrong ones, --help and --version end the process as argparse does: 2, 0, 0."""
+    """Parse the arguments. As with argparse, wrong ones exit with status 2, and --help and --version with 0."""
     options = _parser(arguments[0] if arguments else "").parse_args(arguments)
     match options.command:
         case "serve":
@@ -80,9 +80,9 @@ def parse(arguments: Sequence[str]) -> Invocation:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """The arguments of one command: what it doesn't know is told with its own usage, not that of all commands."""
+    """The parser of one command; for an unknown argument it shows its own usage, not that of all commands."""
 
-    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:  # argparse calls this one for a command
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:  # argparse calls it for a subcommand
         namespace, unknown = super().parse_known_args(*arguments, **options)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -90,7 +90,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """As wide as the terminal. argparse would import shutil to learn that, at each start."""
+    """A formatter with the width of the terminal, without argparse's import of shutil at each start."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_terminal_width() - 2)
@@ -106,7 +106,7 @@ def _terminal_width() -> int:
 
 
 class _Command(NamedTuple):
-    """What the help says of a command, and its options."""
+    """The help texts of a command, and the function that adds its options."""
 
     help: str
     description: str
@@ -115,10 +115,11 @@ class _Command(NamedTuple):
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """A parser of every command; only `command`, if it is one, gets its options: each costs a start 0.1 ms."""
+    """Return a parser of all commands. Only `command` gets its options, because each costs 0.1 ms of every start."""
     parser = argparse.ArgumentParser(
         prog="echod",
         description="A TCP daemon that answers every line in upper case.",
+        epilog="echod COMMAND --help shows the options of a command.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -139,29 +140,26 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_serve_options(serve: argparse.ArgumentParser) -> None:
-    _add_sources(serve)
-    _add_process(serve)
-
-
 def _add_stats_options(stats: argparse.ArgumentParser) -> None:
-    stats.add_argument("--json", action="store_true", help="one line of JSON")
-    stats.add_argument("--watch", action="store_true", help="each second, with how fast it grows, until Ctrl-C")
+    stats.add_argument("--json", action="store_true", help="print one line of JSON")
+    stats.add_argument("--watch", action="store_true", help="print them every second, with rates, until Ctrl-C")
     _add_target(stats)
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-c", "--config", metavar="FILE", help="read this TOML file (else ECHOD_CONFIG, else none)")
+    command.add_argument(
+        "-c", "--config", metavar="FILE", help="read this TOML file (default: $ECHOD_CONFIG, else none)"
+    )
     command.add_argument(
         "-l",
         "--listen",
         metavar="ADDRESS",
         action="append",
-        help="host:port, [v6]:port, unix:/path or systemd:NAME; repeatable, replaces the file's",
+        help="listen on host:port, [v6]:port, unix:/path or systemd:NAME; repeatable, replaces those of the file",
     )
     for flag, key, choices in (
-        ("--log-level", "log.level", "debug, info, warning, error"),
-        ("--log-format", "log.format", "auto, console, json"),
+        ("--log-level", "log.level", "log events from this level on: debug, info, warning, error"),
+        ("--log-format", "log.format", "log as auto (console on a terminal, else json), console or json"),
     ):
         command.add_argument(
             flag,
@@ -178,57 +176,74 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=_assignment,
-        help="any key but those of a [[listen]], such as limits.connections=100; repeatable",
+        help="set any key except those of a [[listen]], such as limits.connections=100; repeatable",
     )
 
 
-def _add_process(serve: argparse.ArgumentParser) -> None:
+def _add_serve_options(serve: argparse.ArgumentParser) -> None:
+    _add_sources(serve)
     serve.add_argument(
         "--daemon",
         action="store_true",
-        help="detach, and return once clients are served (exit status 0) or it is known why they won't be; "
-        "set log.file, for a daemon has no standard error",
+        help="detach, and return once clients are served or the start has failed; "
+        "set log.file, because a daemon has no standard error",
     )
     serve.add_argument(
         "--pidfile",
         metavar="FILE",
         type=_name,
-        help="write the pid to FILE, and refuse to start if the one that did is still running",
+        help="write the pid to FILE, and refuse to start while another process holds it",
     )
     serve.add_argument(
-        "--user", metavar="USER", type=_name, help="become this user, name or number, once the ports are bound"
+        "--user", metavar="USER", type=_name, help="become this user (name or number) once the ports are bound"
     )
-    serve.add_argument("--group", metavar="GROUP", type=_name, help="and this group, instead of the user's own")
+    serve.add_argument("--group", metavar="GROUP", type=_name, help="become this group instead of the user's own")
 
 
 def _name(text: str) -> str:
-    """An option's value that must say something: an empty one is a variable that nobody has set."""
+    """Reject an empty value, which usually comes from an unset variable of a script."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a name (got {text!r})")
     return text
 
 
-def _add_plan(ping: argparse.ArgumentParser) -> None:
+def _add_ping_options(ping: argparse.ArgumentParser) -> None:
     ping.add_argument("target", metavar="ADDRESS", type=_to_connect_to, help="host:port, [v6]:port or unix:/path")
     ping.add_argument(
-        "-c", dest="count", metavar="COUNT", type=_count, help="stop after COUNT round trips (else Ctrl-C)"
+        "-c", dest="count", metavar="COUNT", type=_count, help="stop after COUNT round trips (default: at Ctrl-C)"
     )
     ping.add_argument(
-        "-i", dest="interval", metavar="SECONDS", type=_seconds, default=1.0, help="between two of them (1)"
+        "-i",
+        dest="interval",
+        metavar="SECONDS",
+        type=_seconds,
+        default=1.0,
+        help="interval between round trips (default: 1)",
     )
-    ping.add_argument("-W", dest="wait", metavar="SECONDS", type=_wait, default=5.0, help="wait for a reply (5)")
     ping.add_argument(
-        "-s", dest="size", metavar="BYTES", type=_size, default=56, help="of the line to send, without its LF (56)"
+        "-W", dest="wait", metavar="SECONDS", type=_wait, default=5.0, help="time to wait for a reply (default: 5)"
     )
-    ping.add_argument("--json", action="store_true", help="a line of JSON for each, and one for the whole")
+    ping.add_argument(
+        "-s",
+        dest="size",
+        metavar="BYTES",
+        type=_size,
+        default=56,
+        help="length of the line to send, without its LF (default: 56)",
+    )
+    ping.add_argument(
+        "--json", action="store_true", help="print a line of JSON for each round trip and for the summary"
+    )
 
 
 def _to_connect_to(text: str) -> TcpAddress | UnixAddress:
     match _address(text):
         case SystemdAddress():
-            raise argparse.ArgumentTypeError(f"only the process that was handed the socket knows where it is ({text})")
+            raise argparse.ArgumentTypeError(
+                f"only the process that inherited the socket knows its address (got {text!r})"
+            )
         case TcpAddress(port=0):
-            raise argparse.ArgumentTypeError(f"port 0 can't be connected to (got {text!r})")
+            raise argparse.ArgumentTypeError(f"cannot connect to port 0 (got {text!r})")
         case address:
             return address
 
@@ -265,9 +280,12 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         "--admin",
         metavar="ADDRESS",
         type=_address,
-        help="its admin endpoint, unix:/path or host:port (else admin.listen in FILE, else $RUNTIME_DIRECTORY/admin)",
+        help="admin endpoint of the daemon, unix:/path or host:port "
+        "(default: admin.listen of its configuration, else $RUNTIME_DIRECTORY/admin)",
     )
-    command.add_argument("-c", "--config", metavar="FILE", help="its TOML file (else ECHOD_CONFIG, else none)")
+    command.add_argument(
+        "-c", "--config", metavar="FILE", help="TOML file of the daemon (default: $ECHOD_CONFIG, else none)"
+    )
 
 
 def _address(text: str) -> Address:
@@ -293,41 +311,41 @@ def _sources(options: argparse.Namespace) -> Sources:
 
 _COMMANDS = {
     "serve": _Command(
-        "run until a signal, in the foreground or as a daemon",
-        "Run until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics, "
+        "serve clients until a signal, in the foreground or as a daemon",
+        "Serve clients until a signal. TERM and INT drain and stop, HUP reloads, USR1 logs the statistics, "
         "USR2 upgrades in place.",
-        "exit status: 0 every client got what it was owed, 3 some client was cut off, "
-        "1 could not start, 78 bad configuration, 2 usage",
+        "exit status: 0 every client got every reply it was owed, 3 some client was aborted, "
+        "1 could not start, 78 bad configuration, 2 wrong usage",
         _add_serve_options,
     ),
     "check": _Command(
-        "read the configuration as serve would; print it, or every fault",
-        "Read the configuration as serve would, bind nothing; print it (TOML), or every fault.",
-        "exit status: 0 valid, 78 not",
+        "validate the configuration; print it, or every error",
+        "Read the configuration as serve would, without binding anything; print it as TOML, or every error.",
+        "exit status: 0 valid, 78 invalid, 2 wrong usage",
         _add_sources,
     ),
     "config": _Command(
-        "print the default configuration, every key with a comment",
-        "Print the default configuration, every key with a comment.",
+        "print the default configuration, with a comment for every key",
+        "Print the default configuration, with a comment for every key.",
         "exit status: 0",
         lambda _: None,
     ),
     "ping": _Command(
-        "ask an echod again and again, and tell how long each reply took, as ping(8)",
-        "Ask an echod again and again, check every reply, and tell how long it took, as ping(8).",
-        "exit status: 0 all answered right, 1 otherwise, 2 usage",
-        _add_plan,
+        "measure round trips to an echod, as ping(8) does",
+        "Send lines to an echod, check every reply and report the round-trip times, as ping(8) does.",
+        "exit status: 0 all answered correctly, 1 otherwise, 2 wrong usage",
+        _add_ping_options,
     ),
     "stats": _Command(
         "print the statistics of a running echod",
         "Print the statistics of a running echod.",
-        "exit status: 0, 1 nobody answers, 2 usage",
+        "exit status: 0 printed, 1 nobody answers, 2 wrong usage",
         _add_stats_options,
     ),
     "reload": _Command(
-        "have a running echod reload its configuration; print what changed, or every fault",
-        "Have a running echod reload its configuration, wait for the verdict and print it.",
-        "exit status: 0 in force, 1 refused or nobody answers, 2 usage",
+        "make a running echod reload its configuration; print what changed, or every error",
+        "Make a running echod reload its configuration, wait for the result and print it.",
+        "exit status: 0 in force, 1 refused or nobody answers, 2 wrong usage",
         _add_target,
     ),
 }

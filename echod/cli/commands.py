@@ -1,6 +1,6 @@
-"""The commands that are no daemon: each says what came of it; which exit status that is, `__main__` knows.
+"""Every command except `serve`. A command returns whether it succeeded; `__main__` chooses the exit status.
 
-Each imports what it needs, for a health check starts one every few hundred milliseconds.
+Each command imports only what it needs, because a health check starts one every few hundred milliseconds.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 Environment = Mapping[str, str]
 
 WATCH_ANSWER_S = 2.0
-"""How long `--watch` waits for one answer before it says that there is none."""
+"""How long `--watch` waits for an answer before it reports that nobody answers."""
 
 
 def answer(
     invocation: args.Check | args.ShowDefaults | args.Ping | args.AskStats | args.AskReload, environment: Environment
 ) -> bool:
-    """Do it; return whether it went well. Raises OSError if standard output can't be written."""
+    """Run the command; return whether it succeeded. Raise OSError if standard output cannot be written."""
     match invocation:
         case args.Check(sources):
             return _check(sources, environment)
@@ -137,6 +137,6 @@ def _admin(target: args.Target, environment: Environment, *, for_reload: bool = 
 
     if target.admin:
         return [target.admin]
-    # What the daemon may open is its own business, not that of the shell here.
+    # The limit of open files is that of the daemon, not of this process.
     loaded = loader.reader(Sources(target.file, ()), environment, limits.UNLIMITED)()
     return admin.candidates(loaded.config.admin.listen, runtime_admin(environment), for_reload=for_reload)

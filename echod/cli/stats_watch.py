@@ -1,4 +1,4 @@
-"""`echod stats --watch`: ask again each second and show it, through restarts of the daemon too."""
+"""`echod stats --watch`: request and show the statistics every second, also across restarts of the daemon."""
 
 import json
 import time
@@ -13,20 +13,20 @@ INTERVAL_S = 1.0
 
 
 class Page(Protocol):
-    """Where it is shown."""
+    """Shows successive statistics."""
 
     def draw(self, stats: Mapping[str, Any]) -> None:
         """Show the statistics."""
 
     def miss(self, why: str) -> None:
-        """Show that nobody answers at present."""
+        """Show why there are no statistics at the moment."""
 
     def wait_until(self, due: float) -> None:
-        """Let time go by until then, by the monotonic clock."""
+        """Wait until that time (time.monotonic)."""
 
 
 def follow(first: Mapping[str, Any], ask: Callable[[], Mapping[str, Any]], page: Page) -> None:
-    """Show `first`, then ask and show until KeyboardInterrupt."""
+    """Show `first`, then call `ask` and show the result every second, until KeyboardInterrupt."""
     page.draw(first)
     due = time.monotonic()
     while True:
@@ -41,7 +41,7 @@ def follow(first: Mapping[str, Any], ask: Callable[[], Mapping[str, Any]], page:
 
 
 class Sheet(Protocol):
-    """What lines are drawn on."""
+    """An output for tables: a terminal, or plain text."""
 
     is_overwritten: bool
 
@@ -49,11 +49,11 @@ class Sheet(Protocol):
         """Show the lines."""
 
     def wait_until(self, due: float) -> None:
-        """Let time go by until then, by the monotonic clock."""
+        """Wait until that time (time.monotonic)."""
 
 
 class Tables:
-    """A table each time, with what changed since the last one."""
+    """Draws a table for each snapshot, with rates since the one before."""
 
     def __init__(self, sheet: Sheet) -> None:
         self.wait_until = sheet.wait_until
@@ -67,16 +67,16 @@ class Tables:
         self._lines = table(stats, rates)
         if rates.restarts:
             times = "once" if rates.restarts == 1 else f"{rates.restarts} times"
-            self._lines.insert(1, (Cell(f"restarted {times} while you watch", Meaning.WARNING),))
+            self._lines.insert(1, (Cell(f"restarted {times} since the watch began", Meaning.WARNING),))
         self._sheet.draw(self._lines)
 
     def miss(self, why: str) -> None:
-        """Say so, above the last table if that would be overwritten."""
+        """Show the reason; if the sheet is overwritten, above the last table."""
         self._sheet.draw([(Cell(why, Meaning.BAD),), *(self._lines if self._sheet.is_overwritten else ())])
 
 
 class JsonLines:
-    """The statistics as they come, a line each; what is wrong goes elsewhere, once for each time."""
+    """Writes each snapshot as a line of JSON, and passes the first error of each outage to `complain`."""
 
     def __init__(self, write: Callable[[str], None], complain: Callable[[str], None]) -> None:
         self._write = write
@@ -84,16 +84,16 @@ class JsonLines:
         self._is_missing = False
 
     def draw(self, stats: Mapping[str, Any]) -> None:
-        """Write the statistics."""
+        """Write the statistics as a line of JSON."""
         self._write(json.dumps(stats))
         self._is_missing = False
 
     def miss(self, why: str) -> None:
-        """Complain that nobody answers."""
+        """Report the reason once per outage."""
         if not self._is_missing:
             self._complain(why)
         self._is_missing = True
 
     def wait_until(self, due: float) -> None:
-        """Let time go by until then, by the monotonic clock."""
+        """Wait until that time (time.monotonic)."""
         time.sleep(max(due - time.monotonic(), 0.0))

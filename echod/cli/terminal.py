@@ -1,4 +1,4 @@
-"""A terminal that is drawn on again and again, and left as it was found; or the plain output, if it is none."""
+"""Repeated output of a table: redrawn in place on a terminal, one below the other elsewhere."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from echod.cli.stats_table import Line, rendered
 
 _ENTER = "\x1b[?1049h\x1b[?25l"
-"""The other screen, no cursor (xterm's private modes, which all terminals know)."""
+"""Switch to the alternate screen and hide the cursor (private modes of xterm, which all terminals support)."""
 
 _LEAVE = "\x1b[?25h\x1b[?1049l"
 
@@ -19,7 +19,7 @@ Write = Callable[[str], None]
 
 
 class Paper:
-    """Output that is no terminal, or a dumb one: what is drawn comes one below the other."""
+    """Output that is not a terminal, or a dumb one: each table is printed below the one before."""
 
     is_overwritten = False
 
@@ -27,16 +27,16 @@ class Paper:
         self._write = write
 
     def draw(self, lines: Sequence[Line]) -> None:
-        """Show the lines, and an empty one."""
+        """Print the lines and an empty line."""
         self._write("".join(f"{rendered(line, None, in_colour=False)}\n" for line in (*lines, ())))
 
     def wait_until(self, due: float) -> None:
-        """Let time go by until then, by the monotonic clock."""
+        """Wait until that time (time.monotonic)."""
         time.sleep(max(due - time.monotonic(), 0.0))
 
 
 class Screen:
-    """A terminal."""
+    """A terminal on which each table replaces the one before."""
 
     is_overwritten = True
 
@@ -47,15 +47,15 @@ class Screen:
         self._lines: Sequence[Line] = ()
 
     def draw(self, lines: Sequence[Line]) -> None:
-        """Show the lines in the place of those before, as far as there is room."""
+        """Show as many of the lines as fit, in place of the previous ones."""
         self._lines = lines
         width, height = self._size()
         shown = [rendered(line, width, in_colour=self._in_colour) for line in lines[:height]]
-        # Each line is overwritten and its rest erased, so nothing flickers.
+        # Overwriting each line and erasing only its rest avoids flicker.
         self._write("\x1b[H" + "\n".join(f"{line}\x1b[K" for line in shown) + "\x1b[J")
 
     def wait_until(self, due: float) -> None:
-        """Let time go by until then, by the monotonic clock; draw anew if the terminal is resized, or after Ctrl-Z."""
+        """Wait until that time (time.monotonic); redraw if the terminal is resized, and after Ctrl-Z."""
         while noticed := signal.sigtimedwait(_NOTICED, max(due - time.monotonic(), 0.0)):
             # If it is interrupted and resumed only after its timeout, as with SIGSTOP and SIGCONT, sigtimedwait of
             # CPython 3.13 and earlier returns uninitialized memory, which may hold an earlier Ctrl-Z.
@@ -66,10 +66,10 @@ class Screen:
             self.draw(self._lines)
 
     def leave(self) -> None:
-        """Give the terminal back, with what was shown last on it."""
+        """Restore the terminal, and leave the last table on it."""
         width, _ = self._size()
         last = "".join(f"{rendered(line, width, in_colour=self._in_colour)}\n" for line in self._lines)
-        with suppress(OSError):  # it is gone, so nobody sees it
+        with suppress(OSError):  # the terminal is gone
             self._write(_LEAVE + last)
 
     def _size(self) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class Screen:
 
 @contextmanager
 def screen(write: Write, descriptor: int, *, in_colour: bool) -> Iterator[Screen]:
-    """The terminal, to draw on as long as the context is open."""
+    """Take over the terminal for drawing, and restore it at the end of the context."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOTICED)
     drawn = Screen(write, descriptor, in_colour=in_colour)
     try:

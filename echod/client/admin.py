@@ -1,4 +1,4 @@
-"""Questions to a running echod through its admin endpoint: blocking, one at a time, for the commands that ask them."""
+"""Requests to the admin endpoint of a running echod, with blocking sockets, for `echod stats` and `echod reload`."""
 
 import json
 import socket
@@ -10,20 +10,20 @@ from typing import Any
 from echod.net.address import Address, SystemdAddress, TcpAddress, UnixAddress, parse_address
 
 STATS_S = 10.0
-"""How long an answer may take that a loop which turns gives at once."""
+"""How long to wait for the statistics, which a healthy event loop sends at once."""
 
 RELOAD_S = 60.0
-"""How long a verdict may take: name servers and disks can be slow; systemd gives a reload 90 s."""
+"""How long to wait for the result of a reload: name servers and disks can be slow; systemd allows 90 s."""
 
 ANSWER_BYTES = 1 << 20
 
 
 class UnansweredError(Exception):
-    """Why there is no answer, and what to do about it."""
+    """There is no usable answer; the message says why and what to do."""
 
 
 class RefusedError(Exception):
-    """Every fault for which a reload was refused."""
+    """The reload was refused, with every error."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__("; ".join(errors))
@@ -31,11 +31,14 @@ class RefusedError(Exception):
 
 
 class _NobodyThereError(Exception):
-    """Nobody listens there."""
+    """Nobody listens at an address."""
 
 
 def candidates(configured: str, runtime: str | None, *, for_reload: bool) -> list[Address]:
-    """Where an echod may answer that is told `configured` and has `runtime`; over TCP it would take no reload."""
+    """Return the addresses to try, from the configured one and that in the runtime directory.
+
+    For a reload, prefer Unix sockets, because echod refuses one over TCP.
+    """
     try:
         addresses = [parse_address(text) for text in (configured, runtime) if text]
     except ValueError as error:
@@ -45,28 +48,33 @@ def candidates(configured: str, runtime: str | None, *, for_reload: bool) -> lis
 
 
 def stats(addresses: Sequence[Address], answer_s: float = STATS_S) -> dict[str, Any]:
-    """The statistics of the echod at the first address where somebody listens. Raises UnansweredError."""
+    """Return the statistics from the first address where somebody listens; raise UnansweredError."""
     match _ask(addresses, "GET", "/stats", answer_s):
         case _, 200, dict(found):
             return found
         case address, status, answer:
-            raise _strange(address, status, answer)
+            raise _unexpected(address, status, answer)
 
 
 def reload(addresses: Sequence[Address]) -> tuple[list[str], list[str]]:
-    """Have it reload; the keys that changed, and those that need a restart. Raises RefusedError, UnansweredError."""
+    """Request a reload; return the keys that changed, and those that need a restart.
+
+    Raise RefusedError or UnansweredError.
+    """
     match _ask(addresses, "POST", "/reload", RELOAD_S):
         case _, 200, {"changed": list(changed), "restart_needed": list(waiting)}:
             return [*map(str, changed)], [*map(str, waiting)]
         case _, 409, {"errors": list(errors)}:
             raise RefusedError([str(message) for message in errors])
         case address, status, answer:
-            raise _strange(address, status, answer)
+            raise _unexpected(address, status, answer)
 
 
 def _ask(addresses: Sequence[Address], method: str, path: str, answer_s: float) -> tuple[Address, int, Any]:
     if not addresses:
-        raise UnansweredError("no admin endpoint is known: name it by --admin ADDRESS, or by -c FILE the file it is in")
+        raise UnansweredError(
+            "no admin endpoint is known: name it with --admin ADDRESS, or its configuration with -c FILE"
+        )
     for address in addresses:
         try:
             return address, *_ask_one(address, method, path, answer_s)
@@ -74,13 +82,13 @@ def _ask(addresses: Sequence[Address], method: str, path: str, answer_s: float) 
             pass
     asked = " and ".join(map(str, addresses))
     raise UnansweredError(
-        f"nobody answers at {asked}: is echod running? --admin ADDRESS asks elsewhere{_hint(addresses)}"
+        f"nobody answers at {asked}: is echod running? If elsewhere, use --admin ADDRESS{_hint(addresses)}"
     )
 
 
 def _hint(addresses: Sequence[Address]) -> str:
     has_any_port = any(isinstance(address, TcpAddress) and address.port == 0 for address in addresses)
-    return "; which free port it took for 0, its log tells: `admin endpoint`" if has_any_port else ""
+    return "; for port 0, the event `admin endpoint` in its log names the free port" if has_any_port else ""
 
 
 def _ask_one(address: Address, method: str, path: str, answer_s: float) -> tuple[int, Any]:
@@ -90,7 +98,9 @@ def _ask_one(address: Address, method: str, path: str, answer_s: float) -> tuple
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise _NobodyThereError from error
         except PermissionError as error:
-            raise UnansweredError(f"{address}: permission denied: only its user and root may ask; try sudo") from error
+            raise UnansweredError(
+                f"{address}: permission denied: only the daemon's user and root may connect; try sudo"
+            ) from error
         except OSError as error:
             raise UnansweredError(f"{address}: {(error.strerror or str(error)).lower()}") from error
         try:
@@ -98,19 +108,17 @@ def _ask_one(address: Address, method: str, path: str, answer_s: float) -> tuple
             response = connection.getresponse()
             return response.status, _content(response.read(ANSWER_BYTES), response.headers.get_content_type())
         except TimeoutError as error:
-            raise UnansweredError(
-                f"{address}: no answer within {answer_s:.0f} s: its log tells what it is busy with"
-            ) from error
+            raise UnansweredError(f"{address}: no answer within {answer_s:.0f} s: see its log") from error
         except RemoteDisconnected as error:  # which is a BadStatusLine too
-            raise UnansweredError(f"{address}: no admin endpoint of echod: closed without an answer") from error
+            raise UnansweredError(f"{address}: not an admin endpoint of echod: closed without an answer") from error
         except BadStatusLine as error:
             if str(error).startswith(f"{method} {path} ".upper()):  # the request itself, echoed in upper case
                 raise UnansweredError(
-                    f"{address}: echod serves clients there; its admin endpoint is where admin.listen says"
+                    f"{address}: echod serves clients at this address; use that of admin.listen"
                 ) from error
-            raise UnansweredError(f"{address}: no admin endpoint of echod: the answer is not HTTP") from error
+            raise UnansweredError(f"{address}: not an admin endpoint of echod: the answer is not HTTP") from error
         except (HTTPException, OSError, ValueError, RecursionError) as error:
-            raise UnansweredError(f"{address}: no admin endpoint of echod: {_words(error)}") from error
+            raise UnansweredError(f"{address}: not an admin endpoint of echod: {_words(error)}") from error
 
 
 def _words(error: Exception) -> str:
@@ -123,9 +131,9 @@ def _content(body: bytes, kind: str) -> Any:
     return json.loads(body) if kind == "application/json" else body.decode(errors="backslashreplace").strip()
 
 
-def _strange(address: Address, status: int, answer: Any) -> UnansweredError:
+def _unexpected(address: Address, status: int, answer: Any) -> UnansweredError:
     is_ours = isinstance(answer, str) and answer.isprintable() and len(answer) < 200
-    words = answer if is_ours else "no admin endpoint of echod"
+    words = answer if is_ours else "not an admin endpoint of echod"
     return UnansweredError(f"{address}: {words} (status {status})")
 
 
@@ -149,4 +157,4 @@ def _connection(address: Address, timeout_s: float) -> HTTPConnection:
         case TcpAddress(host, port):
             return HTTPConnection(host, port, timeout=timeout_s)
         case SystemdAddress():
-            raise UnansweredError(f"{address}: only the process that was handed the socket knows where that is")
+            raise UnansweredError(f"{address}: only the process that inherited the socket knows its address")

@@ -1,4 +1,4 @@
-"""From an address as people write it to a connection, within a time: every address that a name stands for is tried."""
+"""Connect to an address as users write it, within a time limit; try every address that a name resolves to."""
 
 import socket
 import time
@@ -7,30 +7,30 @@ from typing import Any
 from echod.net.address import TcpAddress, UnixAddress
 
 SocketAddress = tuple[Any, ...] | str
-"""As the socket module has it: a path, or host, port and for IPv6 two more."""
+"""An address of the socket module: a path, or host, port and for IPv6 two more items."""
 
 Found = list[tuple[int, SocketAddress]]
-"""What a target stands for: families and addresses, in the order to try them."""
+"""Address families and addresses, in the order to try them."""
 
 LEAST_S = 0.001
-"""What is left, at least, of a time that is over: 0 would mean not to wait at all, which is another error."""
+"""The least timeout of a socket operation: 0 would make the socket non-blocking, which fails with another error."""
 
 
 class UnknownHostError(Exception):
-    """The name stands for no address."""
+    """The name cannot be resolved."""
 
 
 class UnreachableError(Exception):
-    """Nobody could be connected to; why not, for each address."""
+    """No address accepts a connection; the message says why, for each of them."""
 
 
 def left_s(end: float) -> float:
-    """The seconds up to then, by the monotonic clock, but never none."""
+    """Return the seconds until `end` (time.monotonic), at least `LEAST_S`."""
     return max(end - time.monotonic(), LEAST_S)
 
 
 def resolve(target: TcpAddress | UnixAddress, wait_s: float) -> Found:
-    """Every address that the target stands for, with its family, in the order to try them. Raises UnknownHostError."""
+    """Return every address of the target, in the order to try them; raise UnknownHostError."""
     if isinstance(target, UnixAddress):
         return [(socket.AF_UNIX, target.path)]
     try:
@@ -46,7 +46,7 @@ def _looked_up(target: TcpAddress, flags: int) -> Found:
 
 
 def _looked_up_within(target: TcpAddress, wait_s: float) -> Found:
-    """In a thread, because a name server that is silent takes as long as it likes, Ctrl-C or not."""
+    """Resolve in a thread, because getaddrinfo(3) has no timeout and Ctrl-C does not interrupt it."""
     import threading
 
     found: Found = []
@@ -67,9 +67,9 @@ def _looked_up_within(target: TcpAddress, wait_s: float) -> Found:
 
 
 def connect(found: Found, end: float) -> tuple[socket.socket, SocketAddress]:
-    """A connection to the first address where somebody listens; the time is shared among those not tried yet.
+    """Connect to the first address that accepts; return the connection and the address. Raise UnreachableError.
 
-    Raises UnreachableError.
+    Each attempt may take its share of the time that is left until `end`.
     """
     errors = []
     for left, (family, address) in zip(range(len(found), 0, -1), found, strict=True):
@@ -103,10 +103,10 @@ def _connect_one(family: int, address: SocketAddress, end: float) -> socket.sock
 
 
 def name(address: SocketAddress) -> str:
-    """The address as people write it."""
+    """Return the address as users write it."""
     return f"unix:{address}" if isinstance(address, str) else str(TcpAddress(*address[:2]))
 
 
 def words(error: OSError) -> str:
-    """What went wrong with a connection, as the middle of a sentence."""
-    return "no connection in time" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
+    """Describe an error of a connection."""
+    return "connection timed out" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()

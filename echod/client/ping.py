@@ -1,7 +1,7 @@
-"""`echod ping`: round trips over one connection, told one by one as ping(8) does; a new connection after every fault.
+"""`echod ping`: round trips over one connection, reported as by ping(8), with a new connection after each error.
 
-A reply that is late or wrong ends its connection, so it can't be taken for the next one's. Blocking sockets and no
-event loop: a health check starts this every few hundred milliseconds.
+A late or wrong reply ends its connection, so that it cannot be mistaken for the next reply. Sockets block and there is
+no event loop, because a health check starts this every few hundred milliseconds.
 """
 
 import socket
@@ -14,17 +14,17 @@ from echod.client import dial, probe
 from echod.client.probe import Plan, Tally
 
 REPLY_BYTES = 4096
-"""How much longer than it should be a reply is read, to be shown."""
+"""How many bytes are read beyond the expected reply, to be shown."""
 
 
 class LostError(Exception):
-    """Why a round trip was not answered right."""
+    """A round trip had no correct reply; the message says why."""
 
 
 def ping(plan: Plan, write: Callable[[str], None], *, as_json: bool) -> bool:
-    """Make the round trips, each told to `write` in a line as it ends; return whether all were answered right.
+    """Make the round trips and pass a line about each to `write`; return whether every reply was correct.
 
-    Ctrl-C (KeyboardInterrupt) ends them early, and what was under way counts for nothing. Raises dial.UnknownHostError.
+    KeyboardInterrupt (Ctrl-C) ends them early; an unfinished round trip is not counted. Raise dial.UnknownHostError.
     """
     tally = Tally()
     client = _Client(plan)
@@ -33,9 +33,9 @@ def ping(plan: Plan, write: Callable[[str], None], *, as_json: bool) -> bool:
     start = time.monotonic()
     with suppress(KeyboardInterrupt):
         for sequence in _paced(plan):
-            time_ns, fault = client.round_trip(sequence)
+            time_ns, error_text = client.round_trip(sequence)
             tally.add(time_ns)
-            write((_fields if as_json else _line)(client, sequence, time_ns, fault))
+            write((_fields if as_json else _line)(client, sequence, time_ns, error_text))
     client.close()
     elapsed_s = time.monotonic() - start
     if as_json:
@@ -46,7 +46,7 @@ def ping(plan: Plan, write: Callable[[str], None], *, as_json: bool) -> bool:
 
 
 def _paced(plan: Plan) -> Iterator[int]:
-    """The numbers of the round trips, each when it is due; one that took longer than the interval delays the rest."""
+    """Yield the number of each round trip when it is due; one that takes longer than the interval delays the rest."""
     due = time.monotonic()
     for sequence in count(1) if plan.rounds is None else range(1, plan.rounds + 1):
         if (early_s := due - time.monotonic()) > 0:
@@ -55,20 +55,20 @@ def _paced(plan: Plan) -> Iterator[int]:
         yield sequence
 
 
-def _line(client: "_Client", sequence: int, time_ns: int | None, fault: str) -> str:
+def _line(client: "_Client", sequence: int, time_ns: int | None, error_text: str) -> str:
     if time_ns is None:
-        return f"seq={sequence} {fault}"
+        return f"seq={sequence} {error_text}"
     size, note = client.plan.text_bytes + 1, f" ({client.note})" if client.note else ""
     return f"{size} bytes from {client.peer}: seq={sequence} time={time_ns / 1e6:.3f} ms{note}"
 
 
-def _fields(client: "_Client", sequence: int, time_ns: int | None, fault: str) -> str:
+def _fields(client: "_Client", sequence: int, time_ns: int | None, error_text: str) -> str:
     fields = {
         "seq": sequence,
         "peer": client.peer,
         "connection": client.connections,
         "time_ms": None if time_ns is None else time_ns / 1e6,
-        "fault": fault or None,
+        "fault": error_text or None,
     }
     return _json(fields)
 
@@ -80,7 +80,7 @@ def _json(fields: object) -> str:
 
 
 class _Client:
-    """One connection at a time to whom the plan names. Raises dial.UnknownHostError."""
+    """Connects to the plan's target, with one connection at a time; raises dial.UnknownHostError."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -97,17 +97,17 @@ class _Client:
         self._socket = None
 
     def round_trip(self, sequence: int) -> tuple[int | None, str]:
-        """Say something and wait for the reply: the nanoseconds between, or None and why it was not answered right."""
+        """Send a text and wait for the reply; return the time in ns and "", or None and what went wrong."""
         try:
             return self._asked(probe.text(sequence, self.plan.text_bytes)), ""
         except TimeoutError:
-            fault = f"{self.peer}: no reply within {self.plan.wait_s:g} s"
+            error_text = f"{self.peer}: no reply within {self.plan.wait_s:g} s"
         except OSError as error:
-            fault = f"{self.peer}: {dial.words(error)}"
+            error_text = f"{self.peer}: {dial.words(error)}"
         except LostError as error:
-            fault = str(error)
+            error_text = str(error)
         self.close()
-        return None, fault
+        return None, error_text
 
     def _asked(self, text: str) -> int:
         end = time.monotonic() + self.plan.wait_s
@@ -115,16 +115,16 @@ class _Client:
         connected.settimeout(dial.left_s(end))
         line = text.encode() + b"\n"
         start = time.perf_counter_ns()
-        with suppress(BrokenPipeError, ConnectionResetError):  # why, it may have said before: read that
+        with suppress(BrokenPipeError, ConnectionResetError):  # the server may have sent an error line before: read it
             connected.sendall(line)
         reply = self._reply(connected, end)
         time_ns = time.perf_counter_ns() - start
-        if fault := probe.mismatch(text, reply):
-            raise LostError(f"{self.peer}: {fault}")
+        if wrong := probe.mismatch(text, reply):
+            raise LostError(f"{self.peer}: {wrong}")
         return time_ns
 
     def _reply(self, connected: socket.socket, end: float) -> bytes:
-        """All that came up to the chunk with the first LF."""
+        """Return everything received up to and including the chunk with the first LF."""
         reply = bytearray()
         while len(reply) <= self.plan.text_bytes + REPLY_BYTES:
             connected.settimeout(dial.left_s(end))
@@ -144,12 +144,12 @@ class _Client:
         return bytes(reply)
 
     def _connected(self, end: float) -> socket.socket:
-        """The connection there is, or a new one."""
-        said = self._said_meanwhile()
+        """Return the open connection, or a new one."""
+        error_line = self._check_idle()
         if self._socket:
             return self._socket
         if self.connections:
-            self.note = f"new connection, told {said}" if said else "new connection"
+            self.note = f"new connection after {error_line}" if error_line else "new connection"
         found = self._resolved or self._resolved_again(end)
         self._resolved = []
         try:
@@ -160,25 +160,28 @@ class _Client:
         self.connections += 1
         return self._socket
 
-    def _said_meanwhile(self) -> str:
-        """What an idle connection was told before the server closed it, as it may; anything else is a fault."""
+    def _check_idle(self) -> str:
+        """Drop the connection if the server has closed it; return its error line, if any.
+
+        A server may close an idle connection. Raise LostError for any other data.
+        """
         self.note = ""
         if not self._socket:
             return ""
         try:
             self._socket.settimeout(0)
-            said = self._socket.recv(REPLY_BYTES)
+            received = self._socket.recv(REPLY_BYTES)
         except BlockingIOError:
             return ""
         except OSError:
-            said = b""
-        if said and not probe.is_error(said):
-            raise LostError(f"{self.peer}: said unasked: {probe.shown(said)}")
+            received = b""
+        if received and not probe.is_error(received):
+            raise LostError(f"{self.peer}: unexpected data: {probe.shown(received)}")
         self.close()
-        return probe.shown(said) if said else ""
+        return probe.shown(received) if received else ""
 
     def _resolved_again(self, end: float) -> dial.Found:
-        """The name may stand for another address by now."""
+        """Resolve the target again, because a name may have another address by now."""
         try:
             return dial.resolve(self.plan.target, dial.left_s(end))
         except dial.UnknownHostError as error:

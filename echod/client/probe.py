@@ -1,7 +1,6 @@
-"""Round trips as arithmetic: what to say, whether the reply is right, and what many of them come to.
+"""Round trips without I/O: the text to send, the check of the reply, and the statistics of many round trips.
 
-A reply is held against the promise itself, upper-casing, not against echod's own code. Sockets and clocks are not known
-here.
+A reply is compared with `str.upper` itself, not with echod's own code.
 """
 
 from collections import Counter
@@ -12,17 +11,17 @@ from typing import Any, NamedTuple
 from echod.net.address import TcpAddress, UnixAddress
 
 LETTERS = "abcdßefgéhijλklmжnopñqrsþtuvwπxyz"
-"""What a text is made of: upper-cased byte for byte as long, and no two beside each other that are not ASCII."""
+"""The letters of a text. In upper case each has as many bytes, and no two adjacent ones are non-ASCII."""
 
 ERROR = b"ERROR "
-"""How a server's complaint begins, which goes on in lower case; no reply can."""
+"""The start of an error line, which continues in lower case; no reply can look like that."""
 
 SHOWN = 60
-"""How much of a reply is shown."""
+"""How many characters of a reply are shown."""
 
 
 class Plan(NamedTuple):
-    """Whom to ask, how often and how much: `rounds` None is without an end, `text_bytes` is without the LF."""
+    """What to ping and how: `rounds` is None for no end, `text_bytes` does not include the LF."""
 
     target: TcpAddress | UnixAddress
     rounds: int | None
@@ -32,7 +31,7 @@ class Plan(NamedTuple):
 
 
 def text(sequence: int, size: int) -> str:
-    """What to say in that round trip, in `size` bytes of UTF-8: something else than in those before and after it."""
+    """Return the text to send in a round trip: `size` bytes of UTF-8, different from the texts before and after it."""
     number = f"{sequence} "
     start = sequence % len(LETTERS)
     letters = LETTERS[start:] + LETTERS[:start]
@@ -41,39 +40,39 @@ def text(sequence: int, size: int) -> str:
     return cut + "." * (size - len(cut.encode()))
 
 
-def mismatch(said: str, reply: bytes) -> str | None:
-    """What is wrong with a reply, with all that came along with it; None if it is right."""
-    right = f"{said.upper()}\n".encode()
+def mismatch(sent: str, reply: bytes) -> str | None:
+    """Say what is wrong with everything received for a text; return None if it is the correct reply."""
+    right = f"{sent.upper()}\n".encode()
     if reply == right:
         return None
     if is_error(reply):
-        return f"told: {shown(reply)}"
+        return f"error line: {shown(reply)}"
     if reply.startswith(right):
-        return f"more than the reply: {shown(reply[len(right) :])}"
+        return f"unexpected data after the reply: {shown(reply[len(right) :])}"
     begin = 0 if max(len(reply), len(right)) <= SHOWN else max(_same(reply, right) - SHOWN // 4, 0)
     where = f", from byte {begin + 1} on" if begin else ""
     return f"wrong reply: {shown(reply[begin:])} instead of {shown(right[begin:])}{where}"
 
 
 def _same(one: bytes, other: bytes) -> int:
-    """How many bytes of the two are the same at their beginnings."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (here, there) in pairs if here != there), min(len(one), len(other)))
 
 
-def is_error(said: bytes) -> bool:
-    """Whether it is a server's complaint."""
-    return said.startswith(ERROR) and said[len(ERROR) :].islower()
+def is_error(received: bytes) -> bool:
+    """Whether this is an error line of a server."""
+    return received.startswith(ERROR) and received[len(ERROR) :].islower()
 
 
 def shown(data: bytes) -> str:
-    """The beginning of what a server said, fit for a terminal."""
-    said = data.decode(errors="backslashreplace").removesuffix("\n")
-    return repr(said if len(said) <= SHOWN else f"{said[:SHOWN]}...")
+    """Return the start of received data, quoted for a terminal."""
+    text = data.decode(errors="backslashreplace").removesuffix("\n")
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
 class Tally:
-    """What round trips come to; of endless many no more is kept than how often each time, to four digits, was seen."""
+    """The statistics of round trips; its memory is bounded, because times are counted to four significant digits."""
 
     def __init__(self) -> None:
         self.total = self.right = 0
@@ -82,16 +81,16 @@ class Tally:
 
     @property
     def is_all_right(self) -> bool:
-        """Whether there were any, and each was answered right."""
+        """Whether there was a round trip, and every one had the correct reply."""
         return 0 < self.total == self.right
 
     @property
     def loss_percent(self) -> float:
-        """How many of a hundred were not answered right."""
+        """The percentage of round trips without the correct reply."""
         return 100 * (self.total - self.right) / self.total if self.total else 0.0
 
     def add(self, time_ns: int | None) -> None:
-        """Count one that was answered right and took so long, or None if it wasn't."""
+        """Count a round trip: its time if the reply was correct, else None."""
         self.total += 1
         if time_ns is None:
             return
@@ -102,7 +101,7 @@ class Tally:
         self.right += 1
 
     def times_ms(self) -> Mapping[str, float]:
-        """The least, the average, the most, and what half and 99 of a hundred took at most; empty if none was right."""
+        """Return minimum, average, maximum, median and 99th percentile in ms; empty without a correct reply."""
         if not self.right:
             return {}
         figures = {
@@ -125,9 +124,9 @@ class Tally:
         return min(max(time_ns, self._least_ns), self._most_ns)
 
     def as_text(self, target: object, elapsed_s: float) -> str:
-        """The last lines, as ping(8) has them."""
+        """Return the summary in the format of ping(8)."""
         trips = "1 round trip" if self.total == 1 else f"{self.total} round trips"
-        loss = f"{self.right} answered right, {self.loss_percent:.6g}% loss, time {elapsed_s * 1000:.0f} ms"
+        loss = f"{self.right} answered correctly, {self.loss_percent:.6g}% loss, time {elapsed_s * 1000:.0f} ms"
         lines = ["", f"--- {target} echod ping statistics ---", f"{trips}, {loss}"]
         if times := self.times_ms():
             figures = "/".join(f"{time:.3f}" for time in times.values())
@@ -135,7 +134,7 @@ class Tally:
         return "\n".join(lines)
 
     def as_fields(self, target: object, elapsed_s: float) -> Mapping[str, Any]:
-        """The same for programs."""
+        """Return the summary for `--json`."""
         return {
             "target": str(target),
             "round_trips": self.total,

@@ -1,10 +1,10 @@
-"""What a person at a terminal is told once echod serves: what to type next."""
+"""The greeting for a user at a terminal: how to talk to the running echod."""
 
 from collections.abc import Sequence
 
 
 def greeting(addresses: Sequence[str], pid: int) -> str:
-    """A few lines for the terminal that `echod serve` was typed in."""
+    """Return the lines to show in the terminal that runs `echod serve`."""
     lines = [
         "",
         "echod is serving. In another terminal, talk to it, a line at a time:",

@@ -1,7 +1,7 @@
-"""Where log lines go: a bounded queue and one thread that writes, so that no reader and no disk can stop the server.
+"""Write log lines in a thread behind a bounded queue, so that a stalled reader or disk never blocks the server.
 
-A line that finds the queue full is dropped and counted, never waited for. The descriptor's flags are left alone: it is
-shared with whoever started this process.
+If the queue is full, a line is dropped and counted. The flags of the descriptor are left unchanged, because it may be
+shared with the process that started this one.
 """
 
 import os
@@ -14,36 +14,36 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 QUEUED_LINES = 8192
-"""At a few hundred bytes a line some megabytes; what a reader may be behind before lines are dropped."""
+"""How many lines may be queued before lines are dropped: some megabytes, at a few hundred bytes per line."""
 
 PREDECESSOR_S = 1.0
-"""How long a new place waits for the last lines to the old one; those that it has not taken then are lost."""
+"""How long the old destination may take for its last lines after a change; the remaining ones are lost."""
 
 _BATCH_BYTES = 65_536
 _GATHER_S = 0.01
-"""How long the writer rests after a write: lines of a busy moment then share one write and one wake-up (9 µs each).
-Not if somebody waits for it: a stop does, and in the moment of an upgrade all clients do."""
+"""How long the writer pauses after a write, so that lines of a busy moment share one write and one wake-up (9 µs each).
+It does not pause while someone waits for it, as in a stop, or during an upgrade, when all clients wait."""
 
-_LOOK_S = 0.05
+_POLL_S = 0.05
 """How often the writer checks whether to abandon a destination that accepts nothing."""
 
 
 class LogWriter:
     """The destination of log lines; it can be replaced while lines are being written.
 
-    One thread writes to all successive destinations, and at most one new destination waits for it. So the sink has one
+    One thread writes to all successive destinations, and at most one new destination waits for it. So it uses one
     thread and two descriptors, however often the destination changes and however long an old one stalls. Only a write
     that never returns, for example to a network file system that hangs, prevents the switch to a new destination.
     """
 
     def __init__(self, descriptor: int, *, is_owned: bool = False) -> None:
-        self._newest = _Place(descriptor, is_owned=is_owned)
-        self._next: _Place | None = None  # the newest, if the writer has not reached it yet
-        self._leave_at = float("inf")  # when the writer abandons the previous place, whatever it has accepted
-        self._waiting = 0  # lines neither written nor lost
-        self._behind = 0  # the same, for the place that is next
+        self._newest = _Destination(descriptor, is_owned=is_owned)
+        self._next: _Destination | None = None  # the newest, until the writer reaches it
+        self._leave_at = float("inf")  # when the writer abandons the current destination
+        self._waiting = 0  # lines neither written nor lost, for the current destination
+        self._behind = 0  # and those for the next one
         self._dropped = 0
-        self._turn = threading.RLock()  # protects all of these; reentrant, because a destructor may log
+        self._lock = threading.RLock()  # protects all of the above; reentrant, because a destructor may log
         self._is_awaited = threading.Event()
         self._queue: SimpleQueue[bytes | _Mark] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(self._newest,), name="log", daemon=True)
@@ -51,12 +51,12 @@ class LogWriter:
 
     @property
     def dropped(self) -> int:
-        """Lines lost so far: no room in the queue, or the descriptor took none."""
+        """How many lines were lost, because the queue was full or the destination accepted nothing."""
         return self._dropped
 
     def write(self, line: bytes) -> None:
-        """Queue a line; never blocks."""
-        with self._turn:
+        """Queue a line; never block."""
+        with self._lock:
             if (self._behind if self._next else self._waiting) >= QUEUED_LINES:
                 self._dropped += 1
                 return
@@ -67,23 +67,23 @@ class LogWriter:
             self._queue.put(line)
 
     def flush(self, timeout_s: float) -> int:
-        """Wait until what is queued is written, for at most `timeout_s`; return how many lines are not."""
+        """Wait at most `timeout_s` until all queued lines are written; return how many are not."""
         mark = _Mark()
         self._put(mark)
         mark.reached.wait(timeout_s)
         return self._waiting + self._behind
 
     def redirect(self, descriptor: int, *, is_owned: bool) -> None:
-        """Send the lines written from now on to `descriptor`; the one before gets its lines, and is closed if owned.
+        """Write later lines to `descriptor`; the old one gets the lines before, and is closed if owned.
 
-        Lines keep their order, for the new place may be the old one reopened. But a place that takes nothing is left
-        after PREDECESSOR_S. Standard error that is redirected to standard error stays as it is.
+        The order of lines is kept, because both may be the same file, reopened. An old destination that accepts nothing
+        is abandoned after PREDECESSOR_S. If standard error is redirected to itself, nothing happens.
         """
-        place = _Place(descriptor, is_owned=is_owned)
-        with self._turn:
-            if not is_owned and place.descriptor == self._newest.descriptor:
+        destination = _Destination(descriptor, is_owned=is_owned)
+        with self._lock:
+            if not is_owned and destination.descriptor == self._newest.descriptor:
                 return
-            skipped, self._next, self._newest = self._next, place, place
+            skipped, self._next, self._newest = self._next, destination, destination
             if not skipped:
                 self._leave_at = time.monotonic() + PREDECESSOR_S
                 self._put(_Mark(is_change=True))
@@ -91,7 +91,7 @@ class LogWriter:
             skipped.close()
 
     def close(self, timeout_s: float) -> bool:
-        """Write what is queued, for at most `timeout_s`; return whether the writer came to the end of it."""
+        """Write all queued lines and stop the writer; return whether it finished within `timeout_s`."""
         self._put(_Mark(is_end=True))
         self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
@@ -102,18 +102,18 @@ class LogWriter:
 
     # -- in the thread ---------------------------------------------------------------------------------------------
 
-    def _run(self, place: "_Place") -> None:
-        place.begin()
+    def _run(self, destination: "_Destination") -> None:
+        destination.begin()
         while True:
             batch, mark = self._gather()
-            for piece in _pieces(batch, place.piece_bytes):
-                self._write(place, piece)
+            for piece in _pieces(batch, destination.piece_bytes):
+                self._write(destination, piece)
             if mark and mark.is_change:
-                place.close()
-                place = self._change()
-                place.begin()
+                destination.close()
+                destination = self._change()
+                destination.begin()
             if mark and mark.is_end:
-                place.close()
+                destination.close()
                 return
             if mark:
                 self._is_awaited.clear()
@@ -121,7 +121,7 @@ class LogWriter:
             self._is_awaited.wait(_GATHER_S)
 
     def _gather(self) -> "tuple[list[bytes], _Mark | None]":
-        """Wait for a line and take those behind it; then the mark that ended them, if one did."""
+        """Wait for a line and take those queued behind it, up to a mark if there is one."""
         batch: list[bytes] = []
         size = 0
         item = self._queue.get()
@@ -136,25 +136,25 @@ class LogWriter:
                 return batch, None
         return batch, item
 
-    def _write(self, place: "_Place", lines: list[bytes]) -> None:
-        lost = place.write(lines, self._is_to_leave)
-        with self._turn:
+    def _write(self, destination: "_Destination", lines: list[bytes]) -> None:
+        lost = destination.write(lines, self._must_leave)
+        with self._lock:
             self._waiting -= len(lines)
             self._dropped += lost
 
-    def _is_to_leave(self) -> bool:
+    def _must_leave(self) -> bool:
         return time.monotonic() >= self._leave_at
 
-    def _change(self) -> "_Place":
-        with self._turn:
-            place, self._next, self._leave_at = self._next, None, float("inf")
+    def _change(self) -> "_Destination":
+        with self._lock:
+            destination, self._next, self._leave_at = self._next, None, float("inf")
             self._waiting, self._behind = self._behind, 0
-        assert place
-        return place
+        assert destination
+        return destination
 
 
 class _Mark:
-    """Something between two lines of the queue; tells when the writer has reached it."""
+    """A position in the queue, with an event that is set when the writer reaches it."""
 
     def __init__(self, *, is_change: bool = False, is_end: bool = False) -> None:
         self.is_change = is_change
@@ -162,33 +162,33 @@ class _Mark:
         self.reached = threading.Event()
 
 
-class _Place:
-    """A descriptor that lines are written to; used by one thread at a time."""
+class _Destination:
+    """A descriptor that lines are written to, used by one thread at a time."""
 
     def __init__(self, descriptor: int, *, is_owned: bool) -> None:
         self.descriptor = descriptor
         self._is_owned = is_owned
         self._is_torn = False
-        # A file takes what it is given, or fails. A pipe that is ready takes so much at once and doesn't wait for its
-        # reader (pipe(7)), and whoever ends a write that waits tears no line.
+        # A write to a file completes or fails. A ready pipe accepts PIPE_BUF bytes at once without blocking (pipe(7)),
+        # so ending a write that waits does not tear a line.
         self._is_file = _is_file(descriptor)
         self.piece_bytes = 2 * _BATCH_BYTES if self._is_file else select.PIPE_BUF
         self._readiness = select.poll()
         self._readiness.register(descriptor, select.POLLOUT)
 
     def begin(self) -> None:
-        """Look at what is there, now that no other descriptor of it is written to."""
+        """Check whether the file ends in a torn line; call this when no other descriptor of the file is in use."""
         self._is_torn = self._is_owned and _ends_torn(self.descriptor)
 
-    def write(self, lines: list[bytes], is_to_leave: Callable[[], bool]) -> int:
-        """Write the lines, unless it is time to leave; return how many are lost."""
+    def write(self, lines: list[bytes], must_leave: Callable[[], bool]) -> int:
+        """Write the lines, until `must_leave` returns True; return how many are lost."""
         data = b"\n" * self._is_torn + b"".join(lines)
         done = 0
-        while done < len(data) and self._is_ready(is_to_leave):
+        while done < len(data) and self._is_ready(must_leave):
             try:
                 done += os.write(self.descriptor, memoryview(data)[done : done + self.piece_bytes])
             except BlockingIOError:
-                # Another process made the shared descriptor non-blocking and writes to it too.
+                # Another process has made the shared descriptor non-blocking and writes to it as well.
                 select.select((), (), (), _GATHER_S)
             except OSError:
                 break
@@ -198,16 +198,16 @@ class _Place:
         return lost
 
     def close(self) -> None:
-        """Close the descriptor, if it is owned."""
+        """Close the descriptor if it is owned."""
         if self._is_owned:
             with suppress(OSError):  # NFS may report a full disk only now
                 os.close(self.descriptor)
 
-    def _is_ready(self, is_to_leave: Callable[[], bool]) -> bool:
-        """Wait until a write has room; a file always has. Return False if it is time to leave before that."""
+    def _is_ready(self, must_leave: Callable[[], bool]) -> bool:
+        """Wait until the descriptor accepts a write; return False if `must_leave` returns True before that."""
         while not self._is_file:
-            is_leaving = is_to_leave()
-            if self._readiness.poll(0 if is_leaving else 1000 * _LOOK_S):
+            is_leaving = must_leave()
+            if self._readiness.poll(0 if is_leaving else 1000 * _POLL_S):
                 break
             if is_leaving:
                 return False
@@ -215,7 +215,7 @@ class _Place:
 
 
 def _pieces(lines: Iterable[bytes], longest: int) -> Iterator[list[bytes]]:
-    """The lines in pieces of so many bytes, unless a line alone is longer."""
+    """Yield the lines in pieces of at most `longest` bytes; a longer line is a piece of its own."""
     piece: list[bytes] = []
     size = 0
     for line in lines:
@@ -236,12 +236,12 @@ def _is_file(descriptor: int) -> bool:
 
 
 def _ends_torn(descriptor: int) -> bool:
-    """Whether it is a file whose last line has no end: a full disk or a crash tore it."""
+    """Whether this is a file whose last line has no LF, because of a full disk or a crash."""
     try:
-        size = os.fstat(descriptor).st_size  # 0 for what is no file
+        size = os.fstat(descriptor).st_size  # 0 for anything but a file
         if not size:
             return False
-        with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # the descriptor itself can only write
+        with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # the descriptor itself is write-only
             return os.pread(file.fileno(), 1, size - 1) != b"\n"
     except OSError:
         return False

@@ -1,6 +1,6 @@
-"""structlog set up: one stream of events for echod, asyncio, warnings and the standard library, JSON or for people.
+"""Set up structlog: one stream of events from echod, asyncio, warnings and the standard library, as JSON or as text.
 
-Owns the sink and what is logged into it; a new level, format or file takes effect on loggers already in use.
+A new level, format or file also takes effect on loggers that are already in use.
 """
 
 import logging
@@ -27,10 +27,10 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
 class Logs:
-    """The log in force. `open_file` may fail; nothing after it does."""
+    """The current log. Opening its file with `open_file` can fail; nothing in this class does."""
 
     def __init__(self, config: Log, descriptor: int | None) -> None:
-        """Begin to log; `descriptor` is what `open_file` gave for `config`."""
+        """Start to log; `descriptor` is the result of `open_file` for `config`."""
         self.sink = _sink(descriptor)
         self._in_force = _InForce(self.sink)
         self._configure(config)
@@ -38,12 +38,12 @@ class Logs:
             processors=[self._in_force.render],
             wrapper_class=_Logger,
             logger_factory=lambda *_: self._in_force,
-            cache_logger_on_first_use=True,  # else each event would make a logger anew, for half of its time
+            cache_logger_on_first_use=True,  # creating a logger takes half the time of an event
         )
         _divert_standard_library()
 
     def apply(self, config: Log, descriptor: int | None) -> None:
-        """Change over to `config`; a file is changed over to even if its name is the same, as logrotate expects."""
+        """Switch to `config`, and to a new descriptor even if the file name is the same, as logrotate expects."""
         if descriptor is None:
             self.sink.redirect(STANDARD_ERROR, is_owned=False)
         else:
@@ -51,13 +51,13 @@ class Logs:
         self._configure(config)
 
     def always(self, event: str, **fields: Any) -> None:
-        """Log an event at level info whatever the level in force."""
+        """Log an event with level info, whatever the current level is."""
         self.sink.write(_as_line(self._in_force.render(None, "info", {"event": event, **fields})))
 
     def _configure(self, config: Log) -> None:
         self.is_at_terminal = _is_at_terminal(config)
-        is_for_people = config.format == "console" or (config.format == "auto" and self.is_at_terminal)
-        self._in_force.renderer = _console(self.is_at_terminal) if is_for_people else render_json
+        is_text = config.format == "console" or (config.format == "auto" and self.is_at_terminal)
+        self._in_force.renderer = _console(self.is_at_terminal) if is_text else render_json
         self._in_force.level = _LEVELS[config.level]
         logging.getLogger().setLevel(self._in_force.level)
 
@@ -67,13 +67,13 @@ def _is_at_terminal(config: Log) -> bool:
 
 
 def open_file(config: Log) -> int | None:
-    """A descriptor of the log file, or None if the log goes to standard error; raises OSError."""
+    """Open the log file; return None if the log goes to standard error. Raise OSError."""
     return open_path(config.file) if config.file else None
 
 
 def open_path(file: str, more_flags: int = 0) -> int:
-    """A descriptor to append to the file, made if there is none; raises OSError."""
-    # Not to wait for the reader of a FIFO; afterwards the descriptor, which nobody shares, blocks as any.
+    """Open a file for appending, and create it if necessary; raise OSError."""
+    # O_NONBLOCK prevents waiting for the reader of a FIFO; writes block again afterwards.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     descriptor = os.open(file, flags | more_flags, 0o640)
     os.set_blocking(descriptor, True)
@@ -88,7 +88,7 @@ def _sink(descriptor: int | None) -> LogWriter:
 
 
 def render_json(_: Any, level: str, event: MutableMapping[str, Any]) -> bytes:
-    """One event as a JSON object: timestamp, level, event, then its fields. One function, for half of the time."""
+    """Render an event as JSON: timestamp, level, event, then its fields. A chain of processors takes twice as long."""
     fields: dict[str, Any] = {"timestamp": _now(), "level": level, "event": event.pop("event", "")}
     fields.update(event)
     if fields.get("exc_info"):
@@ -96,12 +96,12 @@ def render_json(_: Any, level: str, event: MutableMapping[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(fields, enc_hook=str)
     except (TypeError, ValueError):
-        # Such as a file name that is not UTF-8: an odd value must not lose the event.
+        # An odd value, such as a file name that is not UTF-8, must not lose the event.
         return msgspec.json.encode({key: _harmless(value) for key, value in fields.items()})
 
 
 class _Clock:
-    """Tells the time as text; all but the microseconds is made once a second."""
+    """Formats the current time; everything but the microseconds is formatted once a second."""
 
     def __init__(self) -> None:
         self._second = (0, "")
@@ -152,7 +152,7 @@ def _as_line(rendered: Any) -> bytes:
 
 
 class _InForce:
-    """What every logger is bound to, once and for all; what a new configuration changes, changes in here."""
+    """The state that every logger is bound to permanently; a new configuration changes it in place."""
 
     def __init__(self, sink: LogWriter) -> None:
         self.level = logging.INFO
@@ -160,7 +160,7 @@ class _InForce:
         self._sink = sink
 
     def render(self, logger: Any, level: str, event: EventDict) -> ProcessorReturnValue:
-        """The last processor of structlog's, and the only one."""
+        """Render an event: the only processor of structlog."""
         return self.renderer(logger, level, event)
 
     def _write(self, rendered: bytes | str) -> None:
@@ -170,7 +170,7 @@ class _InForce:
 
 
 class _Logger(structlog.BoundLoggerBase):
-    """A logger that looks at the level at each event: a new one takes effect on loggers in use."""
+    """A logger that checks the level at each event, so that a new level takes effect on loggers in use."""
 
     _logger: _InForce
 
@@ -201,7 +201,7 @@ class _Logger(structlog.BoundLoggerBase):
 
 
 class _Forward(logging.Handler):
-    """Makes a structlog event of a record of the standard library: asyncio's, warnings, any dependency's."""
+    """Forwards records of the standard library's logging (asyncio, warnings, dependencies) to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = min(max(record.levelno // 10 * 10, logging.DEBUG), logging.ERROR)

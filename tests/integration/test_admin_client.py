@@ -69,7 +69,7 @@ def test_stats_for_people(daemon: Daemon, local: str) -> None:
 
 
 def test_reload_waits_for_the_verdict_and_prints_it(daemon: Daemon, file: Path, local: str) -> None:
-    """`reload` exits 0 with what changed once it is in force, or 1 with every fault."""
+    """`reload` exits 0 with what changed once it is in force, or 1 with every error."""
     done = command("reload", "--admin", local)
     assert (done.returncode, done.stdout, done.stderr) == (0, "reload applied: nothing changed\n", "")
     good = file.read_text()
@@ -105,7 +105,7 @@ def test_reload_says_what_is_not_in_force(tmp_path: Path, local: str) -> None:
 
 @pytest.mark.parametrize("question", ["reload", "stats"])
 def test_a_broken_file_is_told_by_the_command_itself(question: str, daemon: Daemon, file: Path) -> None:
-    """A broken FILE given by -c: its faults, exit 1; the daemon isn't even asked."""
+    """A broken FILE given by -c: its errors, exit 1; the daemon isn't even asked."""
     file.write_text("[limits]\nconnections = 0\n[nonsense]\n")
     done = command(question, "-c", str(file))
     assert (done.returncode, done.stdout) == (1, "")
@@ -135,7 +135,7 @@ def test_a_reload_over_tcp_is_refused_with_words() -> None:
         [address] = echod.wait_for("admin endpoint")["listen"]
         done = command("reload", "--admin", address)
         assert done.returncode == 1
-        assert done.stderr == f"echod: {address}: a reload is taken from the Unix socket alone (status 403)\n"
+        assert done.stderr == f"echod: {address}: a reload is accepted only on the Unix socket (status 403)\n"
         assert json.loads(command("stats", "--json", "--admin", address).stdout)["pid"] == echod.pid
 
 
@@ -160,7 +160,7 @@ def test_where_the_address_comes_from(daemon: Daemon, file: Path, local: str) ->
 
 
 def test_how_many_files_the_shell_may_open_is_nothing_to_them(daemon: Daemon, file: Path) -> None:
-    """A limit of connections that fits the daemon may be too high for the shell: that is no fault here."""
+    """A limit of connections that fits the daemon may be too high for the shell: that is no error here."""
     file.write_text(file.read_text() + "[limits]\nconnections = 1000000\n")
     assert command("stats", "-c", str(file)).returncode == 0
 
@@ -198,7 +198,7 @@ def test_the_endpoint_has_moved_but_the_daemon_is_still_at_its_runtime_directory
 @pytest.mark.parametrize(
     ("arguments", "more", "words"),
     [
-        ([], {}, "no admin endpoint is known: name it by --admin ADDRESS, or by -c FILE the file it is in"),
+        ([], {}, "no admin endpoint is known: name it with --admin ADDRESS, or its configuration with -c FILE"),
         (["--admin", "unix:/no/such/socket"], {}, "nobody answers at unix:/no/such/socket: is echod running? "),
         ([], {"RUNTIME_DIRECTORY": "/no/such"}, "nobody answers at unix:/no/such/admin: is echod running? "),
         (
@@ -299,7 +299,7 @@ def test_a_port_for_clients(question: str) -> None:
         address = f"127.0.0.1:{echod.port}"
         done = command(question, "--admin", address)
     assert (done.returncode, done.stdout) == (1, "")
-    words = f"{address}: echod serves clients there; its admin endpoint is where admin.listen says"
+    words = f"{address}: echod serves clients at this address; use that of admin.listen"
     assert done.stderr == f"echod: {words}\n"
 
 
@@ -315,7 +315,7 @@ def test_what_is_wrong_with_an_answer(answer: bytes, words: str) -> None:
     """The message is plain words, not the name of an exception."""
     with stranger(answer) as address:
         done = command("stats", "--admin", str(address))
-    assert done.stderr == f"echod: {address}: no admin endpoint of echod: {words}\n"
+    assert done.stderr == f"echod: {address}: not an admin endpoint of echod: {words}\n"
 
 
 def test_no_answer_in_time() -> None:

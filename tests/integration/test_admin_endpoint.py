@@ -182,7 +182,7 @@ def test_a_reload_over_tcp_is_refused() -> None:
     """POST /reload on TCP is 403 with words, and nothing is reloaded."""
     with admin_on("127.0.0.1:0") as (echod, address):
         reply = reload(address)
-        assert (reply.status, reply.body) == (403, b"a reload is taken from the Unix socket alone\n")
+        assert (reply.status, reply.body) == (403, b"a reload is accepted only on the Unix socket\n")
         assert echod.stats()["reloads"]["applied"] == 0
 
 
@@ -218,7 +218,7 @@ def test_a_stale_socket_file_is_replaced_and_a_live_one_is_not(local: str) -> No
         assert get(local, "/stats").content["pid"] == first.pid
 
 
-def test_every_fault_of_a_start_is_named(tmp_path: Path) -> None:
+def test_every_error_of_a_start_is_named(tmp_path: Path) -> None:
     """A taken port of the clients and one of the endpoint are told at once."""
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         taken = [f"127.0.0.1:{sock.getsockname()[1]}" for sock in (one, other)]
@@ -282,7 +282,7 @@ def test_what_it_needs_is_imported_only_if_it_is_on(local: str) -> None:
 
 
 def test_the_verdict_of_a_reload(local: str, tmp_path: Path) -> None:
-    """POST /reload: 200 with what changed, or 409 with every fault, as the log has it."""
+    """POST /reload: 200 with what changed, or 409 with every error, as the log has it."""
     file = tmp_path / "echod.toml"
     admin = f"[admin]\nlisten = '{local}'\n"
     file.write_text(LISTEN + admin)
@@ -415,8 +415,8 @@ def test_a_stop_answers_who_waits_for_a_verdict(slow: Slow) -> None:
 
 def test_a_long_verdict_arrives_whole(slow: Slow) -> None:
     """An answer that the kernel doesn't take at once is sent as the client reads it."""
-    faults = [f"{number:03}_{'x' * 2000} = 1" for number in range(200)]
-    (slow.directory / "bad").write_text("\n".join(faults))
+    errors = [f"{number:03}_{'x' * 2000} = 1" for number in range(200)]
+    (slow.directory / "bad").write_text("\n".join(errors))
     slow.point_to("bad")
     with reach(slow.address) as client:
         client.sendall(b"POST /reload HTTP/1.1\r\nHost: x\r\n\r\n")

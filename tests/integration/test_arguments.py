@@ -277,7 +277,7 @@ def test_check_lowers_the_default_with_a_warning() -> None:
 
 @pytest.mark.parametrize("command", ["check", "serve"])
 def test_bad_config(command: str, tmp_path: Path) -> None:
-    """A bad config exits 78, with each of its faults on a line of standard error, and nothing else."""
+    """A bad config exits 78, with each of its errors on a line of standard error, and nothing else."""
     file = tmp_path / "echod.toml"
     file.write_text("[limits]\nconnections = 0\nconection = 1\n")
     done = echod(command, "-c", str(file), "--set", "log.level=x", more={"ECHOD_TIMEOUTS_IDLE": "x"})
@@ -294,14 +294,14 @@ def test_bad_config(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ECHOD_LOG_LEVEL", "ECHOD_LOG_FILE", "ECHOD_LISTEN", "ECHOD_CONFIG"])
 def test_a_variable_that_is_not_utf8(name: str) -> None:
-    """A variable of any bytes is a fault with words and exit 78, never a traceback."""
+    """A variable of any bytes is an error with words and exit 78, never a traceback."""
     done = echod("check", more={name: "unix:/\udcff"})
     assert (done.returncode, done.stdout) == (78, "")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_log_file_with_nul(tmp_path: Path) -> None:
-    """A log file that no kernel could open is a fault of the config: `serve` exits 78."""
+    """A log file that no kernel could open is an error of the config: `serve` exits 78."""
     file = tmp_path / "echod.toml"
     file.write_text('[log]\nfile = "a\\u0000b"\n')
     done = echod("serve", "-c", str(file), "-l", "127.0.0.1:0")
@@ -346,7 +346,7 @@ def test_full_disk(command: str) -> None:
     assert (done.returncode, done.stderr) == (1, b"echod: standard output: No space left on device\n")
 
 
-def test_nobody_reads_the_faults() -> None:
+def test_nobody_reads_the_errors() -> None:
     """The exit status of a bad configuration is 78, even if standard error is broken."""
     reading, writing = os.pipe()
     os.close(reading)

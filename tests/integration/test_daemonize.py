@@ -228,7 +228,7 @@ def test_closed_standard_streams(closed: str, scene: Scene) -> None:
         (["--bogus"], 2, "unrecognized arguments: --bogus\n"),
     ],
 )
-def test_a_fault_reaches_the_caller(arguments: list[str], status: int, words: str, scene: Scene) -> None:
+def test_an_error_reaches_the_caller(arguments: list[str], status: int, words: str, scene: Scene) -> None:
     """Whatever fails, after detaching too: its exit status and its message are the caller's."""
     done = scene.start(*arguments)
     assert done.returncode == status, done.stderr
@@ -356,16 +356,16 @@ def test_no_room_for_a_process(processes: int, words: str, tmp_path: Path) -> No
     assert words in report.read_text()
 
 
-def _detach_with_a_fault() -> None:
+def _detach_with_an_error() -> None:
     def fail() -> None:
         raise OSError
 
     daemonize.detach(fail, silent_end=9)
 
 
-def test_a_caller_with_a_fault_of_its_own_does_not_say_that_all_is_well() -> None:
+def test_a_caller_with_an_error_of_its_own_does_not_say_that_all_is_well() -> None:
     """Whatever happens to it while it waits, status 0 means that clients are served."""
-    child = multiprocessing.get_context("spawn").Process(target=_detach_with_a_fault)
+    child = multiprocessing.get_context("spawn").Process(target=_detach_with_an_error)
     child.start()
     child.join(DEADLINE_S)
     assert child.exitcode == 9
@@ -511,8 +511,8 @@ def test_in_a_folder_of_its_own_a_user_leaves_nothing(open_scene: Scene) -> None
 
 
 @needs_root
-def test_a_fault_of_the_drop_reaches_the_caller(open_scene: Scene) -> None:
-    """What the user may not do is a fault of the start: here his log would be a link to root's file."""
+def test_an_error_of_the_drop_reaches_the_caller(open_scene: Scene) -> None:
+    """What the user may not do is an error of the start: here his log would be a link to root's file."""
     secret = open_scene.directory / "secret"
     secret.touch(0o600)
     open_scene.log.symlink_to(secret)
@@ -539,7 +539,7 @@ def test_a_pid_file_in_the_foreground(tmp_path: Path) -> None:
 
 
 def test_a_start_that_fails_leaves_no_pid_file(tmp_path: Path) -> None:
-    """What was taken before the fault is given back."""
+    """What was taken before the error is given back."""
     path = tmp_path / "pid"
     with Daemon("--pidfile", str(path), *settings(log_file="/nowhere/log")) as failed:
         assert failed.process.wait(DEADLINE_S) == 1

@@ -59,7 +59,7 @@ def test_it_reads_as_ping_does(daemon: Daemon) -> None:
     told = [found.groups() for line in replies if (found := REPLY.fullmatch(line))]
     assert told == [(address, "1"), (address, "2"), (address, "3")]
     assert (empty, title) == ("", f"--- {address} echod ping statistics ---")
-    assert re.fullmatch(r"3 round trips, 3 answered right, 0% loss, time \d+ ms", loss)
+    assert re.fullmatch(r"3 round trips, 3 answered correctly, 0% loss, time \d+ ms", loss)
     assert re.fullmatch(r"round trip min/avg/max/p50/p99 = (\d+\.\d{3}/){4}\d+\.\d{3} ms", times)
     assert daemon.wait_for("connection closed")["lines"] == 3
 
@@ -98,7 +98,7 @@ def test_json(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 56, 65536])
 def test_sizes(daemon: Daemon, size: int) -> None:
-    """A text of any size that the server takes is answered right."""
+    """A text of any size that the server takes is answered correctly."""
     done = command("ping", "-c", "3", "-i", "0", "-s", str(size), f"127.0.0.1:{daemon.port}")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(f"{size + 1} bytes from ") == 3
@@ -106,7 +106,7 @@ def test_sizes(daemon: Daemon, size: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_it_with_the_summary(daemon: Daemon, number: signal.Signals) -> None:
-    """Ctrl-C or TERM: the summary, exit 0 if all were answered right; each line is there at once, in a pipe too."""
+    """Ctrl-C or TERM: the summary, exit 0 if all were answered correctly; each line is there at once, in a pipe too."""
     with pinging("-i", "60", f"127.0.0.1:{daemon.port}") as ping:
         assert ping.stdout
         assert "PING" in ping.stdout.readline()
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_it_with_the_summary(daemon: Daemon, number: signal.Signals)
         ping.send_signal(number)
         rest, errors = ping.communicate(timeout=DEADLINE_S)
     assert (ping.returncode, errors) == (0, "")
-    assert "1 round trip, 1 answered right, 0% loss" in rest
+    assert "1 round trip, 1 answered correctly, 0% loss" in rest
 
 
 def test_at_a_terminal(daemon: Daemon) -> None:
@@ -124,7 +124,7 @@ def test_at_a_terminal(daemon: Daemon) -> None:
         terminal.press(b"\x03")
         assert terminal.exit_status() == 0
         assert terminal.see(
-            rf"^\^C\n--- localhost:{daemon.port} echod ping statistics ---\n1 round trip, 1 answered right"
+            rf"^\^C\n--- localhost:{daemon.port} echod ping statistics ---\n1 round trip, 1 answered correctly"
         )
 
 
@@ -209,9 +209,9 @@ def stall_in_the_middle(client: socket.socket, line: bytes) -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (refuse, "told: 'ERROR too many connections'"),
+        (refuse, "error line: 'ERROR too many connections'"),
         (lie, "wrong reply: '1 bcdßefgé' instead of '1 BCDSSEFGÉ'"),
-        (double, "more than the reply: '1 BCD"),
+        (double, "unexpected data after the reply: '1 BCD"),
         (reset, "{}: connection reset by peer"),
         (drop, "connection closed without a reply"),
         (drop_in_the_middle, "connection closed in the middle of a reply: 'HAL'"),
@@ -228,7 +228,7 @@ def test_no_right_answer(answer: Answer, words: str) -> None:
     _, first, second, *_ = done.stdout.splitlines()
     assert words.format(address) in first
     assert second.startswith("seq=2 ")
-    assert "2 round trips, 0 answered right, 100% loss" in done.stdout
+    assert "2 round trips, 0 answered correctly, 100% loss" in done.stdout
 
 
 class Late:
@@ -257,7 +257,7 @@ def test_a_late_reply_is_not_the_next_ones() -> None:
     assert REPLY.match(second)
     assert second.endswith(" (new connection)")
     assert REPLY.fullmatch(third)
-    assert "3 round trips, 2 answered right, 33.3333% loss" in done.stdout
+    assert "3 round trips, 2 answered correctly, 33.3333% loss" in done.stdout
 
 
 class Afterwards:
@@ -283,7 +283,7 @@ def test_what_is_said_after_a_reply() -> None:
         said, _ = ping.communicate(timeout=DEADLINE_S)
     assert ping.returncode == 1
     second, third, *_ = said.splitlines()
-    assert second == f"seq=2 {address}: said unasked: 'HALLO'"
+    assert second == f"seq=2 {address}: unexpected data: 'HALLO'"
     assert third.endswith(" (new connection)")
 
 
@@ -303,7 +303,7 @@ def test_why_a_text_is_not_taken() -> None:
         for address, words in [(f"127.0.0.1:{echod.port}", "line longer than 1000 bytes"), (other, "go away")]:
             done = command("ping", "-c", "2", "-i", "0", "-s", "8000000", address)
             assert done.returncode == 1
-            assert done.stdout.count(f"told: 'ERROR {words}'") == 2, done.stdout
+            assert done.stdout.count(f"error line: 'ERROR {words}'") == 2, done.stdout
 
 
 def test_an_idle_connection_may_be_closed() -> None:
@@ -313,7 +313,7 @@ def test_an_idle_connection_may_be_closed() -> None:
         whole = command("ping", "-c", "2", "-i", "1.5", "--json", f"127.0.0.1:{echod.port}")
     assert done.returncode == 0, done.stdout
     assert "seq=2 " in done.stdout
-    assert " ms (new connection, told 'ERROR idle for 0.5 s')\n" in done.stdout
+    assert " ms (new connection after 'ERROR idle for 0.5 s')\n" in done.stdout
     assert [json.loads(line).get("connection") for line in whole.stdout.splitlines()] == [1, 2, None]
 
 
@@ -329,7 +329,7 @@ def test_a_restart_meanwhile(tmp_path: Path) -> None:
             ping.send_signal(signal.SIGINT)
             rest, _ = ping.communicate(timeout=DEADLINE_S)
     assert ping.returncode == 1
-    assert re.search(r"--- .* ---\n\d+ round trips, \d+ answered right, [\d.]+% loss", rest)
+    assert re.search(r"--- .* ---\n\d+ round trips, \d+ answered correctly, [\d.]+% loss", rest)
 
 
 def wait_for(ping: subprocess.Popen[str], pattern: str) -> bool:
@@ -352,7 +352,7 @@ def test_ctrl_c_while_it_waits(reply: bytes) -> None:
             ping.send_signal(signal.SIGINT)
             said, errors = ping.communicate(timeout=DEADLINE_S)
     assert (ping.returncode, errors) == (1, "")
-    assert "0 round trips, 0 answered right, 0% loss" in said
+    assert "0 round trips, 0 answered correctly, 0% loss" in said
 
 
 def test_nobody_listens() -> None:
@@ -393,7 +393,7 @@ def test_an_address_that_is_silent_leaves_time_for_the_next(daemon: Daemon) -> N
         connected.close()
         assert address == ("127.0.0.1", daemon.port)
         assert 1.9 < time.monotonic() - start < 3.8, "half of it"
-        with pytest.raises(dial.UnreachableError, match="no connection in time"):
+        with pytest.raises(dial.UnreachableError, match="connection timed out"):
             dial.connect(found(silent[1]), time.monotonic() + 0.2)
 
 
@@ -402,7 +402,7 @@ def test_a_full_backlog_of_a_unix_socket(tmp_path: Path) -> None:
     with full(f"{tmp_path}/sock", socket.AF_UNIX):
         done = command("ping", "-c", "1", "-W", "0.2", f"unix:{tmp_path}/sock")
     assert done.returncode == 1
-    assert f"seq=1 unix:{tmp_path}/sock: no connection in time\n" in done.stdout
+    assert f"seq=1 unix:{tmp_path}/sock: connection timed out\n" in done.stdout
 
 
 @contextlib.contextmanager
@@ -450,7 +450,7 @@ def test_it_imports_little(daemon: Daemon) -> None:
     address = f"127.0.0.1:{daemon.port}"
     script = f"from echod.__main__ import main\nmain(['ping', '-c', '1', '{address}'])\nimport sys\nprint(*sys.modules)"
     done = run([sys.executable, "-c", script], UNMEASURED)
-    assert "1 answered right" in done.stdout
+    assert "1 answered correctly" in done.stdout
     imported = done.stdout.splitlines()[-1].split()
     heavy = {"asyncio", "uvloop", "structlog", "logging", "msgspec", "tomllib", "json", "encodings.idna", "threading"}
     assert "echod.client.ping" in imported

@@ -90,7 +90,7 @@ def test_the_daemon_restarts(admin: str) -> None:
         assert f"pid {first.pid} " in terminal.screen.text
         with serving("--set", f"admin.listen={admin}") as second:
             terminal.see(f"pid {second.pid} ")
-            terminal.see("^restarted once while you watch$")
+            terminal.see("^restarted once since the watch began$")
             terminal.press(CTRL_C)
             assert terminal.exit_status() == 0
 

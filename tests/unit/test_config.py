@@ -1,4 +1,4 @@
-"""Default, file, environment and command line become one valid configuration, or every fault at once."""
+"""Default, file, environment and command line become one valid configuration, or every error at once."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -35,20 +35,20 @@ def from_file(text: str | bytes, path: Path, open_files: int = PLENTY) -> Loaded
     return load(str(path), {}, (), open_files)
 
 
-def faults_of(
+def errors_of(
     text: str | bytes | None = None,
     path: Path | None = None,
     environment: Mapping[str, str] | None = None,
     flags: Iterable[Setting] = (),
     open_files: int = PLENTY,
 ) -> list[str]:
-    """The faults, the file being called FILE."""
+    """The errors, the file being called FILE."""
     if path and text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as raised:
         load(str(path) if path else None, environment or {}, flags, open_files)
     assert str(raised.value) == "\n".join(raised.value.errors)
-    return [fault.replace(str(path), "FILE") for fault in raised.value.errors]
+    return [error.replace(str(path), "FILE") for error in raised.value.errors]
 
 
 def flag(key: str, value: str) -> Setting:
@@ -118,7 +118,7 @@ def test_the_packed_default_is_the_weakest_source(file: Path) -> None:
         load(None, packed, [Setting("--listen", "listen", ["a:1"])], PLENTY),
     ):
         assert (addresses(told), told.is_listen_set) == (["a:1"], True)
-    assert faults_of(environment={"ECHOD_DEFAULT_LISTEN": "a"})[0].startswith(
+    assert errors_of(environment={"ECHOD_DEFAULT_LISTEN": "a"})[0].startswith(
         "ECHOD_DEFAULT_LISTEN: listen[0].address: "
     )
 
@@ -141,15 +141,15 @@ def test_each_key_from_each_source(key: str, file: Path) -> None:
     assert loaded[0] == loaded[1] == loaded[2]
 
 
-def test_a_bad_value_is_a_fault_although_a_later_source_wins(file: Path) -> None:
+def test_a_bad_value_is_an_error_although_a_later_source_wins(file: Path) -> None:
     """No bad value is passed over, even one that would not have come into force."""
     file.write_text("[timeouts]\nidle = -1\n")
-    assert len(faults_of(None, file, flags=[flag("timeouts.idle", "3")])) == 1
+    assert len(errors_of(None, file, flags=[flag("timeouts.idle", "3")])) == 1
 
 
-# -- each fault --------------------------------------------------------------------------------------------------------
+# -- each error --------------------------------------------------------------------------------------------------------
 
-FILE_FAULTS = [
+FILE_ERRORS = [
     ("[limits]\nheld_bytes = 65535", "limits.held_bytes: expected 0 or at least limits.line_bytes, 65536 (got 65535)"),
     ("[limits]\nconnections = 0", "limits.connections: expected int >= 1 (got 0)"),
     ("[limits]\nconnections = 1000001", "limits.connections: expected int <= 1000000 (got 1000001)"),
@@ -268,13 +268,13 @@ FILE_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "fault"), FILE_FAULTS)
-def test_fault_in_a_file(text: str, fault: str, file: Path) -> None:
-    """Each fault is `FILE: key.path: what is wrong (got VALUE)`, with the nearest known name for an unknown key."""
-    assert faults_of(text, file) == [f"FILE: {fault}"]
+@pytest.mark.parametrize(("text", "error"), FILE_ERRORS)
+def test_error_in_a_file(text: str, error: str, file: Path) -> None:
+    """Each error is `FILE: key.path: what is wrong (got VALUE)`, with the nearest known name for an unknown key."""
+    assert errors_of(text, file) == [f"FILE: {error}"]
 
 
-TEXT_FAULTS = [
+TEXT_ERRORS = [
     ("limits.connections", "x", "expected int (got 'x')"),
     ("limits.connections", "", "expected int (got '')"),
     ("limits.connections", "true", "expected int (got 'true')"),
@@ -292,16 +292,16 @@ TEXT_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "fault"), TEXT_FAULTS)
-def test_fault_in_text(key: str, value: str, fault: str) -> None:
-    """A fault of the environment or the command line names its source: the variable or the flag."""
+@pytest.mark.parametrize(("key", "value", "error"), TEXT_ERRORS)
+def test_error_in_text(key: str, value: str, error: str) -> None:
+    """An error of the environment or the command line names its source: the variable or the flag."""
     variable = f"ECHOD_{key.replace('.', '_').upper()}"
-    assert faults_of(environment={variable: value}) == [f"{variable}: {key}: {fault}"]
-    assert faults_of(flags=[flag(key, value)]) == [f"--set: {key}: {fault}"]
+    assert errors_of(environment={variable: value}) == [f"{variable}: {key}: {error}"]
+    assert errors_of(flags=[flag(key, value)]) == [f"--set: {key}: {error}"]
 
 
 @pytest.mark.parametrize(
-    ("value", "fault"),
+    ("value", "error"),
     [
         ("", "listen[0].address: expected host:port, [v6]:port or unix:/path (got '')"),
         ("a:1,", "listen[1].address: expected host:port, [v6]:port or unix:/path (got '')"),
@@ -309,9 +309,9 @@ def test_fault_in_text(key: str, value: str, fault: str) -> None:
         ("unix:/\udcff", "listen[0].address: expected valid UTF-8 (got 'unix:/\\udcff')"),
     ],
 )
-def test_fault_in_listen_as_text(value: str, fault: str) -> None:
+def test_error_in_listen_as_text(value: str, error: str) -> None:
     """ECHOD_LISTEN is a list of addresses with commas between; each bad one is named by its place."""
-    assert faults_of(environment={"ECHOD_LISTEN": value}) == [f"ECHOD_LISTEN: {fault}"]
+    assert errors_of(environment={"ECHOD_LISTEN": value}) == [f"ECHOD_LISTEN: {error}"]
 
 
 @pytest.mark.parametrize(
@@ -329,30 +329,30 @@ def test_fault_in_listen_as_text(value: str, fault: str) -> None:
 )
 def test_unknown_key_of_a_flag(key: str, words: str) -> None:
     """An unknown key of --set comes with the nearest known one, of its own section if that exists."""
-    assert faults_of(flags=[flag(key, "3")]) == [f"--set: {key}: {words} (got '3')"]
+    assert errors_of(flags=[flag(key, "3")]) == [f"--set: {key}: {words} (got '3')"]
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "error"),
     [
         ('"a\\nb" = 1', "FILE: a\\nb: unknown key (got 1)"),
         ('[log]\n"\\u001b[2J" = 1', "FILE: log.\\x1b[2J: unknown key (got 1)"),
         ('[[listen]]\naddress = "a:1"\n"\\r" = 1', "FILE: listen[0].\\r: unknown key (got 1)"),
     ],
 )
-def test_a_fault_is_one_line(text: str, fault: str, file: Path) -> None:
-    """Whatever a key is called, its fault is one line that a terminal can show."""
-    assert faults_of(text, file) == [fault]
+def test_an_error_is_one_line(text: str, error: str, file: Path) -> None:
+    """Whatever a key is called, its error is one line that a terminal can show."""
+    assert errors_of(text, file) == [error]
 
 
-def test_all_faults_at_once(file: Path) -> None:
-    """Every fault of every source is reported at once."""
+def test_all_errors_at_once(file: Path) -> None:
+    """Every error of every source is reported at once."""
     file.write_text(
         "[limits]\nconnections = 0\nconection = 1\n[log]\nlevel = 1\n[[listen]]\n[[listen]]\naddress = 'x'\n"
     )
     environment = {"ECHOD_TIMEOUTS_IDLE": "x", "ECHOD_LIMITS_CONECTIONS": "3"}
-    faults = faults_of(None, file, environment, [flag("timeouts.line", "x"), flag("a", "b")])
-    places = [": ".join(fault.split(": ")[:2]) for fault in faults]
+    errors = errors_of(None, file, environment, [flag("timeouts.line", "x"), flag("a", "b")])
+    places = [": ".join(error.split(": ")[:2]) for error in errors]
     assert sorted(places) == sorted(
         [
             "FILE: limits.connections",
@@ -369,7 +369,7 @@ def test_all_faults_at_once(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "error"),
     [
         (b"[limits\n", "FILE: not valid TOML: "),
         (b"a = 1\na = 2\n", "FILE: not valid TOML: "),
@@ -386,18 +386,18 @@ def test_all_faults_at_once(file: Path) -> None:
         (b"# \xc3\n", "FILE: not valid TOML: not UTF-8 (at byte 2)"),
     ],
 )
-def test_not_toml(text: bytes, fault: str, file: Path) -> None:
-    """A file that is not TOML is one fault, and says where."""
-    [found] = faults_of(text, file)
-    assert found.startswith(fault)
+def test_not_toml(text: bytes, error: str, file: Path) -> None:
+    """A file that is not TOML is one error, and says where."""
+    [found] = errors_of(text, file)
+    assert found.startswith(error)
     assert "\n" not in found
 
 
 def test_unreadable_file(tmp_path: Path) -> None:
-    """A file that is missing or a directory is one fault; those of the other sources are told with it."""
-    assert faults_of(None, tmp_path / "no") == ["FILE: cannot be read: No such file or directory"]
-    assert faults_of(None, tmp_path) == ["FILE: cannot be read: a directory, expected a regular file"]
-    assert len(faults_of(None, tmp_path, flags=[flag("timeouts.idle", "x")])) == 2
+    """A file that is missing or a directory is one error; those of the other sources are told with it."""
+    assert errors_of(None, tmp_path / "no") == ["FILE: cannot be read: No such file or directory"]
+    assert errors_of(None, tmp_path) == ["FILE: cannot be read: a directory, expected a regular file"]
+    assert len(errors_of(None, tmp_path, flags=[flag("timeouts.idle", "x")])) == 2
 
 
 def test_empty_file(file: Path) -> None:
@@ -474,7 +474,7 @@ def test_variables_of_others(name: str) -> None:
 def test_misspelt_variables(name: str, nearest: str) -> None:
     """A misspelt variable is refused, with the nearest known name."""
     words = f", did you mean {nearest}?" if nearest else ""
-    assert faults_of(environment={name: "3"}) == [f"{name}: unknown key{words} (got '3')"]
+    assert errors_of(environment={name: "3"}) == [f"{name}: unknown key{words} (got '3')"]
 
 
 @pytest.mark.parametrize(
@@ -483,7 +483,7 @@ def test_misspelt_variables(name: str, nearest: str) -> None:
 def test_keys_of_a_listener_in_the_environment(name: str) -> None:
     """A variable for a key of a [[listen]] is refused, and the message says where such a key is set."""
     words = "unknown key, the keys of a [[listen]] can be set only in the file"
-    assert faults_of(environment={name: "true"}) == [f"{name}: {words} (got 'true')"]
+    assert errors_of(environment={name: "true"}) == [f"{name}: {words} (got 'true')"]
 
 
 @pytest.mark.parametrize("name", ["ECHOD_HOST", "ECHOD_PORT"])
@@ -514,7 +514,7 @@ def test_ways_to_write_a_number(text: str, file: Path) -> None:
 @pytest.mark.parametrize("text", ["1.5", "1_", "_1", "1__0", "1 0", "1e-3"])
 def test_what_is_no_whole_number(text: str) -> None:
     """Text that is no whole number is refused, and shown as it was written."""
-    assert faults_of(flags=[flag("limits.connections", text)])[0].endswith(f"(got {text!r})")
+    assert errors_of(flags=[flag("limits.connections", text)])[0].endswith(f"(got {text!r})")
 
 
 def test_digits_in_a_name_are_left_alone() -> None:
@@ -534,16 +534,16 @@ def test_connections_set_by_hand_must_fit(file: Path) -> None:
         "at most 35 connections fit: lower the value or raise the hard limit (got 36)"
     )
     assert from_file("[limits]\nconnections = 35\n", file, 100) == Loaded(Config(limits=Limits(connections=35)), ())
-    assert faults_of("[limits]\nconnections = 36\n", file, open_files=100) == [f"FILE: {wrong}"]
+    assert errors_of("[limits]\nconnections = 36\n", file, open_files=100) == [f"FILE: {wrong}"]
     environment = {"ECHOD_LIMITS_CONNECTIONS": "36"}
-    assert faults_of(environment=environment, open_files=100) == [f"ECHOD_LIMITS_CONNECTIONS: {wrong}"]
-    assert faults_of(flags=[flag("limits.connections", "36")], open_files=100) == [f"--set: {wrong}"]
+    assert errors_of(environment=environment, open_files=100) == [f"ECHOD_LIMITS_CONNECTIONS: {wrong}"]
+    assert errors_of(flags=[flag("limits.connections", "36")], open_files=100) == [f"--set: {wrong}"]
     assert load(None, environment, (), 36 + SPARE).config.limits.connections == 36
 
 
 def test_the_default_of_connections_set_by_hand_must_fit_too() -> None:
     """A figure that somebody wrote down is never lowered, even if it is that of the default."""
-    assert len(faults_of(flags=[flag("limits.connections", "10000")], open_files=100)) == 1
+    assert len(errors_of(flags=[flag("limits.connections", "10000")], open_files=100)) == 1
 
 
 def test_default_connections_are_lowered() -> None:
@@ -567,9 +567,9 @@ def test_each_listener_takes_one_file() -> None:
 
 @pytest.mark.parametrize("flags", [[], [flag("limits.connections", "5")]])
 def test_too_few_files_for_anyone(flags: list[Setting]) -> None:
-    """Where not even one client could be served, that is a fault, with the figure that is needed."""
-    [fault] = faults_of(flags=flags, open_files=SPARE)
-    assert fault.partition(": ")[2].startswith(
+    """Where not even one client could be served, that is an error, with the figure that is needed."""
+    [error] = errors_of(flags=flags, open_files=SPARE)
+    assert error.partition(": ")[2].startswith(
         "limits.connections: only 65 open files are allowed (ulimit -n, LimitNOFILE=), "
         "at least 66 are needed: raise the hard limit"
     )

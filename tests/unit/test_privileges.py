@@ -80,7 +80,7 @@ def test_names_and_numbers() -> None:
         ("54321", None, "add --group"),
     ],
 )
-def test_faults(user: str, group: str | None, words: str) -> None:
+def test_errors(user: str, group: str | None, words: str) -> None:
     """What can't be looked up is named; -1 and 4294967295, which mean "leave it" to the kernel, are nobody."""
     with pytest.raises(privileges.PrivilegeError, match=words):
         privileges.find(user, group)
@@ -132,7 +132,7 @@ def _a_way_back() -> None:
 
 
 @needs_root
-def test_a_drop_that_leaves_a_way_back_is_a_fault() -> None:
+def test_a_drop_that_leaves_a_way_back_is_an_error() -> None:
     """A kernel told to keep the capabilities across setuid(2) would let us back: that is noticed."""
     in_a_child(_a_way_back)
 

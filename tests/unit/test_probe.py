@@ -54,19 +54,19 @@ def test_letters() -> None:
         (b"hallo welt\n", "wrong reply: 'hallo welt' instead of 'HALLO WELT'"),
         (b"HALLO\n", "wrong reply: 'HALLO' instead of 'HALLO WELT'"),
         (b"HALLO WELT\r\n", r"wrong reply: 'HALLO WELT\r' instead of 'HALLO WELT'"),
-        (b"HALLO WELT\nHALLO WELT\n", "more than the reply: 'HALLO WELT'"),
-        (b"ERROR too many connections\n", "told: 'ERROR too many connections'"),
+        (b"HALLO WELT\nHALLO WELT\n", "unexpected data after the reply: 'HALLO WELT'"),
+        (b"ERROR too many connections\n", "error line: 'ERROR too many connections'"),
         (b"ERROR\n", "wrong reply: 'ERROR' instead of 'HALLO WELT'"),
         (b"\xff\x1b[2J\n", r"wrong reply: '\\xff\x1b[2J' instead of 'HALLO WELT'"),
         (b"x" * 10_000, f"wrong reply: '{'x' * 60}...' instead of 'HALLO WELT'"),
     ],
 )
-def test_faults(said: bytes, words: str | None) -> None:
+def test_errors(said: bytes, words: str | None) -> None:
     """Whatever else than the reply came, it is shown from where it differs, short and fit for a terminal."""
     assert mismatch("Hallo Welt", said) == words
 
 
-def test_a_fault_far_behind() -> None:
+def test_an_error_far_behind() -> None:
     """Of a long reply it is shown where it goes wrong."""
     said = mismatch("a" * 1000, b"A" * 500 + b"b" + b"A" * 499 + b"\n")
     assert said == f"wrong reply: '{'A' * 15}b{'A' * 44}...' instead of '{'A' * 60}...', from byte 486 on"
@@ -112,12 +112,12 @@ def test_the_summary() -> None:
     """The last lines read as those of ping(8); without a right answer there are no times."""
     tally = Tally()
     tally.add(None)
-    expected = "\n--- a:1 echod ping statistics ---\n1 round trip, 0 answered right, 100% loss, time 12 ms"
+    expected = "\n--- a:1 echod ping statistics ---\n1 round trip, 0 answered correctly, 100% loss, time 12 ms"
     assert tally.as_text("a:1", 0.012) == expected
     assert tally.as_fields("a:1", 0.012)["time_ms"] is None
     for _ in range(2):
         tally.add(1_500_000)
     assert tally.as_text("a:1", 2).splitlines()[2:] == [
-        "3 round trips, 2 answered right, 33.3333% loss, time 2000 ms",
+        "3 round trips, 2 answered correctly, 33.3333% loss, time 2000 ms",
         "round trip min/avg/max/p50/p99 = 1.500/1.500/1.500/1.500/1.500 ms",
     ]

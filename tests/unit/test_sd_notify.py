@@ -46,7 +46,7 @@ def test_sockets_of_another_process_are_not_taken() -> None:
     assert environment == {"HOME": "/"}
 
 
-def test_no_sockets_at_all_are_no_fault() -> None:
+def test_no_sockets_at_all_are_no_error() -> None:
     """LISTEN_FDS=0, or none."""
     assert socket_activation.take_descriptors({"LISTEN_PID": str(PID), "LISTEN_FDS": "0"}, PID) == ()
     assert socket_activation.take_descriptors({"LISTEN_PID": str(PID)}, PID) == ()
@@ -102,7 +102,7 @@ def test_an_abstract_socket() -> None:
         assert end.recv(100) == b"WATCHDOG=1"
 
 
-def test_nobody_to_tell_is_no_fault(tmp_path: Path) -> None:
+def test_nobody_to_tell_is_no_error(tmp_path: Path) -> None:
     """Without NOTIFY_SOCKET, or with one that nobody answers at, a message goes nowhere."""
     Notifier(None).ready("serving")
     with closing(Notifier(str(tmp_path / "nobody"))) as notifier:

@@ -39,7 +39,7 @@ def test_a_command_and_its_exit_status(
 def test_ping_another_container(start: Start, engine: Engine, image: str) -> None:
     """The image is the canary's client too."""
     done = engine("run", "--rm", image, "ping", "-c", "3", "-i", "0.01", start().address)
-    assert "3 round trips, 3 answered right, 0% loss" in done
+    assert "3 round trips, 3 answered correctly, 0% loss" in done
 
 
 def test_config_prints_the_defaults(engine: Engine, image: str) -> None:

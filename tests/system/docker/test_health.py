@@ -37,7 +37,7 @@ def test_it_is_unhealthy_when_the_loop_is_stuck(start: Start, report: Report) ->
     unhealthy_s = time.monotonic() - began
     said = container.state["Health"]["Log"][-1]
     assert said["ExitCode"] == 1
-    assert "0 answered right" in said["Output"]
+    assert "0 answered correctly" in said["Output"]
     container.kill("CONT")
     container.wait_until(lambda: container.health == "healthy", "not healthy again")
     container.stop()
