@@ -96,8 +96,13 @@ BROKEN = {
     "endless talk": ({"service": "while True: print('no' * 1000)"}, "no answer from"),
 }
 
+SIMILAR = ("import error", "killed", "no preflight")
+"""Cases that take the same way through the code as another one."""
 
-@pytest.mark.parametrize("name", BROKEN)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in SIMILAR else ()) for name in BROKEN]
+)
 def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) -> None:
     """The old program serves on with nothing lost, and the log says why."""
     changes, complaint = BROKEN[name]

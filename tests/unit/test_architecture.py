@@ -1,6 +1,7 @@
 """The layers of echod and what each package must not import, held against the source."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -56,6 +57,11 @@ ONLY_IN = {
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 
+@functools.cache
+def parsed(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(), file)
+
+
 def package(file: str) -> str:
     return file.removesuffix(".py").partition("/")[0]
 
@@ -66,7 +72,7 @@ def layer(name: str) -> int:
 
 def imports(file: str) -> Iterator[str]:
     """Yield the dotted name of every module that the file imports, those for annotations only excepted."""
-    tree = ast.parse((ROOT / file).read_text(), file)
+    tree = parsed(file)
     for_types = {
         each
         for node in ast.walk(tree)
@@ -118,7 +124,7 @@ def attributes(name: str) -> dict[str, set[str]]:
     """Return each expression with an attribute of this name, and the files that use it."""
     found: dict[str, set[str]] = {}
     for file in FILES:
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Attribute) and node.attr == name:
                 found.setdefault(ast.unparse(node), set()).add(file)
     return found
@@ -149,7 +155,7 @@ def test_a_drastic_call_stays_where_it_belongs(call: str) -> None:
     found = {
         file
         for file in FILES
-        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        for node in ast.walk(parsed(file))
         if isinstance(node, ast.Attribute) and ast.unparse(node) == call
     }
     assert found == ONLY_IN[call]

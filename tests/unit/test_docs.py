@@ -72,6 +72,13 @@ def test_every_promise_of_the_readme_names_a_test_that_exists() -> None:
         assert re.search(rf"(?m)^(async )?def {named[1]}\(", (PROJECT / named[2]).read_text()), proof
 
 
+def test_the_readme_gives_the_test_command_that_ci_runs() -> None:
+    found = subprocess.run(
+        [sys.executable, "tools/readme_command.py", "README.md"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert found.stdout.startswith("make test"), found.stderr
+
+
 def test_the_generated_tables_are_up_to_date() -> None:
     checked = subprocess.run(
         [sys.executable, "tools/generate_docs.py", "--check"], cwd=PROJECT, capture_output=True, text=True

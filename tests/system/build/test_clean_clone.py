@@ -74,8 +74,8 @@ def test_a_clean_clone_serves_and_passes_tests(has_compiler: bool, tmp_path: Pat
         assert f"fast path: {outcome}\n" in running.stdout.read()
     assert running.returncode == 0
 
-    tests = "PYTEST_ARGS=-q tests/unit/test_echo.py tests/unit/test_fastpath.py tests/integration/test_drain.py"
-    with made(clone, environment, "test", "WORKERS=1", tests) as testing:
+    tests = "TESTS=tests/unit/test_echo.py tests/unit/test_fastpath.py tests/integration/test_drain.py"
+    with made(clone, environment, "test", tests) as testing:
         said, complaints = testing.communicate()
         assert testing.returncode == 0, said + complaints
         assert f"fast path: {outcome}\n" in said
