@@ -3,6 +3,7 @@
 This module looks up the user, opens files for it as root, and makes sure that root cannot be regained.
 """
 
+import errno
 import grp
 import os
 import pwd
@@ -115,7 +116,8 @@ def _refused(identity: Identity, error: OSError) -> PrivilegeError:
     asked = (
         f"--group: cannot take {identity}" if identity.only_group else f"--user, --group: cannot become {identity.name}"
     )
-    return PrivilegeError(f"{asked}: {words}; start as root")
+    advice = "; start as root" if error.errno == errno.EPERM else ""
+    return PrivilegeError(f"{asked}: {words}{advice}")
 
 
 # -- files that root opens for the user --------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_a_unix_socket_of_another_user_without_proc(tmp_path: Path) -> None:
     arguments = ("-l", f"unix:{tmp_path}/sock", "--user", "nobody")
     with Daemon(*arguments, command=(*WITHOUT_PROC, *ECHOD)) as echod:
         assert echod.process.wait(DEADLINE_S) == 1
-    assert "a unix socket can't be given away without /proc" in echod.other_lines[0]
+    assert "the owner of a unix socket cannot be changed without /proc" in echod.other_lines[0]
     assert os.listdir(tmp_path) == []
 
 

@@ -323,7 +323,7 @@ def test_the_limit_of_an_address_continues() -> None:
 
 def test_a_pending_self_probe_is_not_counted(installed: Installed, tmp_path: Path) -> None:
     """A self-probe that the old program did not accept is accepted by the next one, and not counted as a client."""
-    installed.add("deaf", {"net.listener": "Listener._accept_some = lambda self: False"})
+    installed.add("deaf", {"net.listener": "Listener._accept_batch = lambda self: False"})
     installed.switch("deaf")
     watchdog = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
     with installed.serving(environment=watchdog) as echod, connect(echod.port) as client:

@@ -14,11 +14,11 @@ from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, connect_once_
 
 DEAF = (
     "import sys; from echod import __main__\nfrom echod.net import listener\n"
-    "accept, served = listener.Listener._accept_some, []\n"
+    "accept, served = listener.Listener._accept_batch, []\n"
     "def accept_once(self):\n"
     "    served.append(1)\n"
     "    return accept(self) if len(served) == 1 else self._loop.remove_reader(self._socket)\n"
-    "listener.Listener._accept_some = accept_once\n"
+    "listener.Listener._accept_batch = accept_once\n"
     "sys.exit(__main__.main(sys.argv[1:]))"
 )
 """A daemon that serves one client, its own first self-probe, and none after it."""
