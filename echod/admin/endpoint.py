@@ -25,7 +25,7 @@ from echod.admin.http import Answer, Exchange, Request
 from echod.net.listener_set import ListenerSet
 from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared, RawAddress
 from echod.process.phase import Life
-from echod.process.worker_thread import NoThreadError, aside
+from echod.process.worker_thread import NoThreadError, in_thread
 
 TCP_SHARE = 0.12
 """The share of the loop for TCP clients: to accept them, read requests, give cheap answers, and close."""
@@ -213,7 +213,7 @@ class AdminServer:
 
     async def _first_metrics(self) -> Answer:
         try:
-            self._exposition = await aside(_exposition)
+            self._exposition = await in_thread(_exposition)
         except (ImportError, NoThreadError) as error:
             return Answer(503, f"metrics unavailable: {error}\n".encode())
         return self._exposition(self._snapshot())

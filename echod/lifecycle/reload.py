@@ -18,7 +18,7 @@ from echod.lifecycle.runtime import Runtime
 from echod.lifecycle.status import status_line
 from echod.net.sockets import ListenError
 from echod.process import tasks
-from echod.process.worker_thread import NoThreadError, aside
+from echod.process.worker_thread import NoThreadError, in_thread
 from echod.server.server import Server
 
 DRAINING = ReloadResult(errors=("draining",))
@@ -106,7 +106,7 @@ class Reloader:
     async def _reload(self) -> ReloadResult:
         kept = Kept(dict.fromkeys(self._server.listening), dict.fromkeys(self._admin_server.listening))
         try:
-            return await self._apply(await aside(lambda: self._runtime.prepare(kept), Generation.discard))
+            return await self._apply(await in_thread(lambda: self._runtime.prepare(kept), Generation.discard))
         except ConfigError as error:
             return self._refuse(error.errors)
         except ListenError as error:

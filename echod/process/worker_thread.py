@@ -12,7 +12,7 @@ class NoThreadError(Exception):
     """No thread can be started; the message says why and what to do."""
 
 
-async def aside(work: Callable[[], Result], discard: Callable[[Result], object] = lambda _: None) -> Result:
+async def in_thread(work: Callable[[], Result], discard: Callable[[Result], object] = lambda _: None) -> Result:
     """Run `work` in a thread and return or raise its result; `discard` receives a result that is no longer awaited.
 
     Raise NoThreadError if the limit of threads is reached. The thread is a daemon thread, not an executor's: at its end
@@ -31,7 +31,7 @@ async def aside(work: Callable[[], Result], discard: Callable[[Result], object] 
                 discard(result)
 
     try:
-        threading.Thread(target=run, name="aside", daemon=True).start()
+        threading.Thread(target=run, name="worker", daemon=True).start()
     except RuntimeError as error:
         raise NoThreadError(f"{error}; raise TasksMax= or the limit of processes (ulimit -u)") from error
     try:

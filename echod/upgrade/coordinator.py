@@ -152,28 +152,31 @@ class Upgrader:
         The event loop does not turn meanwhile, and the kernel keeps the signals.
         """
         stopped_at = time.monotonic()
-        clients = self._server.clients
-        clients.sample()  # the next sweep is the next program's
+        self._server.clients.sample()  # the next sweep is the next program's
         with self._handover.delivery.paused():
             pending = self._handover.signals.take()
             again = [SignalEvent(Action.UPGRADE, "USR2", 0)] if self._wanted.is_set() else []
             try:
-                lost = self._handover.log_writer.flush(FLUSH_S) + self._handover.log_writer.dropped
-                process = msgspec.structs.replace(
-                    self._handover.process,
-                    stopped_at=stopped_at,
-                    signals=[(event.signal, event.sender_pid) for event in (*pending, *again)],
-                    log_dropped=self._handover.process.log_dropped + lost,
-                )
-                state = State(process, self._service_state())
-                saved = state_file.save(state, snapshot.clients(clients))
-                try:
-                    self._handover.next_program.execute(saved, [*state.descriptors, *snapshot.descriptors(clients)])
-                finally:
-                    os.close(saved)
+                self._execute(stopped_at, [*pending, *again])
             finally:
                 for event in pending:
                     self._handover.signals.put(event)
+
+    def _execute(self, stopped_at: float, unhandled: list[SignalEvent]) -> None:
+        handover, clients = self._handover, self._server.clients
+        lost = handover.log_writer.flush(FLUSH_S) + handover.log_writer.dropped
+        process = msgspec.structs.replace(
+            handover.process,
+            stopped_at=stopped_at,
+            signals=[(event.signal, event.sender_pid) for event in unhandled],
+            log_dropped=handover.process.log_dropped + lost,
+        )
+        state = State(process, self._service_state())
+        saved = state_file.save(state, snapshot.clients(clients))
+        try:
+            handover.next_program.execute(saved, [*state.descriptors, *snapshot.descriptors(clients)])
+        finally:
+            os.close(saved)
 
     def _service_state(self) -> ServiceState:
         return ServiceState(

@@ -10,7 +10,7 @@ from echod.config import loader
 from echod.config.sources import Setting
 from echod.lifecycle import generation
 from echod.lifecycle.generation import Generation
-from echod.process.worker_thread import aside
+from echod.process.worker_thread import in_thread
 from tests.support.daemon import DEADLINE_S
 
 
@@ -33,12 +33,12 @@ def test_a_generation_that_is_ready_after_a_stop_is_discarded(tmp_path: Path) ->
         return generation.prepare(partial(_load, tmp_path))
 
     async def scenario() -> None:
-        preparing = asyncio.ensure_future(aside(slow, Generation.discard))
+        preparing = asyncio.ensure_future(in_thread(slow, Generation.discard))
         await asyncio.sleep(0)
         preparing.cancel()
         await asyncio.gather(preparing, return_exceptions=True)
         may_go_on.set()
-        (thread,) = (thread for thread in threading.enumerate() if thread.name == "aside")
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "worker")
         await asyncio.to_thread(thread.join)
 
     asyncio.run(scenario())
@@ -57,11 +57,11 @@ def test_a_generation_for_a_closed_loop_is_discarded(tmp_path: Path) -> None:
         return generation.prepare(partial(_load, tmp_path))
 
     async def scenario() -> threading.Thread:
-        preparing = asyncio.ensure_future(aside(slow, Generation.discard))
+        preparing = asyncio.ensure_future(in_thread(slow, Generation.discard))
         await asyncio.sleep(0)
         preparing.cancel()
         await asyncio.gather(preparing, return_exceptions=True)
-        (thread,) = (thread for thread in threading.enumerate() if thread.name == "aside")
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "worker")
         return thread
 
     thread = asyncio.run(scenario())
