@@ -101,7 +101,7 @@ def serve(start: Start) -> int:
     forced_exit = ForcedExit(signal_queue.put, unserved=start.statuses.ok, aborted=start.statuses.aborted)
     if predecessor:
         _take_over_signals(predecessor, forced_exit)
-    # The lock is released last, because whoever sees that there is no daemon may start the next one at once.
+    # The lock is held until the service has ended: whoever sees it released may start the next daemon at once.
     with signals.delivered(forced_exit.deliver, forced_exit.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
         if lock:
