@@ -95,7 +95,7 @@ def _unread(client: socket.socket) -> int:
     return int(unread)
 
 
-# -- who they are ------------------------------------------------------------------------------------------------------
+# -- clients with a header ---------------------------------------------------------------------------------------------
 
 PEERS = {
     V1: "192.0.2.1:40001",
@@ -181,7 +181,7 @@ def test_a_header_may_arrive_byte_by_byte(patient: Installed, tmp_path: Path) ->
         assert _counted(echod)["open"] == 1
 
 
-# -- who has none ------------------------------------------------------------------------------------------------------
+# -- clients without a header ------------------------------------------------------------------------------------------
 
 
 def test_a_bad_header_closes_without_a_byte(tmp_path: Path) -> None:

@@ -436,7 +436,7 @@ def test_closed_standard_streams_do_no_harm() -> None:
 
 
 def test_it_imports_little() -> None:
-    """The first client is answered before anything is imported that only another command, option or fault needs.
+    """The first client is answered before anything is imported that only another command, option or error needs.
 
     Each start waits for every import, and so do the clients in the moment of an upgrade.
     """

@@ -345,16 +345,16 @@ def test_a_bad_line_behind_pending_replies_ends_the_connection_in_time() -> None
     with serving() as echod, connect(echod.port, receive_buffer=4096) as client:
         sending = threading.Thread(target=client.sendall, args=(lines + b"\xff\n",))
         sending.start()
-        time.sleep(0.5)  # replies pile up unsent: nobody reads them
+        time.sleep(0.5)  # replies become pending, because the client does not read
         assert read_to_end(client) == lines.upper() + b"ERROR invalid utf-8\n"
         sending.join()
         ended_at = time.monotonic()
         assert echod.wait_for("connection closed")["reason"] == "invalid utf-8"
-        assert time.monotonic() - ended_at < 3, "though this side is still open"
+        assert time.monotonic() - ended_at < 3, "although the client has not ended its stream"
 
 
 TIGHT = ("prlimit", "--nofile=132:132", sys.executable, "-m", "echod")
-"""With as few descriptors as 67 connections need: 32 more clients can be told that they are too many, at a time."""
+"""The descriptors that 67 connections need: 32 more clients can get their error line at the same time."""
 
 
 def _crowd(port: int, count: int) -> list[socket.socket]:

@@ -94,7 +94,7 @@ def test_a_paused_listener_leaves_clients_in_the_backlog() -> None:
         harness.listener.pause("full")
         with harness.client():
             closing = asyncio.ensure_future(harness.listener.close())
-            await asyncio.sleep(CLOSE_S + 0.1)  # longer than a close takes that isn't paused
+            await asyncio.sleep(CLOSE_S + 0.1)  # longer than a close without a pause takes
             assert not closing.done()
             harness.listener.resume("full")
             await closing
@@ -123,7 +123,7 @@ def test_a_close_waits_for_handshakes_under_way_and_refuses_later_clients(
         option = (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT) if is_v6 else (socket.IPPROTO_IP, IP_MINTTL)
         with socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET) as client:
             client.setblocking(False)
-            client.setsockopt(*option, 255)  # the answer to its SYN doesn't arrive
+            client.setsockopt(*option, 255)  # it drops the reply to its SYN
             assert client.connect_ex(harness.listener.listening_socket.getsockname()) == errno.EINPROGRESS
             closing = asyncio.ensure_future(harness.listener.close())
             await asyncio.sleep(4 * QUIET_S)  # longer than a close takes without it
@@ -153,7 +153,7 @@ def test_a_handshake_that_never_ends_does_not_delay_a_close() -> None:
             client.connect_ex(harness.listener.listening_socket.getsockname())
             began_at = loop.time()
             await harness.listener.close()
-            assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "the kernel goes on for a minute"
+            assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "the kernel would continue for a minute"
 
     _run(scenario())
 
@@ -165,7 +165,7 @@ def test_sockets_accepted_during_a_close_have_the_usual_options() -> None:
         harness = Harness(is_shared=True)
         port = int(harness.listener.address.rpartition(":")[2])
         closing = asyncio.ensure_future(harness.listener.close())
-        await asyncio.sleep(0)  # it has begun
+        await asyncio.sleep(0)  # let the close begin
         with socket.socket() as client:
             client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)  # as of a peer on the same link: not held back
             client.connect(("127.0.0.1", port))

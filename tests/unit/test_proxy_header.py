@@ -212,7 +212,7 @@ def test_another_implementation_reads_the_same(name: str) -> None:
     header, source = GOOD[name]
     version = ProxyProtocolV1() if header.startswith(b"PROXY") else ProxyProtocolV2()
     if name in ("v2 Unix, no UTF-8", "v2 Unix, abstract", "v2 LOCAL with what nobody knows", "v2 longest"):
-        return  # of paths it knows ASCII alone, and it reads what stands behind
+        return  # it reads only ASCII paths, and also the bytes after them
     read = version.unpack(header).source
     if not isinstance(read, tuple):
         assert read == (source if isinstance(source, str) else None) or not read
