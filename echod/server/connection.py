@@ -323,6 +323,8 @@ class Connection(HotPath):
         self._watch()
         self._check_hot()
 
+    # -- event loop ------------------------------------------------------------------------------------------------
+
     def _detect_iteration(self) -> None:
         self._owner.scheduler.schedule_run()
 

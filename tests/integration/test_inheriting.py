@@ -1,4 +1,4 @@
-"""Sockets handed over at the start, as a service manager does it: descriptors from 3 on, and LISTEN_* variables."""
+"""Sockets that a service manager passes at the start: descriptors from 3 on, and the LISTEN_* variables."""
 
 import contextlib
 import socket
@@ -21,7 +21,7 @@ os.execv(sys.executable, [sys.executable, "-m", "echod", *sys.argv[3:]])
 
 @contextlib.contextmanager
 def activated(*sockets: socket.socket, names: str, arguments: tuple[str, ...] = ()) -> Iterator[Daemon]:
-    """An echod that is handed two sockets under these names."""
+    """Run an echod that inherits two sockets with these names."""
     first, second = (sock.fileno() for sock in sockets)
     command = (sys.executable, "-c", HANDS_OVER, str(first), str(second))
     environment = {"LISTEN_FDS": "2", "LISTEN_FDNAMES": names}
@@ -31,13 +31,13 @@ def activated(*sockets: socket.socket, names: str, arguments: tuple[str, ...] = 
 
 @contextlib.contextmanager
 def two_sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two sockets that somebody else listens on."""
+    """Two listening sockets of another process."""
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         yield one, other
 
 
-def test_sockets_handed_over_are_served_and_the_default_is_not() -> None:
-    """Without a `[[listen]]` just the sockets that were handed over are served; who waited in them is too."""
+def test_without_a_listen_only_inherited_sockets_are_served() -> None:
+    """Clients that waited in them are served too."""
     with two_sockets() as (one, other), connect(one.getsockname()[1]) as early:
         early.sendall(b"early\n")
         with activated(one, other, names="a:b") as echod:
@@ -48,8 +48,8 @@ def test_sockets_handed_over_are_served_and_the_default_is_not() -> None:
             assert echod.stop() == 0
 
 
-def test_an_entry_takes_the_socket_of_its_name_and_the_rest_are_bound(tmp_path: Path) -> None:
-    """`systemd:NAME` is the socket of that name; entries left over are bound, sockets left over are served."""
+def test_an_entry_claims_the_socket_of_its_name(tmp_path: Path) -> None:
+    """The other entries are bound, and the other sockets are served."""
     arguments = ("-l", "systemd:web", "-l", f"unix:{tmp_path}/sock")
     with two_sockets() as (one, other), activated(one, other, names="x:web", arguments=arguments) as echod:
         listen = echod.wait_for("ready")["listen"]
@@ -61,8 +61,8 @@ def test_an_entry_takes_the_socket_of_its_name_and_the_rest_are_bound(tmp_path: 
         assert echod.stop() == 0
 
 
-def test_a_name_that_nobody_handed_over_ends_the_start() -> None:
-    """The message names what there is."""
+def test_a_name_without_an_inherited_socket_prevents_the_start() -> None:
+    """The error lists the names that exist."""
     with two_sockets() as (one, other), activated(one, other, names="x:y", arguments=("-l", "systemd:web")) as echod:
         assert echod.process.wait() == 1
         echod._reader.join()
@@ -72,7 +72,7 @@ def test_a_name_that_nobody_handed_over_ends_the_start() -> None:
 
 
 def test_a_stop_empties_the_socket_once_and_leaves_it_to_its_owner() -> None:
-    """Later clients wait in a socket that was handed over, unharmed, for the next process."""
+    """Later clients wait in an inherited socket for the next process."""
     with two_sockets() as (one, other):
         with activated(one, other, names="a:b", arguments=tuple(settings(timeouts_drain_quiet=0))) as echod:
             with connect(echod.port) as client:
@@ -87,8 +87,8 @@ def test_a_stop_empties_the_socket_once_and_leaves_it_to_its_owner() -> None:
                 assert echod.stop() == 0
 
 
-def test_a_reload_keeps_the_sockets_that_were_handed_over(tmp_path: Path) -> None:
-    """Whatever the new configuration lists, who waits in a handed-over socket waits for us: it is served on."""
+def test_a_reload_keeps_inherited_sockets(tmp_path: Path) -> None:
+    """They are served whatever the new configuration lists, because their clients wait for this process."""
     file = tmp_path / "echod.toml"
     file.write_text("[[listen]]\naddress = 'systemd:web'\n")
     with two_sockets() as (one, other), activated(one, other, names="web:x", arguments=("-c", str(file))) as echod:

@@ -1,4 +1,4 @@
-"""Behind a balancer: clients whose PROXY header says who they are, as echod serves, counts and logs them."""
+"""Behind a balancer: clients whose PROXY header names their address are served, counted and logged with it."""
 
 import contextlib
 import shutil
@@ -38,7 +38,7 @@ HEADER_S = 5
 
 @pytest.fixture
 def patient(installed: Installed) -> Installed:
-    """One that waits longer for a header, for tests of what may take that long on a busy machine."""
+    """Wait longer for a header, for tests in which it may take long on a busy machine."""
     installed.add("patient", {"server.proxy_handshake": "HEADER_S = 60.0"})
     installed.switch("patient")
     return installed
@@ -46,7 +46,7 @@ def patient(installed: Installed) -> Installed:
 
 @contextlib.contextmanager
 def proxied(directory: Path, *arguments: str, address: str = "127.0.0.1:0", **options: Any) -> Iterator[Daemon]:
-    """An echod whose clients come with a header."""
+    """Run an echod whose clients send a PROXY header."""
     with serving("-c", str(_told(directory, address)), *arguments, **options) as echod:
         yield echod
 
@@ -62,7 +62,7 @@ def _v1(host: str) -> bytes:
 
 
 def _counted(echod: Daemon) -> Event:
-    """The counts, which agree."""
+    """Return the counters, which are consistent."""
     counted: Event = echod.stats()["connections"]
     assert counted["accepted"] == counted["open"] + sum(counted["closed"].values())
     return counted
@@ -76,14 +76,14 @@ def _until(holds: Callable[[], bool]) -> None:
 
 
 def _taken(client: socket.socket) -> None:
-    """Wait until all that was sent has been read by echod, unless it stays where it is."""
+    """Wait until echod has read everything that was sent, unless it stays unread."""
     end = time.monotonic() + DEADLINE_S
     while _unread(client):
         assert time.monotonic() < end, "not read"
 
 
 def _unread(client: socket.socket) -> int:
-    """Bytes that have arrived at the other end and were not read there: sock_diag(7), for /proc/net/tcp is long."""
+    """Return the bytes that the other end has not read: sock_diag(7), because /proc/net/tcp is long."""
     (host, port), (own_host, own_port) = client.getpeername(), client.getsockname()
     sides = struct.pack("!HH16s16s", port, own_port, socket.inet_aton(host), socket.inet_aton(own_host))
     head = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
@@ -95,7 +95,7 @@ def _unread(client: socket.socket) -> int:
     return int(unread)
 
 
-# -- who they are ------------------------------------------------------------------------------------------------------
+# -- clients with a header ---------------------------------------------------------------------------------------------
 
 PEERS = {
     V1: "192.0.2.1:40001",
@@ -120,7 +120,7 @@ def _client(target: str | tuple[str, int]) -> socket.socket:
 
 @pytest.mark.parametrize("family", ["IPv4", "IPv6", "Unix"])
 def test_the_log_names_the_real_client(tmp_path: Path, family: str) -> None:
-    """Of whatever family client and socket are; LOCAL and UNKNOWN keep the socket's peer; no text is lost."""
+    """Its family may differ from the socket's; LOCAL and UNKNOWN keep the socket's peer; no text is lost."""
     path = str(tmp_path / "sock")
     address = {"IPv4": "127.0.0.1:0", "IPv6": "[::1]:0", "Unix": f"unix:{path}"}[family]
     with proxied(tmp_path, address=address) as echod:
@@ -138,8 +138,8 @@ def test_the_log_names_the_real_client(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("header", NONE_TOLD)
-def test_a_health_check_of_a_balancer_that_ends_with_a_reset_is_no_lost_client(tmp_path: Path, header: bytes) -> None:
-    """A header without a client, no byte after it, and a reset: it counts as `client`. With a byte it is a reset."""
+def test_a_balancer_s_health_check_that_ends_with_a_reset_counts_as_client(tmp_path: Path, header: bytes) -> None:
+    """A header without a client, no further byte, and a reset; with a byte after the header it counts as a reset."""
     with proxied(tmp_path) as echod:
         for sent, reason in ((b"", "client"), (b"hello\n", "reset")):
             with connect(echod.port) as client:
@@ -153,8 +153,8 @@ def test_a_health_check_of_a_balancer_that_ends_with_a_reset_is_no_lost_client(t
 
 
 @pytest.mark.parametrize("header", [V1, v2(0x21, 0x21, IPV6 + b"\x04\x00\x05extra")])
-def test_a_header_may_come_in_any_two_pieces(tmp_path: Path, header: bytes) -> None:
-    """Split anywhere, the client's text behind it or not yet there: every line is answered, and no byte more."""
+def test_a_header_may_arrive_in_any_two_pieces(tmp_path: Path, header: bytes) -> None:
+    """Wherever it is split, with the client's text behind it or later, every line is answered."""
     whole = header + b"hello\n"
     with proxied(tmp_path) as echod:
         for length in range(1, len(whole)):
@@ -168,8 +168,8 @@ def test_a_header_may_come_in_any_two_pieces(tmp_path: Path, header: bytes) -> N
         assert (counted["accepted"], counted["rejected"]["proxy"]) == (len(whole) - 1, 0)
 
 
-def test_a_header_may_come_byte_by_byte(patient: Installed, tmp_path: Path) -> None:
-    """Then a client is in no count until its last byte, and in force with it."""
+def test_a_header_may_arrive_byte_by_byte(patient: Installed, tmp_path: Path) -> None:
+    """The client is counted only when the header is complete."""
     with patient.serving("-c", str(_told(tmp_path, "127.0.0.1:0"))) as echod, connect(echod.port) as client:
         for byte in V1[:-1]:
             client.sendall(bytes([byte]))
@@ -181,11 +181,11 @@ def test_a_header_may_come_byte_by_byte(patient: Installed, tmp_path: Path) -> N
         assert _counted(echod)["open"] == 1
 
 
-# -- who has none ------------------------------------------------------------------------------------------------------
+# -- clients without a header ------------------------------------------------------------------------------------------
 
 
 def test_a_bad_header_closes_without_a_byte(tmp_path: Path) -> None:
-    """No reset either, however much is sent behind it; it is counted as rejected, and as nothing else."""
+    """There is no reset either, however much input follows; the client counts only as rejected."""
     with proxied(tmp_path, "--log-level", "debug") as echod:
         for name, header in BAD.items():
             with connect(echod.port) as client:
@@ -200,8 +200,8 @@ def test_a_bad_header_closes_without_a_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", V1[:20], v2(0x21, 0x11, IPV4)[:-1]])
-def test_a_client_that_leaves_before_its_header_is_there(tmp_path: Path, sent: bytes) -> None:
-    """One that ends its stream sees ours end; one that is reset is gone; both are counted."""
+def test_a_client_that_closes_before_its_header_is_complete(tmp_path: Path, sent: bytes) -> None:
+    """It sees our end of stream if it ended its own; a reset is noticed; both are counted."""
     with proxied(tmp_path) as echod:
         with connect(echod.port) as client:
             client.sendall(sent)
@@ -241,8 +241,8 @@ def test_the_time_for_a_header_is_limited(tmp_path: Path) -> None:
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_of_an_address_is_the_real_ones(tmp_path: Path) -> None:
-    """However it is spelt; a balancer is no client; Unix sockets have no limit, not those behind it either."""
+def test_the_limit_per_address_applies_to_the_real_client(tmp_path: Path) -> None:
+    """Its spelling does not matter; the balancer does not count, nor do clients of Unix sockets."""
     unix = v2(0x21, 0x31, b"/run/client".ljust(216, b"\0"))
     with (
         proxied(tmp_path, *settings(limits_connections_per_address=2)) as echod,
@@ -260,8 +260,8 @@ def test_the_limit_of_an_address_is_the_real_ones(tmp_path: Path) -> None:
         assert (counted["accepted"], counted["rejected"]["address"]) == (8, 4)
 
 
-def test_clients_that_have_no_header_yet_take_a_place(tmp_path: Path) -> None:
-    """They hold a descriptor: beyond the limit the next is told, and they get in all the same once it has come."""
+def test_clients_without_a_complete_header_count_in_the_limit(tmp_path: Path) -> None:
+    """They hold a descriptor: the next client beyond the limit is rejected, and they are admitted later."""
     with (
         proxied(tmp_path, *settings(limits_connections=2)) as echod,
         connect(echod.port) as one,
@@ -287,8 +287,8 @@ def test_clients_that_have_no_header_yet_take_a_place(tmp_path: Path) -> None:
 # -- which listeners ---------------------------------------------------------------------------------------------------
 
 
-def test_a_reload_changes_an_address_that_is_there_already(tmp_path: Path) -> None:
-    """For who comes from then on, without a restart; who is connected, or waits for the rest of its header, goes on."""
+def test_a_reload_changes_an_existing_listener(tmp_path: Path) -> None:
+    """It applies to later clients, without a restart; connected clients and handshakes under way continue."""
     address = f"127.0.0.1:{free_port()}"
     plain, told = b"PROXY TCP4 192.0.2.1 198.51.100.2 40001 8888\n", b"hello\n"
     with serving("-c", str(_told(tmp_path, address, is_proxied=False))) as echod, connect(echod.port) as old:
@@ -308,8 +308,8 @@ def test_a_reload_changes_an_address_that_is_there_already(tmp_path: Path) -> No
             assert [ask(client, told) for client in (old, new)] == [b"HELLO\n"] * 2
 
 
-def test_each_listener_has_its_own_way(tmp_path: Path) -> None:
-    """One behind a balancer beside one that isn't; a client of one that goes away is waited for."""
+def test_each_listener_has_its_own_setting(tmp_path: Path) -> None:
+    """A listener with the PROXY protocol beside one without; a removed listener waits for its handshakes."""
     file = tmp_path / "echod.toml"
     plain = f'[[listen]]\naddress = "unix:{tmp_path}/sock"\n'
     file.write_text(f'{plain}[[listen]]\naddress = "127.0.0.1:0"\nproxy_protocol = true\n')
@@ -325,8 +325,8 @@ def test_each_listener_has_its_own_way(tmp_path: Path) -> None:
         assert _counted(echod)["rejected"]["proxy"] == 0
 
 
-def test_a_socket_handed_over_takes_the_settings_of_its_entry(tmp_path: Path) -> None:
-    """By its name; one that no entry names has the defaults."""
+def test_an_inherited_socket_takes_the_settings_of_its_entry(tmp_path: Path) -> None:
+    """It is matched by name; a socket without an entry has the defaults."""
     file = _told(tmp_path, "systemd:web")
     with two_sockets() as (one, other), activated(one, other, names="x:web", arguments=("-c", str(file))) as echod:
         web, rest = echod.ports
@@ -337,8 +337,8 @@ def test_a_socket_handed_over_takes_the_settings_of_its_entry(tmp_path: Path) ->
         assert echod.stop() == 0
 
 
-def test_the_watchdog_is_fed_behind_a_balancer(tmp_path: Path) -> None:
-    """The round trip to ourselves needs no header, and is in no count."""
+def test_the_self_probe_needs_no_header(tmp_path: Path) -> None:
+    """The watchdog is notified, and the probe is not counted."""
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))
@@ -355,7 +355,7 @@ def test_the_watchdog_is_fed_behind_a_balancer(tmp_path: Path) -> None:
 
 
 def test_a_drain_waits_for_a_header(tmp_path: Path) -> None:
-    """Its client was there before the stop, and is served as any other."""
+    """The client connected before the stop and is served."""
     with proxied(tmp_path, *settings(timeouts_drain_quiet=0.2)) as echod, connect(echod.port) as client:
         client.sendall(V1[:10])
         _taken(client)
@@ -368,7 +368,7 @@ def test_a_drain_waits_for_a_header(tmp_path: Path) -> None:
 
 
 def test_a_drain_ends_without_the_header(tmp_path: Path) -> None:
-    """It isn't waited for longer than for any client; who has sent half of it sees the end of the stream."""
+    """The drain waits no longer than for any client; a client with half a header sees the end of the stream."""
     with proxied(tmp_path, *settings(timeouts_drain=1)) as echod, connect(echod.port) as client:
         client.sendall(V1[:10])
         _taken(client)
@@ -382,7 +382,7 @@ def test_a_drain_ends_without_the_header(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_the_wait(tmp_path: Path) -> None:
-    """Nobody is owed anything who hasn't said who it is."""
+    """A client without a complete header is owed nothing."""
     with proxied(tmp_path) as echod, connect(echod.port) as client:
         client.sendall(V1[:10])
         _taken(client)
@@ -401,7 +401,7 @@ def test_a_second_signal_ends_the_wait(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("header", [V1, v2(0x21, 0x11, IPV4)])
 def test_a_header_crosses_an_upgrade(patient: Installed, tmp_path: Path, header: bytes) -> None:
-    """What has come of it is kept, what comes meanwhile is read, and the listener wants one as before."""
+    """The part that was read is kept, the rest is read by the next program, and the listener keeps its setting."""
     told = _told(tmp_path, "127.0.0.1:0")
     with patient.serving("-c", str(told)) as echod, contextlib.ExitStack() as clients:
         split = [0, 1, 13, len(header) - 1]
@@ -423,8 +423,8 @@ def test_a_header_crosses_an_upgrade(patient: Installed, tmp_path: Path, header:
         assert (counted["accepted"], counted["rejected"]["proxy"]) == (len(split), 1)
 
 
-def test_a_listener_that_an_upgrade_takes_away_wants_headers_to_its_end(tmp_path: Path) -> None:
-    """Who comes in the moment of the change waits in the backlog, and is served by the next program as by this one."""
+def test_a_listener_that_an_upgrade_removes_keeps_its_setting(tmp_path: Path) -> None:
+    """Clients in its backlog at the upgrade are served by the next program as by this one."""
     plain = f'[[listen]]\naddress = "unix:{tmp_path}/sock"\n'
     (file := tmp_path / "echod.toml").write_text(f'{plain}[[listen]]\naddress = "127.0.0.1:0"\nproxy_protocol = true\n')
     with serving("-c", str(file)) as echod, contextlib.ExitStack() as clients:
@@ -443,8 +443,8 @@ def test_a_listener_that_an_upgrade_takes_away_wants_headers_to_its_end(tmp_path
         assert _counted(echod)["accepted"] == len(waiting)
 
 
-def test_time_for_a_header_goes_on_across_an_upgrade(tmp_path: Path) -> None:
-    """Five seconds from the accept, not from the upgrade."""
+def test_the_time_for_a_header_continues_across_an_upgrade(tmp_path: Path) -> None:
+    """It is five seconds from the accept, not from the upgrade."""
     with proxied(tmp_path) as echod:
         port, began_at = echod.port, time.monotonic()
         with connect(port) as client:
@@ -462,8 +462,8 @@ def test_time_for_a_header_goes_on_across_an_upgrade(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_proxied", [False, True])
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_probes_of_a_balancer_are_no_flood_of_the_log(tmp_path: Path, level: str, is_proxied: bool) -> None:
-    """A connection without a line is worth a line at debug, ended by either side's word or by a reset."""
+def test_a_balancer_s_probes_do_not_flood_the_log(tmp_path: Path, level: str, is_proxied: bool) -> None:
+    """A connection without a line is logged at debug, whether it is closed or reset."""
     header = v2(0x20, 0x00) if is_proxied else b""
     told = _told(tmp_path, "127.0.0.1:0", is_proxied=is_proxied)
     with serving("-c", str(told), "--log-level", level) as echod:
@@ -495,7 +495,7 @@ def haproxy() -> str:
 @pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c,unique-id"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_behind_haproxy(tmp_path: Path, haproxy: str, version: str, host: str) -> None:
-    """Its headers of both versions, with what it puts behind the addresses; its probes aren't logged nor rejected."""
+    """Headers of both versions with their TLVs; its health checks are neither logged nor rejected."""
     with proxied(tmp_path) as echod, socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
@@ -538,8 +538,8 @@ def _connected(host: str, port: int) -> socket.socket:
             assert time.monotonic() < end
 
 
-def test_every_good_header_is_followed_by_service(tmp_path: Path) -> None:
-    """Whatever it says, the client behind it gets its answer."""
+def test_every_valid_header_is_followed_by_service(tmp_path: Path) -> None:
+    """Whatever it contains, the client behind it gets its reply."""
     with proxied(tmp_path) as echod:
         for name, (header, *_) in GOOD.items():
             with connect(echod.port) as client:

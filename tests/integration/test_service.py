@@ -74,7 +74,7 @@ def _exchange(client: socket.socket, data: bytes) -> bytes:
 
 
 def test_ipv6_and_unix_sockets_are_served_beside_ipv4(tmp_path: Path) -> None:
-    """TCP over IPv4 and IPv6 and Unix sockets, each under the name that `ready` tells."""
+    """`ready` reports the address of each."""
     path = tmp_path / "echod.sock"
     with serving("-l", "127.0.0.1:0", "-l", "[::1]:0", "-l", f"unix:{path}") as echod:
         v4, v6, unix = echod.wait_for("ready")["listen"]
@@ -101,7 +101,7 @@ def _unix_client(path: Path) -> socket.socket:
 
 
 def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
-    """A stale socket file is replaced."""
+    """The file of a process that has ended does not prevent a start."""
     path = tmp_path / "echod.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -115,7 +115,7 @@ def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_live_socket_file_is_an_error(tmp_path: Path) -> None:
-    """A live one is an error, and is left alone; so is a file that is no socket."""
+    """It is left alone; so is a file that is not a socket."""
     path = tmp_path / "echod.sock"
     with serving("-l", f"unix:{path}") as first:
         with Daemon("-l", f"unix:{path}") as second:
@@ -130,7 +130,7 @@ def test_a_live_socket_file_is_an_error(tmp_path: Path) -> None:
     assert path.read_text() == "precious"
 
 
-def test_a_socket_file_that_is_another_process_s_by_now_is_not_removed(tmp_path: Path) -> None:
+def test_a_socket_file_that_another_process_has_replaced_is_not_removed(tmp_path: Path) -> None:
     """At the end only our own socket file is removed."""
     path = tmp_path / "echod.sock"
     with serving("-l", f"unix:{path}") as echod:
@@ -148,7 +148,7 @@ def test_a_socket_file_that_is_another_process_s_by_now_is_not_removed(tmp_path:
     ],
 )
 def test_after_an_error_line_echod_half_closes_and_reads_to_the_end(sent: bytes, error: bytes, reason: str) -> None:
-    """Every message before the bad one is answered first; what comes later is read, not answered; no reset."""
+    """Every message before the bad one is answered first; later input is read and not answered; no reset."""
     with serving(*settings(limits_line_bytes=10)) as echod:
         assert any(_seconds_to_end(echod, sent, b"A\n" + error, reason) < 0.9 for _ in range(5)), (
             "the client's end does"
@@ -157,7 +157,7 @@ def test_after_an_error_line_echod_half_closes_and_reads_to_the_end(sent: bytes,
 
 
 def _seconds_to_end(echod: Daemon, sent: bytes, replies: bytes, reason: str) -> float:
-    """How long a connection lasts whose client ends its stream once it has heard what was wrong."""
+    """Return how long a connection lasts whose client ends its stream after the error line."""
     known = len(echod.events)
     with connect(echod.port) as client:
         client.sendall(sent)
@@ -172,15 +172,15 @@ def _seconds_to_end(echod: Daemon, sent: bytes, replies: bytes, reason: str) -> 
 
 
 def test_reading_on_after_the_half_close_is_bounded() -> None:
-    """Echod half-closes first and reads on to the end of the stream, for at most 1 s."""
+    """After its half-close echod reads to the client's end of stream for at most 1 s."""
     with serving() as echod, connect(echod.port) as client:
         client.sendall(b"\xff\n")
         assert read_to_end(client) == b"ERROR invalid utf-8\n"
         assert 1.0 <= echod.wait_for("connection closed")["duration_s"] < 3
 
 
-def test_one_client_too_many_is_told_and_closed() -> None:
-    """`connections`: open at once; one more is told ERROR and closed, and is in neither accepted nor closed."""
+def test_one_client_too_many_gets_an_error_line() -> None:
+    """One client beyond `connections` gets its error line and is in neither accepted nor closed."""
     with serving(*settings(limits_connections=2)) as echod, connect(echod.port) as first, connect(echod.port) as second:
         assert ask(first, b"1\n") == b"1\n"
         assert ask(second, b"2\n") == b"2\n"
@@ -197,8 +197,8 @@ def test_one_client_too_many_is_told_and_closed() -> None:
             assert ask(fourth, b"room again\n") == b"ROOM AGAIN\n"
 
 
-def test_many_clients_too_many_are_all_told() -> None:
-    """At the limit new clients are answered, however many: those that linger make the next ones wait, not fail."""
+def test_many_clients_too_many_all_get_the_error_line() -> None:
+    """However many clients are rejected, lingering ones make the next ones wait, not fail."""
     with serving(*settings(limits_connections=1)) as echod, connect(echod.port) as first:
         assert ask(first, b"1\n") == b"1\n"
         refused = [connect(echod.port) for _ in range(100)]
@@ -210,8 +210,8 @@ def test_many_clients_too_many_are_all_told() -> None:
         assert echod.stop() == 0
 
 
-def test_one_client_too_many_from_an_address_is_told_and_closed(tmp_path: Path) -> None:
-    """`connections_per_address`: other addresses and Unix sockets go on; a reload puts it in force at once."""
+def test_one_client_too_many_from_an_address_gets_an_error_line(tmp_path: Path) -> None:
+    """Other addresses and Unix sockets are served; a reload changes the limit at once."""
     file = tmp_path / "echod.toml"
     listen = f"[[listen]]\naddress = '127.0.0.1:0'\n[[listen]]\naddress = 'unix:{tmp_path}/sock'\n"
     file.write_text(listen)
@@ -236,8 +236,8 @@ def test_one_client_too_many_from_an_address_is_told_and_closed(tmp_path: Path) 
             assert ask(fourth, b"room again\n") == b"ROOM AGAIN\n"
 
 
-def test_a_flood_of_rejected_clients_is_a_line_of_the_log() -> None:
-    """Clients turned away are one line every ten seconds at most."""
+def test_a_flood_of_rejected_clients_is_one_line_in_the_log() -> None:
+    """Rejected clients are logged in one line every ten seconds at most."""
     with serving(*settings(limits_connections=1, timeouts_idle=5)) as echod, connect(echod.port) as first:
         assert ask(first, b"1\n") == b"1\n"
         for _ in range(50):
@@ -248,8 +248,8 @@ def test_a_flood_of_rejected_clients_is_a_line_of_the_log() -> None:
         assert len(echod.events_named("connections rejected")) == 1
 
 
-def test_an_idle_client_is_told_and_closed() -> None:
-    """`idle`: nothing from the client, nothing owed to it, no line begun."""
+def test_an_idle_client_gets_an_error_line() -> None:
+    """Idle means no input, no pending reply and no partial line."""
     with serving(*settings(timeouts_idle=1, timeouts_line=30)) as echod:
         with connect(echod.port) as client, connect(echod.port) as in_line:
             in_line.sendall(b"a line begun")
@@ -261,8 +261,8 @@ def test_an_idle_client_is_told_and_closed() -> None:
             assert ask(in_line, b" is not idle\n") == b"A LINE BEGUN IS NOT IDLE\n"
 
 
-def test_a_line_not_finished_in_time_ends_the_connection() -> None:
-    """`line`: a line begun must end, however often a byte of it comes; other lines have their own time."""
+def test_a_line_not_completed_in_time_ends_the_connection() -> None:
+    """A partial line must be completed, however often a byte of it arrives; each line has its own time."""
     with serving(*settings(timeouts_line=0.5)) as echod, connect(echod.port) as client:
         began_at = time.monotonic()
         client.sendall(b"done\nslo")
@@ -281,7 +281,7 @@ def test_a_line_not_finished_in_time_ends_the_connection() -> None:
 
 
 def test_many_short_lines_are_never_one_slow_line() -> None:
-    """The time of `line` is that of one line: a client always in the middle of some line lives on."""
+    """The line timeout applies to one line: a client that always has some partial line stays connected."""
     with serving(*settings(timeouts_line=1)) as echod, connect(echod.port) as client:
         end = time.monotonic() + 2.5
         client.sendall(b"x")
@@ -291,8 +291,8 @@ def test_many_short_lines_are_never_one_slow_line() -> None:
         assert ask(client, b"\n") == b"X\n"
 
 
-def test_a_client_that_takes_no_replies_is_cut_off() -> None:
-    """`write`: the client takes none of the replies it is owed; it is told nothing in-band."""
+def test_a_client_that_accepts_no_replies_is_aborted() -> None:
+    """The write timeout; the client gets no error line."""
     with serving(*settings(timeouts_write=0.5)) as echod, connect(echod.port, receive_buffer=4096) as client:
         send_until_stuck(client)
         closed = echod.wait_for("connection closed")
@@ -300,8 +300,8 @@ def test_a_client_that_takes_no_replies_is_cut_off() -> None:
         assert echod.stats()["connections"]["closed"]["write timeout"] == 1
 
 
-def test_a_client_that_is_cut_off_learns_it_at_once() -> None:
-    """`write`: with every line read and the replies in the kernel's hands too, the end is a reset, not a queue."""
+def test_an_aborted_client_is_reset_at_once() -> None:
+    """With all replies in the kernel's buffers, the client sees a reset and not a late end of stream."""
     with serving(*settings(timeouts_write=1)) as echod, connect(echod.port, receive_buffer=4096) as client:
         client.sendall(b"all of it is read\n" * 10_000)
         assert echod.wait_for("connection closed")["reason"] == "write timeout"
@@ -311,8 +311,8 @@ def test_a_client_that_is_cut_off_learns_it_at_once() -> None:
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
 
 
-def test_a_slow_reader_that_takes_something_is_not_cut_off() -> None:
-    """Progress counts: a client that takes its replies slowly gets every one of them."""
+def test_a_slow_reader_is_not_aborted() -> None:
+    """Progress counts: a client that accepts its replies slowly gets all of them."""
     with serving(*settings(timeouts_write=2, timeouts_idle=30)) as echod:
         with connect(echod.port, receive_buffer=4096) as client:
             send_until_stuck(client)
@@ -326,8 +326,8 @@ def test_a_slow_reader_that_takes_something_is_not_cut_off() -> None:
         assert echod.wait_for("connection closed")["reason"] == "client"
 
 
-def test_a_reset_is_counted_as_one() -> None:
-    """A client that resets is closed with reason `reset`."""
+def test_a_reset_is_counted_as_reset() -> None:
+    """A client that resets is closed with the reason `reset`."""
     with serving() as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -336,7 +336,7 @@ def test_a_reset_is_counted_as_one() -> None:
 
 
 def test_the_stats_dump_is_written_whatever_the_log_level() -> None:
-    """One log event `stats`, written whatever the log level, consistent in itself."""
+    """The event `stats` is written at every log level and is consistent in itself."""
     port = free_port()
     with Daemon("-l", f"127.0.0.1:{port}", "--log-level", "error") as echod:
         with connect_once_open(port) as client, connect(port) as other:
@@ -357,7 +357,7 @@ def test_the_stats_dump_is_written_whatever_the_log_level() -> None:
 
 
 def test_a_client_s_text_is_never_logged() -> None:
-    """A client's text is never logged above debug."""
+    """Only the level debug may show what a client sends."""
     with serving("--log-level", "debug") as echod, connect(echod.port) as client:
         assert ask(client, b"tell nobody\n") == b"TELL NOBODY\n"
         client.sendall(b"tell nobody\xff\n")
@@ -369,7 +369,7 @@ def test_a_client_s_text_is_never_logged() -> None:
 
 
 def test_a_taken_port_ends_the_start_with_status_1_and_says_what_to_do() -> None:
-    """Exit status 1: could not start; every address that can't be had is named."""
+    """Exit status 1: could not start; every address that cannot be bound is named."""
     with serving() as first:
         taken = f"127.0.0.1:{first.port}"
         with Daemon("-l", taken, "-l", "192.0.2.1:7", "-l", "127.0.0.1:0") as second:
@@ -379,7 +379,7 @@ def test_a_taken_port_ends_the_start_with_status_1_and_says_what_to_do() -> None
 
 
 def test_a_bad_configuration_ends_the_start_with_status_78() -> None:
-    """Exit status 78: bad config, with every fault."""
+    """Exit status 78: bad configuration, with every error."""
     with Daemon(*settings(limits_connections="many", timeouts_idel=3)) as echod:
         assert echod.process.wait(DEADLINE_S) == 78
     assert echod.other_lines == [
@@ -388,8 +388,8 @@ def test_a_bad_configuration_ends_the_start_with_status_78() -> None:
     ]
 
 
-def test_the_connection_limit_is_held_against_the_open_files() -> None:
-    """One that was set and doesn't fit is refused with the figure that would; the default is lowered with a warning."""
+def test_the_connection_limit_must_fit_under_the_open_files() -> None:
+    """A configured limit that does not fit is refused with one that does; the default is lowered with a warning."""
     limited = ("prlimit", "--nofile=200:300", "--", sys.executable, "-m", "echod")
     with Daemon("-l", "127.0.0.1:0", command=limited) as echod:
         assert "lowered to 235" in echod.wait_for("configuration")["warning"]
@@ -401,7 +401,7 @@ def test_the_connection_limit_is_held_against_the_open_files() -> None:
 
 
 def test_descriptors_that_run_out_make_clients_wait_not_fail() -> None:
-    """When descriptors run out, accepting pauses; who waits in the backlog is served once there is room."""
+    """Accepting pauses, and clients in the backlog are served once descriptors are available."""
     with serving() as echod:
         with connect(echod.port) as first:
             assert ask(first, b"1\n") == b"1\n"
@@ -422,7 +422,7 @@ def _limit_files(pid: int, count: int) -> None:
 
 
 def test_closed_standard_streams_do_no_harm() -> None:
-    """With standard input, output and error closed no client's socket becomes standard error."""
+    """With standard input, output and error closed, no client's socket becomes standard error."""
     shell = ("sh", "-c", 'exec "$@" <&- >&- 2>/dev/null', "sh")
     port = free_port()
     with Daemon("-l", f"127.0.0.1:{port}", command=(*shell, sys.executable, "-m", "echod")) as echod:
@@ -436,7 +436,7 @@ def test_closed_standard_streams_do_no_harm() -> None:
 
 
 def test_it_imports_little() -> None:
-    """The first client is answered before anything is imported that only another command, option or fault needs.
+    """The first client is answered before anything is imported that only another command, option or error needs.
 
     Each start waits for every import, and so do the clients in the moment of an upgrade.
     """

@@ -1,4 +1,4 @@
-"""Rare moments that once went wrong, or would: each must not wrong a client, nor the operator."""
+"""Rare moments that once went wrong, or could: none of them may harm a client or mislead the operator."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ NOTHING_LEFT = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
 def test_without_a_descriptor_left_stats_and_stop_work() -> None:
-    """Descriptors exhausted: USR1 still tells, TERM still drains, nobody is reset."""
+    """With all descriptors used, USR1 still dumps the statistics and TERM drains without a reset."""
     with serving(*settings(timeouts_drain_quiet=0.1)) as echod, connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
         leave_descriptors(echod.pid, 0)
@@ -48,7 +48,7 @@ def test_without_a_descriptor_left_stats_and_stop_work() -> None:
 
 
 def test_a_refused_reload_leaks_no_descriptor(tmp_path: Path) -> None:
-    """Whatever fails, the old config stays in force in every respect: no descriptor, no socket file is left."""
+    """Whatever fails, the old configuration stays in force, and no descriptor or socket file is left."""
     file, log = tmp_path / "echod.toml", tmp_path / "log"
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
     with socket.create_server(("127.0.0.1", 0)) as taken, serving("-c", str(file)) as echod:
@@ -63,8 +63,8 @@ def test_a_refused_reload_leaks_no_descriptor(tmp_path: Path) -> None:
         assert not (tmp_path / "sock").exists()
 
 
-def test_a_log_file_that_is_a_fifo_nobody_reads_is_refused(tmp_path: Path) -> None:
-    """A log that can't be opened at once is a fault, and later reloads work."""
+def test_a_log_file_that_is_a_fifo_without_a_reader_is_refused(tmp_path: Path) -> None:
+    """A log that cannot be opened at once is an error, and later reloads work."""
     file, fifo = tmp_path / "echod.toml", tmp_path / "fifo"
     os.mkfifo(fifo)
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
@@ -109,7 +109,7 @@ def _as_long_number(path: Path) -> None:
 def test_a_configuration_that_would_block_or_break_a_reload(
     spoil: Callable[[Path], object], words: str, tmp_path: Path
 ) -> None:
-    """A reload and an upgrade are refused at once and by name, clients are served, and a good file is taken again."""
+    """Reload and upgrade are refused at once with the reason, clients are served, and a good file is accepted again."""
     file = tmp_path / "echod.toml"
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
     with serving("-c", str(file)) as echod, connect(echod.port) as client:
@@ -139,7 +139,7 @@ def test_a_configuration_that_would_block_or_break_a_reload(
 
 
 def test_a_path_or_address_written_in_another_way_is_the_same_listener(tmp_path: Path) -> None:
-    """Over a reload the listener stays, with its clients and its file; beside the first spelling it is refused."""
+    """A reload keeps the listener, its clients and its file; listing both spellings is refused."""
     real, link = tmp_path / "real", tmp_path / "link"
     real.mkdir()
     link.symlink_to(real)
@@ -175,8 +175,8 @@ def test_a_path_or_address_written_in_another_way_is_the_same_listener(tmp_path:
         client.close()
 
 
-def test_the_directory_of_a_listener_is_another_one_after_a_reload(tmp_path: Path) -> None:
-    """A symbolic link that leads elsewhere names another socket: it is bound, and the old one's file is removed."""
+def test_a_reload_follows_a_symbolic_link_that_has_changed(tmp_path: Path) -> None:
+    """A link that leads elsewhere names another socket: it is bound, and the old socket's file is removed."""
     first, second, link = tmp_path / "first", tmp_path / "second", tmp_path / "link"
     first.mkdir()
     second.mkdir()
@@ -192,8 +192,8 @@ def test_the_directory_of_a_listener_is_another_one_after_a_reload(tmp_path: Pat
             assert ask(client, b"here\n") == b"HERE\n"
 
 
-def test_a_line_that_waits_for_us_is_not_late() -> None:
-    """`line`: a line begun must end; while its client's replies are unsent it isn't even read."""
+def test_a_line_that_we_do_not_read_is_not_late() -> None:
+    """While replies are pending, the client's input is not read, and the line timeout does not run."""
     lines = b"a line that is long enough not to end where a chunk does\n" * 60_000
     with serving(*settings(timeouts_line=1)) as echod, connect(echod.port, receive_buffer=4096) as client:
         sending = threading.Thread(target=client.sendall, args=(lines,))
@@ -210,7 +210,7 @@ def test_a_line_that_waits_for_us_is_not_late() -> None:
 
 
 def test_after_a_pause_of_the_process_nobody_is_late() -> None:
-    """A stopped and continued process reads what has arrived before it calls anyone idle or slow."""
+    """After SIGSTOP and SIGCONT, the process reads what has arrived before it enforces timeouts."""
     with serving(*settings(timeouts_idle=2, timeouts_line=2)) as echod:
         with connect(echod.port) as idle, connect(echod.port) as in_line:
             assert ask(idle, b"hello\n") == b"HELLO\n"
@@ -226,8 +226,8 @@ def test_after_a_pause_of_the_process_nobody_is_late() -> None:
             assert read_line(in_line) == b"HALF DONE\n"
 
 
-def test_the_backlog_at_the_connection_limit_is_told_before_the_end() -> None:
-    """At the limit, with clients that don't leave, a drain still tells everyone in the backlog; nobody is reset."""
+def test_a_drain_at_the_connection_limit_rejects_the_backlog_properly() -> None:
+    """Every client in the backlog gets its error line, and nobody is reset."""
     with serving(*settings(limits_connections=1)) as echod, connect(echod.port) as first:
         assert ask(first, b"1\n") == b"1\n"
         echod.send(signal.SIGSTOP)
@@ -242,8 +242,8 @@ def test_the_backlog_at_the_connection_limit_is_told_before_the_end() -> None:
         assert echod.exit_status() == 0
 
 
-def test_a_line_that_was_not_read_yet_counts_at_the_second_signal() -> None:
-    """The second signal: exit 3 if anyone was owed a reply, be it to a line in the kernel's hands."""
+def test_an_unread_line_counts_at_the_second_signal() -> None:
+    """The exit status is 3 if a client is owed a reply, even to a line that is still in the kernel."""
     with serving() as echod, connect(echod.port) as client:
         assert ask(client, b"hello\nhalf") == b"HELLO\n"
         echod.send(signal.SIGTERM)
@@ -261,8 +261,8 @@ def test_a_line_that_was_not_read_yet_counts_at_the_second_signal() -> None:
             assert status == 3
 
 
-def test_a_stop_during_the_start_still_drains_who_came_in_time() -> None:
-    """TERM while starting, with a client that connects at once: it is served as in any drain, exit 0."""
+def test_a_stop_during_the_start_drains() -> None:
+    """A client that connects at once is served as in any drain, and the exit status is 0."""
     port = free_port()
     hasty = with_constants("process.force_exit.STARTING_S = 1.0")
     with Daemon("-l", f"127.0.0.1:{port}", *settings(timeouts_drain=15), command=hasty) as echod:
@@ -277,8 +277,8 @@ def test_a_stop_during_the_start_still_drains_who_came_in_time() -> None:
         assert echod.exit_status() == 0
 
 
-def test_a_unix_client_whose_queue_is_full_is_ended(tmp_path: Path) -> None:
-    """A farewell that can't be written doesn't keep a connection for ever."""
+def test_a_unix_client_with_a_full_queue_is_closed(tmp_path: Path) -> None:
+    """An error line that cannot be written does not keep a connection open forever."""
     path = tmp_path / "sock"
     options = settings(timeouts_idle=0.5, timeouts_line=0.5, timeouts_write=0.5)
     with serving("-l", f"unix:{path}", *options) as echod, socket.socket(socket.AF_UNIX) as client:
@@ -291,8 +291,8 @@ def test_a_unix_client_whose_queue_is_full_is_ended(tmp_path: Path) -> None:
         assert echod.wait_for("connection closed")["reason"] in ("write timeout", "idle", "line timeout")
 
 
-def test_a_steady_slow_reader_of_a_unix_socket_is_not_cut_off(tmp_path: Path) -> None:
-    """`write`: takes none of its replies; who takes some, if less than the kernel wants to go on, gets all."""
+def test_a_slow_reader_of_a_unix_socket_is_not_aborted(tmp_path: Path) -> None:
+    """A client that accepts some of its replies, even less than the kernel needs to report room, gets all of them."""
     path = tmp_path / "sock"
     with serving("-l", f"unix:{path}", *settings(timeouts_write=2)) as echod, socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
@@ -304,8 +304,8 @@ def test_a_steady_slow_reader_of_a_unix_socket_is_not_cut_off(tmp_path: Path) ->
         assert echod.stats()["connections"]["open"] == 1
 
 
-def test_drain_quiet_0_waits_for_a_line_begun() -> None:
-    """A line begun is waited for, however short `drain_quiet` is."""
+def test_drain_quiet_0_waits_for_a_partial_line() -> None:
+    """A partial line is waited for, however short `drain_quiet` is."""
     with serving(*settings(timeouts_drain_quiet=0)) as echod, connect(echod.port) as client:
         assert ask(client, b"whole\nhalf") == b"WHOLE\n"
         echod.send(signal.SIGTERM)
@@ -314,8 +314,8 @@ def test_drain_quiet_0_waits_for_a_line_begun() -> None:
         assert read_to_end(client) == b""
 
 
-def test_hups_in_a_row_don_t_stop_the_clock(tmp_path: Path) -> None:
-    """Timeouts go on while one reload follows the other."""
+def test_repeated_reloads_do_not_stop_the_timeouts(tmp_path: Path) -> None:
+    """Timeouts are enforced while one reload follows the other."""
     file = tmp_path / "echod.toml"
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n[timeouts]\nidle = 2\n")
     with serving("-c", str(file)) as echod, connect(echod.port) as client:
@@ -331,7 +331,7 @@ def test_hups_in_a_row_don_t_stop_the_clock(tmp_path: Path) -> None:
 
 
 def test_a_client_that_ends_its_stream_and_resets_is_counted_as_reset() -> None:
-    """Who half-closes and then goes without its replies is `reset`, not `client`."""
+    """A client that half-closes and then does not accept its replies counts as `reset`, not as `client`."""
     with serving() as echod, connect(echod.port, receive_buffer=4096) as client:
         send_until_stuck(client)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING_LEFT)
@@ -339,30 +339,30 @@ def test_a_client_that_ends_its_stream_and_resets_is_counted_as_reset() -> None:
         assert echod.wait_for("connection closed")["reason"] == "reset"
 
 
-def test_a_bad_line_behind_unsent_replies_ends_within_bounds() -> None:
-    """The error line comes after everything owed; the second for the client's end of stream begins then."""
+def test_a_bad_line_behind_pending_replies_ends_the_connection_in_time() -> None:
+    """The error line comes after all replies, and the linger begins then."""
     lines = b"a line before the bad one\n" * 150_000
     with serving() as echod, connect(echod.port, receive_buffer=4096) as client:
         sending = threading.Thread(target=client.sendall, args=(lines + b"\xff\n",))
         sending.start()
-        time.sleep(0.5)  # replies pile up unsent: nobody reads them
+        time.sleep(0.5)  # replies become pending, because the client does not read
         assert read_to_end(client) == lines.upper() + b"ERROR invalid utf-8\n"
         sending.join()
         ended_at = time.monotonic()
         assert echod.wait_for("connection closed")["reason"] == "invalid utf-8"
-        assert time.monotonic() - ended_at < 3, "though this side is still open"
+        assert time.monotonic() - ended_at < 3, "although the client has not ended its stream"
 
 
 TIGHT = ("prlimit", "--nofile=132:132", sys.executable, "-m", "echod")
-"""With as few descriptors as 67 connections need: 32 more clients can be told that they are too many, at a time."""
+"""The descriptors that 67 connections need: 32 more clients can get their error line at the same time."""
 
 
 def _crowd(port: int, count: int) -> list[socket.socket]:
     return [connect(port) for _ in range(count)]
 
 
-def test_a_reload_at_the_limit_leaves_no_listener_deaf(tmp_path: Path) -> None:
-    """Accepting pauses while clients are told that they are too many; a lower limit doesn't make that last."""
+def test_a_reload_at_the_limit_leaves_no_listener_paused(tmp_path: Path) -> None:
+    """A lower limit does not prolong the pause for rejected clients."""
     file = tmp_path / "echod.toml"
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n[limits]\nconnections = 67\n")
     with serving("-c", str(file), command=TIGHT) as echod:
@@ -378,7 +378,7 @@ def test_a_reload_at_the_limit_leaves_no_listener_deaf(tmp_path: Path) -> None:
 
 
 def test_a_stop_at_the_limit_resets_nobody_in_the_backlog() -> None:
-    """Who waits in the backlog to be told that there are too many is told so before the end."""
+    """Clients in the backlog get the error line before the end."""
     options = settings(limits_connections=67, timeouts_drain=4, timeouts_drain_quiet=0)
     with Daemon("-l", "127.0.0.1:0", *options, command=TIGHT) as echod:
         clients = _crowd(echod.port, 67 + 60)
@@ -392,7 +392,7 @@ def test_a_stop_at_the_limit_resets_nobody_in_the_backlog() -> None:
 
 
 def test_a_start_that_can_t_listen_leaves_no_socket_file(tmp_path: Path) -> None:
-    """Two addresses that overlap both bind, and the second can't be listened on: what was made by then is removed."""
+    """Two overlapping addresses can both be bound, but only one can listen; the socket files are removed."""
     sock, admin = tmp_path / "sock", tmp_path / "admin"
     port = free_port()
     arguments = ("-l", f"unix:{sock}", "-l", f"127.0.0.1:{port}", "-l", f"0.0.0.0:{port}", "--set")

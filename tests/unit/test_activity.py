@@ -1,4 +1,4 @@
-"""Since when: what a client's pace tells after looks at these moments and figures."""
+"""What an activity reports after samples at given times."""
 
 from echod.server.activity import Activity
 
@@ -15,8 +15,8 @@ def sample(
     activity.sample(now, received, lines, is_in_line=is_in_line, is_read_paused=is_read_paused)
 
 
-def test_quiet_counts_from_the_last_look_that_saw_something_new() -> None:
-    """What came between two looks came at the second: the span of quiet is never too long."""
+def test_quiet_time_starts_at_the_last_sample_with_new_input() -> None:
+    """Input between two samples counts for the second, so a quiet span is never too long."""
     activity = Activity(0.0)
     sample(activity, 1.0)
     assert activity.quiet_since == 0.0
@@ -25,8 +25,8 @@ def test_quiet_counts_from_the_last_look_that_saw_something_new() -> None:
     assert activity.quiet_since == 2.0
 
 
-def test_a_client_that_is_owed_something_or_in_a_line_is_not_quiet() -> None:
-    """Idle means: nothing from the client, nothing owed to it, no line begun."""
+def test_a_client_with_owed_bytes_or_a_partial_line_is_not_quiet() -> None:
+    """Idle means no input, no reply that is owed and no partial line."""
     activity = Activity(0.0)
     activity.measure(1.0, accepted_bytes=0, owed_bytes=5)
     sample(activity, 1.0)
@@ -36,8 +36,8 @@ def test_a_client_that_is_owed_something_or_in_a_line_is_not_quiet() -> None:
     assert activity.quiet_since == 2.0
 
 
-def test_a_line_is_timed_from_the_look_that_first_saw_it() -> None:
-    """More bytes of the same line don't begin it anew; another line does, and its end ends it."""
+def test_a_partial_line_ages_from_the_first_sample_that_saw_it() -> None:
+    """More bytes of it change nothing; another line starts anew, and its end stops the time."""
     activity = Activity(0.0)
     sample(activity, 1.0, received=1, is_in_line=True)
     sample(activity, 2.0, received=2, is_in_line=True)
@@ -48,16 +48,16 @@ def test_a_line_is_timed_from_the_look_that_first_saw_it() -> None:
     assert activity.line_since is None
 
 
-def test_a_line_that_we_don_t_read_is_not_timed() -> None:
-    """While replies are unsent the rest of the line waits in the kernel: not the client's delay."""
+def test_a_partial_line_does_not_age_while_reading_is_paused() -> None:
+    """While replies are pending, its rest waits in the kernel, which is not the client's delay."""
     activity = Activity(0.0)
     sample(activity, 1.0, received=1, is_in_line=True)
     sample(activity, 2.0, received=1, is_in_line=True, is_read_paused=True)
     assert activity.line_since == 2.0
 
 
-def test_taking_a_part_of_the_replies_is_progress() -> None:
-    """The `write` span counts from when the client last took a byte, or was last owed none."""
+def test_accepting_part_of_the_replies_is_progress() -> None:
+    """The write timeout counts from when the client last accepted a byte, or was owed none."""
     activity = Activity(0.0)
     activity.measure(1.0, accepted_bytes=100, owed_bytes=50)
     activity.measure(2.0, accepted_bytes=100, owed_bytes=50)

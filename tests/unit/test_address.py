@@ -1,4 +1,4 @@
-"""Addresses as people write them, and what is said about those that are none."""
+"""Addresses as people write them, and the errors of invalid ones."""
 
 from pathlib import Path
 
@@ -33,20 +33,20 @@ def test_good(text: str, address: Address) -> None:
 
 
 @pytest.mark.parametrize("text", ["systemd:", "systemd:a:b", "systemd:ß", "systemd:a\n"])
-def test_no_name_of_a_socket(text: str) -> None:
-    """What FileDescriptorName= can't be (systemd.socket(5))."""
+def test_bad_systemd_name(text: str) -> None:
+    """A name must be one that FileDescriptorName= can set (systemd.socket(5))."""
     with pytest.raises(ValueError, match=r"^expected a name that FileDescriptorName= in the socket unit can set$"):
         parse_address(text)
 
 
-def test_leading_zeros_are_no_part_of_a_port() -> None:
+def test_leading_zeros_of_a_port_are_ignored() -> None:
     """A port is a number: 0080 is 80."""
     assert parse_address("a:0080") == TcpAddress("a", 80)
 
 
 @pytest.mark.parametrize("text", ["", "a", "8888", "localhost"])
 def test_no_port(text: str) -> None:
-    """Without a colon there is no port, and all three forms are named."""
+    """Without a colon there is no port, and the error names all three forms."""
     with pytest.raises(ValueError, match=r"^expected host:port, \[v6\]:port or unix:/path$"):
         parse_address(text)
 
@@ -56,55 +56,55 @@ def test_no_port(text: str) -> None:
     ["a:", "a:x", "a:65536", "a:99999", "a:-1", "a:+1", "a:1 ", "a:1\n", "a:\uff11", "[::1]:x", "a:1e3", "a:000080"],
 )
 def test_bad_port(text: str) -> None:
-    """A port is a decimal number from 0 to 65535, in ASCII digits alone."""
+    """A port is a decimal number from 0 to 65535, in ASCII digits."""
     with pytest.raises(ValueError, match=r"^expected a port from 0 to 65535$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", ["::1:80", "::1", "[::1]", "[::1:80", "::1]:80", "2001:db8::1:80"])
 def test_ipv6_without_brackets(text: str) -> None:
-    """An IPv6 address needs its brackets, or nobody could tell its last group from a port."""
+    """Without brackets, the last group of an IPv6 address could be a port."""
     with pytest.raises(ValueError, match=r"^expected an IPv6 address in brackets, \[v6\]:port$"):
         parse_address(text)
 
 
 def test_no_host() -> None:
-    """An address without a host listens nowhere."""
+    """An address needs a host."""
     with pytest.raises(ValueError, match=r"^no host; 0.0.0.0:PORT or \[::\]:PORT listens on every address$"):
         parse_address(":80")
 
 
 @pytest.mark.parametrize("text", [" a:1", "a b:1", "a\n:1", "a\0:1", "é:1", "*:1", "tcp://a:1", "a/b:1"])
 def test_bad_host(text: str) -> None:
-    """A host is a name or a number without blanks or anything else around it."""
+    """A host is a name or an IP address without spaces or other characters around it."""
     with pytest.raises(ValueError, match=r"^expected a host name or an IP address before the port$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", ["[]:80", "[a]:1", "[127.0.0.1]:1", "[:::]:1", "[:]:1", "[1::2::3]:1"])
 def test_bad_ipv6(text: str) -> None:
-    """What is in brackets is an IPv6 address."""
+    """Brackets contain an IPv6 address."""
     with pytest.raises(ValueError, match=r"^not an IPv6 address$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", ["999.9.9.9:1", "1.2.3:1", "127.0.0.01:1", "127.1:1", "1:1"])
 def test_bad_ipv4(text: str) -> None:
-    """Digits and dots are an IPv4 address in its usual form, or a slip."""
+    """Digits and dots must be an IPv4 address in its usual form."""
     with pytest.raises(ValueError, match=r"^not an IPv4 address$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", ["unix:", "unix:a", "unix:./a", "unix:@abstract", "unix: /a"])
 def test_relative_path(text: str) -> None:
-    """The path of a Unix socket is absolute, for nobody knows where a daemon stands."""
+    """The path of a Unix socket is absolute, because a daemon's working directory varies."""
     with pytest.raises(ValueError, match=r"^expected an absolute path, unix:/path$"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("letter", ["x", "ß"])
 def test_longest_path(letter: str) -> None:
-    """A path is as long as sun_path allows, counted in bytes."""
+    """The length of a path is limited by sun_path and counts bytes."""
     fitting = "/" + "x" * ((UNIX_PATH_BYTES - 1) % len(letter.encode()))
     fitting += letter * ((UNIX_PATH_BYTES - len(fitting)) // len(letter.encode()))
     assert len(fitting.encode()) == UNIX_PATH_BYTES == 107
@@ -114,7 +114,7 @@ def test_longest_path(letter: str) -> None:
 
 
 def test_nul_in_path() -> None:
-    """A path holds no NUL, which the kernel would take for its end."""
+    """NUL would end the path in the kernel."""
     with pytest.raises(ValueError, match=r"^a path cannot contain NUL$"):
         parse_address("unix:/a\0b")
 
@@ -123,7 +123,7 @@ def test_nul_in_path() -> None:
 @example("unix:/\udcff")
 @example("[:::]:1")
 def test_anything_is_an_address_or_a_value_error(text: str) -> None:
-    """Whatever the text, it is refused or read; what was read is written so that it reads the same."""
+    """Any text is either refused or parsed, and a parsed address is shown so that it parses to the same."""
     try:
         address = parse_address(text)
     except ValueError:
@@ -144,7 +144,7 @@ def test_anything_is_an_address_or_a_value_error(text: str) -> None:
     ],
 )
 def test_two_spellings_of_one_address(one: str, other: str) -> None:
-    """They stand for the same, although each is shown as it was written."""
+    """They have the same identity, although each is shown as it was written."""
     assert identity(parse_address(one)) == identity(parse_address(other))
 
 
@@ -159,12 +159,12 @@ def test_two_spellings_of_one_address(one: str, other: str) -> None:
     ],
 )
 def test_two_addresses(one: str, other: str) -> None:
-    """What is not the same stays so."""
+    """Different addresses have different identities."""
     assert identity(parse_address(one)) != identity(parse_address(other))
 
 
 def test_a_path_through_a_symbolic_link(tmp_path: Path) -> None:
-    """The directory may be named through links; the last component is the socket's own name, whatever is there."""
+    """Links in the directory are followed; the last component is the socket's own name and is not."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "real" / "q").symlink_to("elsewhere")

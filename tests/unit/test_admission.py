@@ -1,4 +1,4 @@
-"""Who is admitted: the limits, and which clients count as one address."""
+"""Admission: the limits, and which clients count as one address."""
 
 import pytest
 
@@ -23,7 +23,7 @@ from echod.telemetry.stats import Stats
 def test_an_ipv4_client_of_a_dual_stack_listener_counts_by_its_ipv4_address(
     first: str | None, second: str | None, is_same: bool
 ) -> None:
-    """Whichever listener it came through; clients of Unix sockets have no address to be limited by."""
+    """The listener does not matter; clients of Unix sockets have no address to limit."""
     admission = Admission(Stats({}), 1024)
     limits = Limits(connections_per_address=1)
     assert admission.check(first, 0, limits) is None
@@ -34,7 +34,7 @@ def test_an_ipv4_client_of_a_dual_stack_listener_counts_by_its_ipv4_address(
     assert admission.check(second, 0, limits) is None
 
 
-def test_the_limit_of_all_comes_first() -> None:
+def test_the_global_limit_comes_first() -> None:
     """If both limits are reached, the error names the global one, which the client cannot avoid."""
     admission = Admission(Stats({}), 1024)
     admission.admit("192.0.2.1")

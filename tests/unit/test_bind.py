@@ -1,4 +1,4 @@
-"""Listening sockets: what binds, what doesn't and why, and what the kernel still delivers while one is being closed."""
+"""Binding: what can be bound, the errors, inherited sockets, and what the kernel tells about sockets."""
 
 import fcntl
 import os
@@ -47,8 +47,8 @@ def _names(found: Sockets) -> list[str]:
     return [sockets.peer_name(bound.socket.family, bound.socket.getsockname()) for bound in found.values()]
 
 
-def test_several_free_ports_can_be_asked_for(opened: Sockets) -> None:
-    """Port 0 twice means two listeners; a kept one is not bound again."""
+def test_port_0_may_be_listed_several_times(opened: Sockets) -> None:
+    """Each entry gets a listener of its own; an existing one is not bound again."""
     opened |= bind_new(wanted(ANY, ANY))
     assert len(set(_names(opened))) == 2
     again = bind.bind_all(wanted(ANY, ANY, ANY), kept=opened)
@@ -58,8 +58,8 @@ def test_several_free_ports_can_be_asked_for(opened: Sockets) -> None:
         bind.discard(again)
 
 
-def test_nobody_is_let_in_before_all_is_sure(opened: Sockets, tmp_path: Path) -> None:
-    """What is only bound refuses clients: were the rest to fail, those let in would be reset."""
+def test_bound_sockets_do_not_listen_yet(opened: Sockets, tmp_path: Path) -> None:
+    """They refuse clients, which would be reset if a later step failed."""
     opened |= bind_new(wanted(ANY, UnixAddress(str(tmp_path / "sock"))))
     for bound in opened.values():
         with socket.socket(bound.socket.family) as client, pytest.raises(ConnectionRefusedError):
@@ -69,8 +69,8 @@ def test_nobody_is_let_in_before_all_is_sure(opened: Sockets, tmp_path: Path) ->
             client.connect(bound.socket.getsockname())
 
 
-def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
-    """One address that can't be had leaves none bound, and each fault is named."""
+def test_all_or_nothing_with_every_error(tmp_path: Path) -> None:
+    """One address that cannot be bound leaves none bound, and each error is reported."""
     path = tmp_path / "sock"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -83,8 +83,8 @@ def test_all_or_nothing_with_every_fault(tmp_path: Path) -> None:
     ]
 
 
-def test_a_taken_port_comes_with_what_to_do() -> None:
-    """Who starts a second echod is told how several share a port."""
+def test_the_error_of_a_taken_port_says_what_to_do() -> None:
+    """It says how several instances can share a port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = TcpAddress("127.0.0.1", taken.getsockname()[1])
         with pytest.raises(bind.BindErrors, match="several echods share one with reuse_port = true in each"):
@@ -92,7 +92,7 @@ def test_a_taken_port_comes_with_what_to_do() -> None:
 
 
 def test_a_host_name_stands_for_each_of_its_addresses() -> None:
-    """`localhost` may be IPv4 and IPv6; an unknown host is a fault that says so."""
+    """`localhost` may be IPv4 and IPv6; an unknown host is an error."""
     endpoints = bind.resolve(TcpAddress("localhost", 7))
     assert endpoints
     assert {str(endpoint) for endpoint in endpoints} <= {"127.0.0.1:7", "[::1]:7"}
@@ -105,15 +105,15 @@ def test_a_host_name_stands_for_each_of_its_addresses() -> None:
 
 
 def test_both_wildcards_can_be_listed(opened: Sockets) -> None:
-    """[::] means IPv6 alone, so 0.0.0.0 can be listed beside it."""
+    """[::] means IPv6 only, so 0.0.0.0 can be listed beside it."""
     opened |= bind_new(wanted(TcpAddress("0.0.0.0", 0)))
     port = int(_names(opened)[0].rpartition(":")[2])
     opened |= bind_new(wanted(TcpAddress("::", port)))
     assert len(opened) == 2
 
 
-def test_a_low_port_without_the_privilege_says_what_is_needed() -> None:
-    """A port below 1024 needs CAP_NET_BIND_SERVICE, and the message says so."""
+def test_the_error_of_a_low_port_names_the_capability() -> None:
+    """A port below 1024 needs CAP_NET_BIND_SERVICE."""
     unprivileged = (
         "import os; from echod.net import bind; from echod.net.address import TcpAddress\n"
         "os.setgid(65534); os.setuid(65534)\n"
@@ -126,8 +126,8 @@ def test_a_low_port_without_the_privilege_says_what_is_needed() -> None:
     assert "127.0.0.1:7: permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE" in done.stdout, done.stderr
 
 
-def test_a_socket_file_that_another_is_binding_is_left_to_it(tmp_path: Path) -> None:
-    """Two that start at once can't both take a stale file for theirs."""
+def test_a_path_that_another_process_is_binding_is_refused(tmp_path: Path) -> None:
+    """Two processes that start at once cannot both replace a stale file."""
     lock = lockfile.lock(f"{tmp_path}/sock.lock")
     try:
         with pytest.raises(bind.BindErrors, match="another process is binding there"):
@@ -138,8 +138,8 @@ def test_a_socket_file_that_another_is_binding_is_left_to_it(tmp_path: Path) -> 
         bind.bind_all(wanted(UnixAddress(str(tmp_path / "missing" / "sock"))))
 
 
-def test_who_binds_the_same_path_in_the_same_moment_is_waited_for(opened: Sockets, tmp_path: Path) -> None:
-    """The lock of another start lasts for a moment, and the file that one leaves when killed is no obstacle."""
+def test_a_short_lock_by_another_process_is_waited_for(opened: Sockets, tmp_path: Path) -> None:
+    """A lock file that a killed process left is no obstacle."""
     lock = lockfile.lock(f"{tmp_path}/sock.lock")
     done = threading.Timer(0.2, os.close, [lock])
     done.start()
@@ -149,15 +149,15 @@ def test_who_binds_the_same_path_in_the_same_moment_is_waited_for(opened: Socket
 
 
 def test_a_lock_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    """What is in the way is named, and what to do."""
+    """The error says what to do with it."""
     (tmp_path / "sock.lock").symlink_to("nowhere")
     with pytest.raises(bind.BindErrors, match=rf"{tmp_path}/sock.lock: .*; remove it if no echod is starting"):
         bind.bind_all(wanted(UnixAddress(str(tmp_path / "sock"))))
     assert os.listdir(tmp_path) == ["sock.lock"]
 
 
-def test_nobody_keeps_us_from_binding_by_a_lock_on_the_directory(opened: Sockets, tmp_path: Path) -> None:
-    """Whoever can read a directory can lock it (flock(2)), so that lock says nothing."""
+def test_a_lock_on_the_directory_does_not_prevent_binding(opened: Sockets, tmp_path: Path) -> None:
+    """Every user who can read a directory can lock it (flock(2))."""
     directory = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
@@ -166,8 +166,8 @@ def test_nobody_keeps_us_from_binding_by_a_lock_on_the_directory(opened: Sockets
         os.close(directory)
 
 
-def test_of_many_that_start_at_once_one_gets_the_path(tmp_path: Path) -> None:
-    """Each finds the same stale file; one replaces it, and the others are told that the address is in use."""
+def test_only_one_of_many_processes_that_start_at_once_gets_the_path(tmp_path: Path) -> None:
+    """Each finds the same stale file; one replaces it, and the others report that the address is in use."""
     path = str(tmp_path / "sock")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
@@ -198,7 +198,7 @@ def test_of_many_that_start_at_once_one_gets_the_path(tmp_path: Path) -> None:
 
 @pytest.fixture
 def spellings(tmp_path: Path) -> list[UnixAddress]:
-    """One path, written in four ways."""
+    """The same path, written in four ways."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     names = ("real/q", "real//q", "link/q", "link/../real/./q")
@@ -206,10 +206,10 @@ def spellings(tmp_path: Path) -> list[UnixAddress]:
 
 
 @pytest.mark.parametrize("is_listening", [False, True])
-def test_a_live_socket_is_not_replaced_by_another_spelling(
+def test_a_live_socket_is_not_replaced_under_another_spelling(
     is_listening: bool, opened: Sockets, spellings: list[UnixAddress]
 ) -> None:
-    """Its file stays, whether it is listened on already or not."""
+    """Its file stays, whether it listens already or not."""
     opened |= bind_new(wanted(spellings[0]))
     for bound in opened.values():
         if is_listening:
@@ -223,8 +223,8 @@ def test_a_live_socket_is_not_replaced_by_another_spelling(
                 bound.socket.accept()
 
 
-def test_a_live_socket_of_a_real_path_too_long_is_not_replaced(opened: Sockets, tmp_path: Path) -> None:
-    """A path that is bound through a symbolic link because it is too long is known by its file all the same."""
+def test_a_live_socket_behind_a_long_path_is_not_replaced(opened: Sockets, tmp_path: Path) -> None:
+    """A path bound through a symbolic link, because the resolved one is too long, is recognized by its file."""
     real = tmp_path / ("x" * 100) / ("y" * 100)
     real.mkdir(parents=True)
     first, second = tmp_path / "1", tmp_path / "2"
@@ -237,8 +237,8 @@ def test_a_live_socket_of_a_real_path_too_long_is_not_replaced(opened: Sockets, 
             bind.bind_all(wanted(UnixAddress(f"{link}/q")))
 
 
-def test_another_spelling_is_the_listener_that_there_is(opened: Sockets, spellings: list[UnixAddress]) -> None:
-    """What a reload keeps is known by what it is."""
+def test_another_spelling_of_an_address_is_the_existing_listener(opened: Sockets, spellings: list[UnixAddress]) -> None:
+    """A reload recognizes an existing listener by the resolved address."""
     opened |= bind_new(wanted(spellings[0], TcpAddress("127.0.0.1", 0), TcpAddress("::1", 0)))
     ports = [int(name.rpartition(":")[2]) for name in _names(opened)[1:]]
     (path, v4, v6) = opened
@@ -256,8 +256,8 @@ def test_another_spelling_is_the_listener_that_there_is(opened: Sockets, spellin
                 assert bind.bind_all(addresses, kept=there) == dict.fromkeys(there, sockets.DEFAULT_SETTINGS)
 
 
-def test_two_spellings_of_one_address_are_a_fault(spellings: list[UnixAddress]) -> None:
-    """They can't both be listened on; nothing stays bound."""
+def test_two_spellings_of_one_address_are_an_error(spellings: list[UnixAddress]) -> None:
+    """Nothing stays bound then."""
     for one, other in (
         (spellings[0], spellings[2]),
         (TcpAddress("127.0.0.1", 7), TcpAddress("::ffff:127.0.0.1", 7)),
@@ -269,13 +269,13 @@ def test_two_spellings_of_one_address_are_a_fault(spellings: list[UnixAddress]) 
 
 
 def test_an_ipv4_mapped_address_is_the_ipv4_address(opened: Sockets) -> None:
-    """Bound as IPv6 alone, which [::] is here, the kernel refuses it."""
+    """As an IPv6-only socket, the kernel would refuse it."""
     opened |= bind_new(wanted(TcpAddress("::ffff:127.0.0.1", 0)))
     assert [bound.socket.family for bound in opened.values()] == [socket.AF_INET]
 
 
-def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
-    """A live socket file is an error, also when its owner is too busy to accept."""
+def test_a_unix_listener_with_a_full_backlog_is_in_use(tmp_path: Path) -> None:
+    """Its owner is only too busy to accept."""
     path = str(tmp_path / "sock")
     with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
         busy.bind(path)
@@ -286,7 +286,7 @@ def test_a_unix_listener_with_a_full_backlog_is_alive(tmp_path: Path) -> None:
 
 
 def test_instances_share_a_port(opened: Sockets) -> None:
-    """With reuse_port several sockets listen on one port; one without it can't join them."""
+    """With reuse_port several sockets listen on one port; a socket without it is refused."""
     opened |= bind_new([ListenEntry(ANY, sockets.ListenerSettings(reuse_port=True))])
     port = int(_names(opened)[0].rpartition(":")[2])
     second = bind_new([ListenEntry(TcpAddress("127.0.0.1", port), sockets.ListenerSettings(reuse_port=True))])
@@ -304,7 +304,7 @@ def test_instances_share_a_port(opened: Sockets) -> None:
 
 
 def inherited_socket(name: str, path: str = "") -> bind.InheritedSocket:
-    """A socket that a service manager listens on, as it is handed over."""
+    """Return a listening socket as a service manager passes it."""
     sock = socket.socket(socket.AF_UNIX) if path else socket.socket()
     sock.bind(path or ("127.0.0.1", 0))
     sock.listen()
@@ -312,10 +312,8 @@ def inherited_socket(name: str, path: str = "") -> bind.InheritedSocket:
     return passed
 
 
-def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_too(
-    opened: Sockets, tmp_path: Path
-) -> None:
-    """An entry of its address or of its name takes it; what no entry wants comes behind; what is left over is bound."""
+def test_inherited_sockets_are_matched_by_address_or_name(opened: Sockets, tmp_path: Path) -> None:
+    """Inherited sockets that no entry claims are served too, and the remaining entries are bound."""
     by_address, by_name, unwanted = (
         inherited_socket("a"),
         inherited_socket("web", str(tmp_path / "web")),
@@ -336,8 +334,8 @@ def test_a_socket_is_matched_by_its_address_or_its_name_and_the_rest_is_served_t
     assert bind.new_sockets(again) == []
 
 
-def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spellings: list[UnixAddress]) -> None:
-    """It is matched by what its address is."""
+def test_an_inherited_socket_is_matched_under_another_spelling(opened: Sockets, spellings: list[UnixAddress]) -> None:
+    """The resolved addresses are compared."""
     mapped = socket.create_server(("::ffff:127.0.0.1", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     port = mapped.getsockname()[1]
     inherited = [
@@ -348,15 +346,15 @@ def test_a_socket_of_a_service_manager_in_another_spelling(opened: Sockets, spel
     assert [bound.socket for bound in opened.values()] == [each.socket for each in inherited]
 
 
-def test_several_sockets_of_one_name(opened: Sockets) -> None:
-    """All sockets of one unit bear its name unless it says otherwise: an entry takes each of them."""
+def test_an_entry_claims_every_inherited_socket_of_its_name(opened: Sockets) -> None:
+    """The sockets of a unit have its name by default."""
     inherited = [inherited_socket("echod.socket"), inherited_socket("echod.socket")]
     opened |= bind_new(wanted(SystemdAddress("echod.socket")), inherited=inherited)
     assert [bound.socket for bound in opened.values()] == [each.socket for each in inherited]
 
 
-def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None:
-    """[::]:PORT means IPv6 alone; `ListenStream=PORT` is both, so only its name takes it."""
+def test_a_dual_stack_socket_is_matched_only_by_name(opened: Sockets) -> None:
+    """[::]:PORT means IPv6 only, and `ListenStream=PORT` means both families."""
     sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     port = sock.getsockname()[1]
     (passed,) = socket_activation.adopt([InheritedDescriptor("web", sock.detach())])
@@ -370,8 +368,8 @@ def test_a_socket_for_ipv6_and_ipv4_alike_is_no_entry_s(opened: Sockets) -> None
     assert [bound.socket for bound in opened.values()] == [again.socket]
 
 
-def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
-    """The fault says which names there are."""
+def test_a_name_without_an_inherited_socket_is_an_error() -> None:
+    """The error lists the names that exist."""
     passed = inherited_socket("web")
     with (
         closing(passed.socket),
@@ -380,8 +378,8 @@ def test_a_name_that_was_not_handed_over_is_a_fault() -> None:
         bind.bind_all(wanted(SystemdAddress("wbe")), inherited=[passed])
 
 
-def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Path) -> None:
-    """Closing what was handed over removes no path: the socket is still listened on."""
+def test_the_file_of_an_inherited_socket_is_not_removed(opened: Sockets, tmp_path: Path) -> None:
+    """The service manager still listens on it."""
     path = tmp_path / "sock"
     for bound in bind_new([], [inherited_socket("a", str(path))]).values():
         bound.close()
@@ -389,15 +387,15 @@ def test_a_socket_file_of_a_service_manager_stays(opened: Sockets, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-def test_what_does_not_listen_is_a_fault(kind: socket.SocketKind) -> None:
-    """Accept=yes hands over connections, ListenDatagram= datagrams: neither can be served."""
+def test_an_inherited_socket_that_does_not_listen_is_an_error(kind: socket.SocketKind) -> None:
+    """Accept=yes passes connections, and ListenDatagram= datagram sockets: neither can be served."""
     descriptor = socket.socket(socket.AF_INET, kind).detach()
     with pytest.raises(socket_activation.UnusableSocketError, match="systemd:web: not a listening stream socket"):
         socket_activation.adopt([InheritedDescriptor("web", descriptor)])
 
 
-def test_a_descriptor_that_is_no_socket_is_a_fault() -> None:
-    """Whatever was put there."""
+def test_an_inherited_descriptor_that_is_not_a_socket_is_an_error() -> None:
+    """It may be any file."""
     descriptor = os.open(os.devnull, os.O_RDONLY)
     with pytest.raises(socket_activation.UnusableSocketError, match="systemd:web: socket operation on non-socket"):
         socket_activation.adopt([InheritedDescriptor("web", descriptor)])
@@ -407,8 +405,8 @@ def test_a_descriptor_that_is_no_socket_is_a_fault() -> None:
 # -- the kernel's side -------------------------------------------------------------------------------------------------
 
 
-def test_a_unix_socket_that_doesn_t_listen_yet_is_alive(tmp_path: Path) -> None:
-    """Bound, and about to be listened on: its file isn't taken for a stale one; a dead one's is."""
+def test_a_bound_unix_socket_is_in_use_before_it_listens(tmp_path: Path) -> None:
+    """Its file is not stale; that of a closed socket is."""
     path = str(tmp_path / "sock")
     with socket.socket(socket.AF_UNIX) as starting:
         starting.bind(path)
@@ -417,8 +415,8 @@ def test_a_unix_socket_that_doesn_t_listen_yet_is_alive(tmp_path: Path) -> None:
     bind.discard(bind.bind_all(wanted(UnixAddress(path))))
 
 
-def test_names_of_peers() -> None:
-    """A socket address as people write it."""
+def test_peer_names() -> None:
+    """Addresses are shown as people write them."""
     assert sockets.peer_name(socket.AF_INET, ("10.0.0.1", 80)) == "10.0.0.1:80"
     assert sockets.peer_name(socket.AF_INET6, ("::1", 80, 0, 0)) == "[::1]:80"
     assert sockets.peer_name(socket.AF_UNIX, "") == "unix"
@@ -426,8 +424,8 @@ def test_names_of_peers() -> None:
     assert sockets.peer_name(socket.AF_INET, None) == "unknown"
 
 
-def test_bytes_on_their_way_are_told() -> None:
-    """What has arrived and was not read (SIOCINQ), and what the peer's kernel acknowledged (SIOCOUTQ)."""
+def test_unread_and_unacknowledged_bytes() -> None:
+    """The kernel reports unread input (SIOCINQ) and sent bytes that are not acknowledged (SIOCOUTQ)."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         accepted, _ = server.accept()
         with closing(accepted):

@@ -1,4 +1,4 @@
-"""The protocol, pure: what is answered depends on the bytes alone, never on how they were cut into chunks."""
+"""The protocol without I/O: the replies depend only on the bytes, never on how they were split into chunks."""
 
 # ruff: noqa: RUF001 (letters that look alike are what this is about)
 
@@ -46,14 +46,14 @@ valid_streams = st.lists(texts, max_size=12).map(lambda lines: "\n".join(lines).
 
 @given(streams, st.data(), st.booleans())
 def test_any_bytes_in_any_chunks(data: bytes, draw: st.DataObject, is_ended: bool) -> None:
-    """Any bytes, cut anywhere, are answered line by line, in order, up to the first bad one."""
+    """Any bytes, split anywhere, are answered line by line, in order, up to the first bad line."""
     places = draw.draw(st.lists(st.integers(0, len(data)), max_size=10))
     assert told(cut(data, places), is_ended=is_ended) == reference(data, LIMIT, is_ended=is_ended)
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=10))
 def test_raw_binary(data: bytes, places: list[int]) -> None:
-    """Bytes that were never text get the same replies and the same error line, wherever they are cut."""
+    """Random bytes get the same replies and the same error line, wherever they are split."""
     assert told(cut(data, [min(place, len(data)) for place in places])) == reference(data, LIMIT, is_ended=True)
 
 
@@ -68,7 +68,7 @@ def test_valid_text(data: bytes, places: list[int]) -> None:
 
 
 @given(streams, st.data())
-def test_replies_come_as_soon_as_they_can(data: bytes, draw: st.DataObject) -> None:
+def test_replies_are_returned_as_soon_as_possible(data: bytes, draw: st.DataObject) -> None:
     """After each chunk, the replies so far are those to everything received so far."""
     echo = Echo(LIMIT)
     replies = b""
@@ -92,7 +92,7 @@ def test_replies_come_as_soon_as_they_can(data: bytes, draw: st.DataObject) -> N
     ],
 )
 def test_every_split(data: bytes) -> None:
-    """Every split into up to three chunks, and into single bytes, is answered alike."""
+    """Every split into up to three chunks, and into single bytes, gets the same replies."""
     expected = reference(data, 11, is_ended=True)
     for places in combinations(range(len(data) + 1), 2):
         assert told(cut(data, places), 11) == expected
@@ -100,7 +100,7 @@ def test_every_split(data: bytes) -> None:
 
 
 def test_every_split_of_a_line_that_is_too_long() -> None:
-    """A line over the limit is found wherever it is cut, and the line before it is answered."""
+    """A line over the limit is detected wherever it is split, and the line before it is answered."""
     data = b"ab\nabcdef\ngh\n"
     for places in combinations(range(len(data) + 1), 2):
         assert told(cut(data, places), 5) == b"AB\nERROR line longer than 5 bytes\n"
@@ -124,13 +124,13 @@ def test_every_split_of_a_line_that_is_too_long() -> None:
     ],
 )
 def test_examples(message: str, reply: str) -> None:
-    """The text is the UTF-8 decoding, stripped at both ends, upper-cased; LF is the only line end."""
+    """The reply is the text decoded as UTF-8, stripped at both ends and upper-cased; LF is the only line ending."""
     assert told([message.encode()], 100).decode() == reply
     assert told(bytewise(message.encode()), 100).decode() == reply
 
 
 def test_every_character() -> None:
-    """Every character of Unicode is upper-cased as str.upper does, in the middle of a word and of a chunk."""
+    """Every Unicode character is upper-cased as by str.upper, in the middle of a word and of a chunk."""
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and code != 0x0A]
     lines = ["σ".join(["a", *characters[start : start + 64], "a"]) for start in range(0, len(characters), 64)]
     replies = told(["".join([f"{line}\n" for line in lines]).encode()], 1_000).decode().split("\n")
@@ -141,7 +141,7 @@ def test_every_character() -> None:
 
 
 def test_neighbours_do_not_matter() -> None:
-    """What a character becomes depends on no neighbour, within a line and across lines."""
+    """The upper case of a character does not depend on its neighbours, within a line and across lines."""
     for left, right in product((*CASED, *SPACES, *OTHERS), repeat=2):
         data = f"{left}{right}\n{right}\n{left}{right}{left}\n".encode()
         assert told([data], 100) == reference(data, 100, is_ended=True)
@@ -150,7 +150,7 @@ def test_neighbours_do_not_matter() -> None:
 @pytest.mark.parametrize("length", [254, 255, 256, 257, 1023])
 @pytest.mark.parametrize("margin", [*SPACES, *OTHERS, " \r", ""])
 def test_long_lines(margin: str, length: int) -> None:
-    """Of long lines, too, each is stripped at both ends, whatever is in the others; one of them may be short."""
+    """Each long line is stripped at both ends, whatever the others contain; one of them may be short."""
     long = "x" * length
     for odd in (f"{margin}{long}", f"{long}{margin}", f"{long}{margin}{long}", margin, "short"):
         for lines in ([long, odd, long], [odd, long], [long, odd]):
@@ -162,7 +162,7 @@ def test_long_lines(margin: str, length: int) -> None:
 
 @given(streams)
 def test_no_lower_case(data: bytes) -> None:
-    """Replies never hold a lower-case letter of ASCII; an error line goes on in lower case, so the two differ."""
+    """Replies contain no lower-case ASCII letter, so no reply can look like an error line."""
     echo = Echo(LIMIT)
     lines = (receive(echo, data) + echo.finish()).splitlines(keepends=True)
     if echo.error:
@@ -189,14 +189,14 @@ def test_no_lower_case(data: bytes) -> None:
     ],
 )
 def test_unterminated_last_line(data: bytes, reply: bytes) -> None:
-    """An unterminated, non-empty last line is a message too, answered at the end of the stream."""
+    """A non-empty, unterminated last line is a message too, answered at the end of the stream."""
     echo = Echo(LIMIT)
     receive(echo, data)
     assert echo.finish() == reply
 
 
 def test_finish_answers_once() -> None:
-    """The last line is answered once, and then no line is begun."""
+    """The last line is answered once, and no partial line is left."""
     echo = Echo(LIMIT)
     receive(echo, b"ab")
     assert echo.partial_bytes == 2
@@ -205,7 +205,7 @@ def test_finish_answers_once() -> None:
     assert echo.partial_bytes == 0
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_finish_answers_once() -> None:
         (b"a\n" + b"x" * 13, LineError.LINE_TOO_LONG),
     ],
 )
-def test_nothing_after_a_fault(data: bytes, fault: LineError) -> None:
-    """After an error line nothing is answered, nothing counted and nothing kept."""
+def test_nothing_after_an_error(data: bytes, fault: LineError) -> None:
+    """After an error line nothing is answered, counted or kept."""
     echo = Echo(LIMIT)
     assert echo.error is None
     assert receive(echo, data).startswith(b"A\nERROR ")
@@ -238,13 +238,13 @@ def test_nothing_after_a_fault(data: bytes, fault: LineError) -> None:
         (b"\xff" + b"x" * 12, b"ERROR line longer than 12 bytes\n"),
     ],
 )
-def test_the_first_fault_counts(data: bytes, error: bytes) -> None:
-    """Of several bad lines the first one is told, also when all come at once; its length is looked at first."""
+def test_the_first_error_counts(data: bytes, error: bytes) -> None:
+    """Of several bad lines the first is reported, even if all arrive at once; its length is checked first."""
     assert told([data]) == told(bytewise(data)) == error
 
 
-def test_an_unfinished_line_is_not_judged_by_its_bytes() -> None:
-    """A sequence of UTF-8 that the chunk cuts is no fault; a line is invalid once it has ended."""
+def test_a_partial_line_is_not_decoded() -> None:
+    """A UTF-8 sequence split between chunks is no error; a line is checked when it is complete."""
     echo = Echo(LIMIT)
     assert receive(echo, b"\xff") == b""
     assert echo.error is None
@@ -252,7 +252,7 @@ def test_an_unfinished_line_is_not_judged_by_its_bytes() -> None:
 
 
 def test_error_lines() -> None:
-    """An error line is ERROR, a space, the words as they are, and LF."""
+    """An error line is ERROR, a space, the text and LF."""
     assert error_line("too many connections") == b"ERROR too many connections\n"
 
 
@@ -263,7 +263,7 @@ def test_error_lines() -> None:
 @pytest.mark.parametrize("after", [b"", b"ef\n", b"ef\n\ngh\n" * 20, b"ef"])
 @pytest.mark.parametrize("excess", [-1, 0, 1])
 def test_limit(before: bytes, after: bytes, excess: int) -> None:
-    """A line of `line_bytes` without its LF is answered, one byte more is not: in one chunk, cut anywhere, bytewise."""
+    """A line of `line_bytes` without its LF is answered, and one more byte is an error, however it is split."""
     data = before + b"x" * (LIMIT + excess) + b"\n" + after
     expected = reference(data, LIMIT, is_ended=True)
     assert (b"ERROR line longer than 12 bytes\n" in expected) == (excess > 0)
@@ -273,14 +273,14 @@ def test_limit(before: bytes, after: bytes, excess: int) -> None:
 
 
 def test_limit_without_line_end() -> None:
-    """A line over the limit is refused as soon as its last byte too many is there, not when it ends."""
+    """A line over the limit is refused as soon as it exceeds the limit, not when it ends."""
     echo = Echo(LIMIT)
     assert receive(echo, b"a\n" + b"x" * LIMIT) == b"A\n"
     assert receive(echo, b"x") == b"ERROR line longer than 12 bytes\n"
 
 
 def test_default_limit() -> None:
-    """A line may be 65536 bytes long by default; a longer one is told `ERROR line longer than 65536 bytes`."""
+    """A line may be 65536 bytes long by default; a longer one gets `ERROR line longer than 65536 bytes`."""
     limit = Config().limits.line_bytes
     longest = b"x" * 65_536
     assert told([longest + b"\n"], limit) == longest.upper() + b"\n"
@@ -289,7 +289,7 @@ def test_default_limit() -> None:
 
 
 def test_limit_counts_bytes() -> None:
-    """The limit is one of bytes as they arrive, not of characters, and white space counts."""
+    """The limit counts received bytes, not characters, and includes whitespace."""
     assert told(["ßßß".encode() + b"\n"], 6) == b"SSSSSS\n"
     assert told(["ßßß".encode() + b"\n"], 5) == b"ERROR line longer than 5 bytes\n"
     assert told([b"a     \n"], 5) == b"ERROR line longer than 5 bytes\n"
@@ -307,7 +307,7 @@ def test_limit_counts_bytes() -> None:
     ],
 )
 def test_limit_changed_live(begun: bytes, new_limit: int, rest: bytes, reply: bytes) -> None:
-    """A new limit holds from then on, for the line begun too."""
+    """A new limit applies immediately, also to the partial line."""
     echo = Echo(LIMIT)
     assert receive(echo, begun) == b""
     echo.line_bytes = new_limit
@@ -315,7 +315,7 @@ def test_limit_changed_live(begun: bytes, new_limit: int, rest: bytes, reply: by
 
 
 def test_limit_lowered_before_the_end_of_stream() -> None:
-    """A last line begun under a higher limit is held against the one in force when the stream ends."""
+    """An unterminated last line is checked against the limit in force when the stream ends."""
     echo = Echo(LIMIT)
     receive(echo, b"abcdef")
     echo.line_bytes = 5
@@ -327,7 +327,7 @@ def test_limit_lowered_before_the_end_of_stream() -> None:
 
 @given(streams, st.lists(st.integers(0, 200), max_size=5))
 def test_answered(data: bytes, places: Sequence[int]) -> None:
-    """`answered` counts the messages that got a reply; an error line is none."""
+    """`answered` counts the messages that got a reply; an error line is not one."""
     echo = Echo(LIMIT)
     chunks = cut(data, [min(place, len(data)) for place in places])
     replies = b"".join([receive(echo, chunk) for chunk in chunks]) + echo.finish()
@@ -344,8 +344,8 @@ def _seconds_for_more(begun_bytes: int) -> float:
     return time.perf_counter() - started_at
 
 
-def test_a_byte_costs_the_same_however_long_its_line_is() -> None:
-    """A line that comes byte by byte is neither copied nor searched again for each byte."""
+def test_the_cost_of_a_byte_does_not_depend_on_the_length_of_its_line() -> None:
+    """A line that arrives byte by byte is neither copied nor searched again for each byte."""
     short = min(_seconds_for_more(1) for _ in range(5))
     long = min(_seconds_for_more(8_000_000) for _ in range(5))
     assert long < 50 * short  # about 1; copying would make it some thousands

@@ -1,4 +1,4 @@
-"""Both paths of a line, the compiled one and the one in Python, against each other and the line-by-line reference."""
+"""The compiled and the Python fast path, compared with each other and with the line-by-line reference."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ chunks = st.lists(
 
 
 class Recorder:
-    """What a hot path hands on, as a connection would take it: an echo, and what happened."""
+    """The methods that a hot path calls: echoes as a connection does, and records the calls."""
 
     descriptor: int
     is_hot: bool
@@ -77,14 +77,14 @@ class Recorder:
 
 
 class InPython(Recorder, PythonHotPath):
-    """The path in Python."""
+    """The Python fast path."""
 
 
 if fastpath.IS_COMPILED:
     from echod.server._fastpath import HotPath as CompiledHotPath
 
     class Compiled(Recorder, CompiledHotPath):
-        """The compiled path."""
+        """The compiled fast path."""
 
     KINDS: list[type[Recorder]] = [InPython, Compiled]
 else:
@@ -93,7 +93,7 @@ else:
 
 @contextlib.contextmanager
 def connected(kind: type[Recorder], line_bytes: int = LIMIT) -> Iterator[tuple[Recorder, socket.socket]]:
-    """A hot path of the kind on one end of a pair, and the other end."""
+    """Yield a hot path on one end of a socket pair, and the other end."""
     ours, client = socket.socketpair()
     with ours, client:
         ours.setblocking(False)
@@ -103,7 +103,7 @@ def connected(kind: type[Recorder], line_bytes: int = LIMIT) -> Iterator[tuple[R
 
 
 def call(it: Recorder) -> None:
-    """What the event loop does when there is something to read."""
+    """Do what the event loop does when the descriptor is readable."""
     it.read_now()  # type: ignore[attr-defined]
 
 
@@ -115,7 +115,7 @@ def available(client: socket.socket) -> bytes:
 
 
 def play(kind: type[Recorder], sent: Iterable[bytes], line_bytes: int) -> tuple[list[bytes], int, int, int]:
-    """The reply to each chunk, and the counters: lines with those that got an error line, bytes in, bytes out."""
+    """Return the reply to each chunk, and the counters: lines including error lines, bytes in, bytes out."""
     with connected(kind, line_bytes) as (it, client):
         replies = []
         for chunk in sent:
@@ -130,7 +130,7 @@ def play(kind: type[Recorder], sent: Iterable[bytes], line_bytes: int) -> tuple[
 @given(chunks, st.sampled_from([LIMIT, 3, 5_000]))
 @example([b" \x1c a\x1f\r\n", b"\n", b"\x85\n", b"abc"], LIMIT)
 def test_both_paths_answer_each_chunk_as_the_reference(sent: list[bytes], line_bytes: int) -> None:
-    """The same bytes in the same chunks get the same replies at the same moments, and the same counts."""
+    """The same chunks get the same replies after each chunk, and the same counts."""
     played = [play(kind, sent, line_bytes) for kind in KINDS]
     assert all(each == played[0] for each in played)
     replies, lines_told, *_ = played[0]
@@ -142,8 +142,8 @@ def test_both_paths_answer_each_chunk_as_the_reference(sent: list[bytes], line_b
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [LIMIT - 1, LIMIT, LIMIT + 1])
 @pytest.mark.parametrize("margin", [b"", b" ", b"\t"])
-def test_the_limit_is_that_of_the_line_before_it_is_stripped(kind: type[Recorder], length: int, margin: bytes) -> None:
-    """Whitespace counts: the limit is of what is received."""
+def test_the_limit_includes_whitespace(kind: type[Recorder], length: int, margin: bytes) -> None:
+    """The limit applies to the line as it was received."""
     line = margin + b"x" * (length - len(margin))
     (reply,), *_ = play(kind, [line + b"\n"], LIMIT)
     assert reply == reference(line + b"\n", LIMIT, is_ended=False)
@@ -153,7 +153,7 @@ def test_the_limit_is_that_of_the_line_before_it_is_stripped(kind: type[Recorder
 @pytest.mark.parametrize("size", [CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1])
 @pytest.mark.parametrize("line", [b"\n", b" \n", b"a\n", b"x" * 1023 + b"\n", " é \n".encode()])
 def test_chunks_around_the_size_of_the_buffer(kind: type[Recorder], size: int, line: bytes) -> None:
-    """One read brings at most CHUNK_BYTES; what is behind it comes with the next."""
+    """One read returns at most CHUNK_BYTES, and the next read the rest."""
     data = (line * (size // len(line) + 1))[: size - 1] + b"\n"
     with connected(kind, CHUNK_BYTES) as (it, client):
         for end in (client, it):
@@ -171,7 +171,7 @@ def test_chunks_around_the_size_of_the_buffer(kind: type[Recorder], size: int, l
 
 @needs_compiled
 def test_an_ordinary_chunk_is_answered_without_python() -> None:
-    """Nothing is handed on; anything else is, with the bytes as they were read."""
+    """Every other chunk is passed to Python unchanged."""
     with connected(KINDS[-1]) as (it, client):
         client.sendall(b" one \ntwo\n")
         call(it)
@@ -188,8 +188,8 @@ def test_an_ordinary_chunk_is_answered_without_python() -> None:
 
 
 @needs_compiled
-def test_after_many_short_lines_a_read_brings_less() -> None:
-    """So that a turn of the event loop stays short however many clients send bare line feeds."""
+def test_reads_are_smaller_after_many_short_lines() -> None:
+    """An iteration of the event loop stays short however many clients send empty lines."""
     with connected(KINDS[-1], 2_000) as (it, client):
         reads = []
         for line in (b"\n", b"\n", b"x" * 1023 + b"\n", b"x" * 1023 + b"\n"):
@@ -205,7 +205,7 @@ def test_after_many_short_lines_a_read_brings_less() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replies_that_the_kernel_does_not_take_are_kept(kind: type[Recorder]) -> None:
+def test_replies_that_the_kernel_does_not_accept_are_kept(kind: type[Recorder]) -> None:
     """Every byte is either sent or pending, in order."""
     data = b"0123456789abcdef\n" * 2_000
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
@@ -232,15 +232,15 @@ def test_replies_that_the_kernel_does_not_take_are_kept(kind: type[Recorder]) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_to_read_changes_nothing(kind: type[Recorder]) -> None:
-    """As when another process has read from an inherited socket."""
+    """The event loop may call although another process has read the input."""
     with connected(kind) as (it, _):
         call(it)
         assert (it.handed_on, it.lost, it.bytes_in) == ([], [], 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_connection_that_is_gone_is_lost(kind: type[Recorder]) -> None:
-    """A reset is told as an errno, by the read or by the send."""
+def test_a_reset_is_reported_as_an_errno(kind: type[Recorder]) -> None:
+    """The read or the send reports it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for sent in (b"", b"a line\n"):
             client = socket.create_connection(listener.getsockname())
@@ -261,8 +261,8 @@ def test_a_connection_that_is_gone_is_lost(kind: type[Recorder]) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "1", ""])
-def test_the_environment_switches_it_off(value: str) -> None:
-    """ECHOD_FASTPATH=0 means Python; any other value means the compiled path where there is one."""
+def test_the_environment_disables_the_compiled_path(value: str) -> None:
+    """ECHOD_FASTPATH=0 selects Python; any other value selects the compiled path if it is available."""
     code = "from echod.server import fastpath; print(fastpath.IS_COMPILED, fastpath.WHY_NOT)"
     environment = {**os.environ, "ECHOD_FASTPATH": value}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -274,8 +274,8 @@ def test_the_environment_switches_it_off(value: str) -> None:
 
 
 @needs_compiled
-def test_a_module_that_was_built_for_another_version_is_not_used() -> None:
-    """A checkout that was updated and not built again runs in Python, and says what to do."""
+def test_a_module_built_for_another_version_is_not_used() -> None:
+    """An updated checkout that was not built again uses Python, and says what to do."""
     code = (
         "from echod.server import _fastpath\n_fastpath.INTERFACE -= 1\n"
         "from echod.server import fastpath\nprint(fastpath.WHY_NOT)"
@@ -284,6 +284,6 @@ def test_a_module_that_was_built_for_another_version_is_not_used() -> None:
     assert said.stdout == "it was built for another version of echod; `make fastpath` builds it anew\n"
 
 
-def test_a_connection_is_built_on_the_path_that_is_in_use() -> None:
-    """The statistics say which (`fast_path`)."""
+def test_connections_use_the_selected_path() -> None:
+    """The statistics name it (`fast_path`)."""
     assert issubclass(Connection, PythonHotPath) is not fastpath.IS_COMPILED

@@ -1,4 +1,4 @@
-"""A listener in a running loop: accepts, pauses, and closes without losing a client."""
+"""A listener in a running event loop: accepts, pauses, and closes without losing a client."""
 
 import asyncio
 import contextlib
@@ -30,22 +30,24 @@ def _run(scenario: Coroutine[Any, Any, None]) -> None:
         runner.run(asyncio.wait_for(scenario, DEADLINE_S))
 
 
-class Door:
-    """A listener and those who came through it."""
+class Harness:
+    """A listener, and the clients that it has accepted."""
 
     def __init__(self, address: str = "127.0.0.1:0", *, is_shared: bool = False) -> None:
         (bound,) = bind.new_sockets(bind.bind_all(wanted(parse_address(address))))
         if is_shared:
             bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self.came: asyncio.Queue[socket.socket] = asyncio.Queue()
+        self.accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
         self.starved: list[OSError] = []
         self.listener = Listener(
-            bound, lambda descriptor, *_: self.came.put_nowait(socket.socket(fileno=descriptor)), self.starved.append
+            bound,
+            lambda descriptor, *_: self.accepted.put_nowait(socket.socket(fileno=descriptor)),
+            self.starved.append,
         )
         self._address = parse_address(self.listener.address)
 
     def client(self) -> socket.socket:
-        """A client whose handshake is complete."""
+        """Return a client whose handshake is complete."""
         match self._address:
             case UnixAddress(path):
                 client = socket.socket(socket.AF_UNIX)
@@ -59,19 +61,19 @@ class Door:
         return client
 
 
-def test_who_waits_is_accepted_before_the_close(tmp_path: Path) -> None:
-    """Every client whose handshake was complete is accepted, whatever the kind of address; later ones are refused."""
+def test_a_close_accepts_the_backlog_first(tmp_path: Path) -> None:
+    """Every client whose handshake was complete is accepted, for each kind of address; later clients are refused."""
 
     async def scenario(address: str) -> None:
-        door = Door(address)
-        door.listener.pause("full")
-        clients = [door.client() for _ in range(300)]
-        door.listener.resume("full")
-        await door.listener.close()
-        assert door.came.qsize() == 300
+        harness = Harness(address)
+        harness.listener.pause("full")
+        clients = [harness.client() for _ in range(300)]
+        harness.listener.resume("full")
+        await harness.listener.close()
+        assert harness.accepted.qsize() == 300
         with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
-            door.client()
-        for sock in (*clients, *(door.came.get_nowait() for _ in clients)):
+            harness.client()
+        for sock in (*clients, *(harness.accepted.get_nowait() for _ in clients)):
             sock.close()
 
     for address in ("127.0.0.1:0", "[::1]:0", f"unix:{tmp_path}/sock"):
@@ -79,24 +81,24 @@ def test_who_waits_is_accepted_before_the_close(tmp_path: Path) -> None:
 
 
 def test_a_paused_listener_leaves_clients_in_the_backlog() -> None:
-    """`pause` until `resume`; who waits is accepted before a close ends."""
+    """They are accepted after `resume`, and a close waits for it."""
 
     async def scenario() -> None:
-        door = Door()
-        door.listener.pause("full")
-        with door.client():
+        harness = Harness()
+        harness.listener.pause("full")
+        with harness.client():
             await asyncio.sleep(0.05)  # time enough to be accepted, if it were going to be
-            assert door.came.empty()
-            door.listener.resume("full")
-            (await door.came.get()).close()
-        door.listener.pause("full")
-        with door.client():
-            closing = asyncio.ensure_future(door.listener.close())
-            await asyncio.sleep(CLOSE_S + 0.1)  # longer than a close takes that isn't paused
+            assert harness.accepted.empty()
+            harness.listener.resume("full")
+            (await harness.accepted.get()).close()
+        harness.listener.pause("full")
+        with harness.client():
+            closing = asyncio.ensure_future(harness.listener.close())
+            await asyncio.sleep(CLOSE_S + 0.1)  # longer than a close without a pause takes
             assert not closing.done()
-            door.listener.resume("full")
+            harness.listener.resume("full")
             await closing
-            (await door.came.get()).close()
+            (await harness.accepted.get()).close()
 
     _run(scenario())
 
@@ -107,31 +109,31 @@ def _forbidden(*_: object) -> bool:
 
 @pytest.mark.parametrize("is_sandboxed", [False, True])
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:0"])
-def test_a_handshake_under_way_is_waited_for_and_later_clients_are_refused(
+def test_a_close_waits_for_handshakes_under_way_and_refuses_later_clients(
     address: str, is_sandboxed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is far away, or loses a packet, gets in when it began in time; who comes later is refused at once."""
+    """A distant client, or one whose packet was lost, is accepted if its handshake began in time."""
     monkeypatch.setattr(listener, "CLOSE_S", 5.0)  # SYN is sent again after a second
     if is_sandboxed:
         monkeypatch.setattr(sockets, "_diagnose_handshakes", _forbidden)
 
     async def scenario() -> None:
-        door = Door(address)
+        harness = Harness(address)
         is_v6 = address.startswith("[")
         option = (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT) if is_v6 else (socket.IPPROTO_IP, IP_MINTTL)
         with socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET) as client:
             client.setblocking(False)
-            client.setsockopt(*option, 255)  # the answer to its SYN doesn't arrive
-            assert client.connect_ex(door.listener.listening_socket.getsockname()) == errno.EINPROGRESS
-            closing = asyncio.ensure_future(door.listener.close())
+            client.setsockopt(*option, 255)  # it drops the reply to its SYN
+            assert client.connect_ex(harness.listener.listening_socket.getsockname()) == errno.EINPROGRESS
+            closing = asyncio.ensure_future(harness.listener.close())
             await asyncio.sleep(4 * QUIET_S)  # longer than a close takes without it
             assert not closing.done()
             began_at = time.monotonic()
             with pytest.raises(ConnectionRefusedError):
-                door.client()
+                harness.client()
             assert time.monotonic() - began_at < 0.9, "not when its SYN is sent again"
             client.setsockopt(*option, 0)
-            with await door.came.get() as sock:
+            with await harness.accepted.get() as sock:
                 client.send(b"x")
                 assert await asyncio.get_running_loop().sock_recv(sock, 10) == b"x"
             await closing
@@ -139,43 +141,43 @@ def test_a_handshake_under_way_is_waited_for_and_later_clients_are_refused(
     _run(scenario())
 
 
-def test_a_handshake_that_never_ends_holds_no_close_up() -> None:
-    """As in a flood of SYNs: half a second, and the listener is closed."""
+def test_a_handshake_that_never_ends_does_not_delay_a_close() -> None:
+    """As in a flood of SYNs: the listener closes after half a second."""
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
-        door = Door()
+        harness = Harness()
         with socket.socket() as client:
             client.setblocking(False)
             client.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 255)
-            client.connect_ex(door.listener.listening_socket.getsockname())
+            client.connect_ex(harness.listener.listening_socket.getsockname())
             began_at = loop.time()
-            await door.listener.close()
-            assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "the kernel goes on for a minute"
+            await harness.listener.close()
+            assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "the kernel would continue for a minute"
 
     _run(scenario())
 
 
-def test_accepted_while_a_shared_port_is_closed_a_socket_is_no_different() -> None:
-    """What `refuse_new_handshakes` sets on the listener is undone on what is accepted from it."""
+def test_sockets_accepted_during_a_close_have_the_usual_options() -> None:
+    """They inherit the options that `refuse_new_handshakes` sets on the listener, which are reset."""
 
     async def scenario() -> None:
-        door = Door(is_shared=True)
-        port = int(door.listener.address.rpartition(":")[2])
-        closing = asyncio.ensure_future(door.listener.close())
-        await asyncio.sleep(0)  # it has begun
+        harness = Harness(is_shared=True)
+        port = int(harness.listener.address.rpartition(":")[2])
+        closing = asyncio.ensure_future(harness.listener.close())
+        await asyncio.sleep(0)  # let the close begin
         with socket.socket() as client:
             client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)  # as of a peer on the same link: not held back
             client.connect(("127.0.0.1", port))
-            with await door.came.get() as sock:
+            with await harness.accepted.get() as sock:
                 assert sock.getsockopt(socket.IPPROTO_IP, IP_MINTTL) == 0
         await closing
 
     _run(scenario())
 
 
-def test_listeners_that_are_closed_at_once_are_gone() -> None:
-    """A second signal may come in the very turn of the loop in which the first began to close the listeners."""
+def test_retiring_listeners_can_be_closed_at_once() -> None:
+    """A second signal may come in the same iteration of the event loop in which the first one retired the listeners."""
 
     async def scenario() -> None:
         listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
@@ -192,7 +194,7 @@ def test_listeners_that_are_closed_at_once_are_gone() -> None:
 
 
 def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
-    """All or nothing: one of the new listeners can't be watched, and none of them is left."""
+    """All or nothing: if one of the new listeners cannot be added to the event loop, none is left."""
 
     async def scenario() -> None:
         listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
@@ -211,51 +213,51 @@ def test_a_change_that_fails_leaves_the_listeners_as_they_were() -> None:
     _run(scenario())
 
 
-def test_clients_that_keep_coming_while_it_closes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel can't hold new handshakes back, accepting goes on while they come, for half a second at most."""
+def test_clients_that_keep_arriving_during_a_close_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the kernel cannot refuse new handshakes, accepting continues for at most half a second."""
     monkeypatch.setattr(sockets, "refuse_new_handshakes", lambda _: None)
-    monkeypatch.setattr(listener, "QUIET_S", 0.3)  # far from the pace of those who come, however slow the machine
+    monkeypatch.setattr(listener, "QUIET_S", 0.3)  # far longer than the interval between clients
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
-        door = Door()
+        harness = Harness()
         began_at = loop.time()
-        closing = asyncio.ensure_future(door.listener.close())
-        came = 0
+        closing = asyncio.ensure_future(harness.listener.close())
+        connected = 0
         while not closing.done():
             with contextlib.suppress(ConnectionRefusedError):
-                door.client().close()
-                came += 1
-            await asyncio.sleep(0.02)  # the pace of those who come
-        assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "they would come for ever"
-        accepted = door.came.qsize()
-        assert came - 1 <= accepted <= came, "who comes in the very moment of the close may be reset"
+                harness.client().close()
+                connected += 1
+            await asyncio.sleep(0.02)  # the interval between clients
+        assert CLOSE_S - 0.1 <= loop.time() - began_at < CLOSE_S + 5, "clients would arrive forever"
+        accepted = harness.accepted.qsize()
+        assert connected - 1 <= accepted <= connected, "a client that connects at the moment of the close may be reset"
         for _ in range(accepted):
-            door.came.get_nowait().close()
+            harness.accepted.get_nowait().close()
 
     _run(scenario())
 
 
-def test_starvation_pauses_and_ends() -> None:
-    """When descriptors or memory are missing, accepting pauses for a moment; a lost client is no starvation."""
+def test_starvation_pauses_accepting() -> None:
+    """For lack of descriptors or memory, accepting pauses; a client that has vanished causes no pause."""
 
     async def scenario() -> None:
-        door = Door()
-        assert not door.listener._on_accept_error(OSError(errno.EMFILE, "Too many open files"))
-        assert len(door.starved) == 1
-        with door.client():
-            (await door.came.get()).close()
-        assert door.listener._on_accept_error(ConnectionAbortedError(errno.ECONNABORTED, "gone"))
-        door.listener._on_accept_error(OSError(errno.ENFILE, "Too many open files in system"))
-        door.listener.close_now()
-        door.listener.close_now()
-        door.listener.resume("full")
+        harness = Harness()
+        assert not harness.listener._on_accept_error(OSError(errno.EMFILE, "Too many open files"))
+        assert len(harness.starved) == 1
+        with harness.client():
+            (await harness.accepted.get()).close()
+        assert harness.listener._on_accept_error(ConnectionAbortedError(errno.ECONNABORTED, "gone"))
+        harness.listener._on_accept_error(OSError(errno.ENFILE, "Too many open files in system"))
+        harness.listener.close_now()
+        harness.listener.close_now()
+        harness.listener.resume("full")
 
     _run(scenario())
 
 
-def test_a_long_starvation_is_told_once() -> None:
-    """Whoever owns the listeners hears of it every ten seconds at most, though each tries again five times a second."""
+def test_a_long_starvation_is_reported_once() -> None:
+    """`on_starved` is called at most every ten seconds, although each listener retries five times a second."""
 
     async def scenario() -> None:
         starved: list[OSError] = []
@@ -274,8 +276,8 @@ def test_a_long_starvation_is_told_once() -> None:
     _run(scenario())
 
 
-def test_a_port_that_another_process_listened_on_first_changes_nothing() -> None:
-    """Bound is not yet listened on: who is quicker in between keeps the port, and the listeners stay as they were."""
+def test_a_change_is_refused_if_another_process_listens_first() -> None:
+    """A bound socket does not listen yet: another process may get the port, and the listeners stay as they were."""
 
     async def scenario() -> None:
         listeners = ListenerSet(lambda descriptor, *_: os.close(descriptor), lambda _: None)
@@ -323,23 +325,23 @@ def test_a_retiring_listener_keeps_its_settings() -> None:
 
 
 @pytest.mark.parametrize("is_inherited", [False, True])
-def test_each_reply_is_sent_at_once(is_inherited: bool) -> None:
-    """Accepted sockets have TCP_NODELAY; the options of an inherited listener stay as they are."""
+def test_accepted_sockets_send_without_delay(is_inherited: bool) -> None:
+    """They have TCP_NODELAY; the options of an inherited listener stay as they are."""
 
     async def scenario() -> None:
         (bound,) = bind.new_sockets(bind.bind_all(wanted(TcpAddress("127.0.0.1", 0))))
         bound.socket.listen()
-        came: asyncio.Queue[socket.socket] = asyncio.Queue()
+        accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
         it = Listener(
             sockets.BoundSocket(bound.socket, is_inherited=is_inherited),
-            lambda descriptor, *_: came.put_nowait(socket.socket(fileno=descriptor)),
+            lambda descriptor, *_: accepted.put_nowait(socket.socket(fileno=descriptor)),
             lambda _: None,
         )
         with socket.create_connection(bound.socket.getsockname()):
-            with await came.get() as accepted:
-                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                assert not os.get_blocking(accepted.fileno())
-                assert not accepted.get_inheritable()
+            with await accepted.get() as sock:
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert not os.get_blocking(sock.fileno())
+                assert not sock.get_inheritable()
         assert bool(bound.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) is not is_inherited
         it.close_now()
 
@@ -347,20 +349,20 @@ def test_each_reply_is_sent_at_once(is_inherited: bool) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:0"])
-def test_an_accepted_client_comes_with_its_address(address: str) -> None:
-    """The address is that of the socket module, whichever code accepts."""
+def test_the_address_of_a_client_has_the_format_of_the_socket_module(address: str) -> None:
+    """It is the same from the compiled and the Python acceptor."""
 
     async def scenario() -> None:
-        came: asyncio.Queue[RawAddress] = asyncio.Queue()
+        accepted: asyncio.Queue[RawAddress] = asyncio.Queue()
 
         def on_accept(descriptor: int, peer: RawAddress, _: ListenerSettings) -> None:
             os.close(descriptor)
-            came.put_nowait(peer)
+            accepted.put_nowait(peer)
 
         (bound,) = bind.new_sockets(bind.bind_all(wanted(parse_address(address))))
         it = Listener(bound, on_accept, lambda _: None)
         with socket.create_connection(bound.socket.getsockname()[:2]) as client:
-            assert await came.get() == client.getsockname()
+            assert await accepted.get() == client.getsockname()
         it.close_now()
 
     _run(scenario())

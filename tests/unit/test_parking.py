@@ -1,4 +1,4 @@
-"""Silent connections, by when their idle timeout ends."""
+"""Parking: silent connections, ordered by the end of their idle timeout."""
 
 import math
 
@@ -6,7 +6,7 @@ from echod.server.parking import SLOT_S, Parking
 
 
 class Silent:
-    """All that a parking place needs of a connection."""
+    """The part of a connection that `Parking` uses."""
 
     parked_until: float | None = None
 
@@ -14,8 +14,8 @@ class Silent:
         self.parked_until = until
 
 
-def test_each_is_due_when_its_time_is_over_and_not_before() -> None:
-    """In whatever order they came; at most a slot late."""
+def test_connections_are_due_at_most_a_slot_late_and_never_early() -> None:
+    """The order of their arrival does not matter."""
     parking = Parking[Silent]()
     by_due = {due: Silent() for due in (7.0, 3.0, 5.0, 3.01, math.inf)}
     for due, connection in by_due.items():
@@ -28,8 +28,8 @@ def test_each_is_due_when_its_time_is_over_and_not_before() -> None:
     assert parking.take_all() == [by_due[math.inf]]
 
 
-def test_one_that_is_discarded_is_never_due() -> None:
-    """Neither one that was parked nor one that wasn't is missed."""
+def test_a_discarded_connection_is_never_due() -> None:
+    """Discarding one that is not parked does nothing."""
     parking = Parking[Silent]()
     gone, there = Silent(), Silent()
     for connection in (gone, there):

@@ -1,4 +1,4 @@
-"""The header of the PROXY protocol: what is read of it, byte by byte, and what is refused."""
+"""The PROXY header: what is read from it, byte by byte, and what is refused."""
 
 import struct
 from ipaddress import IPv4Address, IPv6Address
@@ -62,7 +62,7 @@ GOOD["v1 longest IPv6"] = (GOOD["v1 longest IPv6"][0], ("ffff:" * 7 + "ffff", 65
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_header_is_read_wherever_it_is_split(name: str) -> None:
-    """Each beginning of it is one, and needs more; with the last byte it is whole, and what follows isn't looked at."""
+    """Each proper prefix needs more; the last byte completes the header, and what follows is ignored."""
     header, source = GOOD[name]
     for length in range(len(header)):
         assert proxy_header.read(header[:length]) is None, length
@@ -118,8 +118,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_header_is_refused(name: str) -> None:
-    """At the first byte that shows it, and with whatever follows."""
+def test_an_invalid_header_is_refused(name: str) -> None:
+    """It is refused at the first byte that shows it, whatever follows."""
     shows_at = next((n for n in range(len(BAD[name])) if _is_refused(BAD[name][:n])), len(BAD[name]))
     for length in range(shows_at, len(BAD[name]) + 1):
         with pytest.raises(ProxyError):
@@ -137,8 +137,8 @@ def _is_refused(data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("line", [b"hello\n", b"G", b"P\n", b"\r\nx", b"PROXIES"])
-def test_a_client_that_sends_none_is_refused_at_once(line: bytes) -> None:
-    """Nobody waits for the rest of what can't become a header."""
+def test_a_client_without_a_header_is_refused_at_once(line: bytes) -> None:
+    """Bytes that cannot become a header are not waited for."""
     assert _is_refused(line)
 
 
@@ -148,7 +148,7 @@ def test_a_client_that_sends_none_is_refused_at_once(line: bytes) -> None:
 @given(st.binary(max_size=300) | st.binary(max_size=300).map(SIGNATURE.__add__) | st.binary().map(b"PROXY ".__add__))
 @example(b"PROXY TCP6 ::1 ::1 1 1\r\n\r\n")
 def test_any_bytes(data: bytes) -> None:
-    """What needs more has room for it, what is refused stays refused, and a header stays what it is."""
+    """An incomplete header fits into the limit, a refused one stays refused, and a complete one stays the same."""
     try:
         found = proxy_header.read(data)
     except ProxyError:
@@ -171,7 +171,7 @@ PATHS = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=107
 
 
 def _same(header: bytes, source: Source | None) -> None:
-    """The whole of it is read, at every split, and says the same."""
+    """Return the header's source; the header is complete, and every split gives the same result."""
     assert proxy_header.read(header) == proxy_header.read(header + b"hello\n") == Header(len(header), source)
     assert all(proxy_header.read(header[:length]) is None for length in range(len(header)))
 
@@ -180,7 +180,7 @@ def _same(header: bytes, source: Source | None) -> None:
 def test_ipv4_as_another_implementation_writes_it(
     source: tuple[IPv4Address, int], destination: tuple[IPv4Address, int], version: proxyprotocol.ProxyProtocol
 ) -> None:
-    """The client's address and port, in both versions, of 2 with a checksum behind."""
+    """The client's address and port, in both versions, and in version 2 with a checksum."""
     _same(version.pack(ProxyResultIPv4(source, destination, protocol=SOCK_STREAM)), (str(source[0]), source[1]))
 
 
@@ -188,7 +188,7 @@ def test_ipv4_as_another_implementation_writes_it(
 def test_ipv6_as_another_implementation_writes_it(
     source: tuple[IPv6Address, int], destination: tuple[IPv6Address, int], version: proxyprotocol.ProxyProtocol
 ) -> None:
-    """As before, as the socket module has them."""
+    """The client's address in the format of the socket module, in both versions."""
     _same(version.pack(ProxyResultIPv6(source, destination, protocol=SOCK_STREAM)), (str(source[0]), source[1], 0, 0))
 
 
@@ -200,7 +200,7 @@ def test_unix_as_another_implementation_writes_it(source: str, destination: str)
 
 @pytest.mark.parametrize("tlv", [ProxyProtocolTLV(), ProxyProtocolTLV(authority="echod.example", unique_id=b"1" * 128)])
 def test_local_and_unknown_as_another_implementation_writes_them(tlv: ProxyProtocolTLV) -> None:
-    """They tell no source."""
+    """LOCAL and UNKNOWN name no client."""
     _same(ProxyProtocolV1().pack(ProxyResultUnknown()), None)
     _same(ProxyProtocolV2().pack(ProxyResultLocal(tlv=tlv)), None)
     _same(ProxyProtocolV2().pack(ProxyResultUnknown(tlv=tlv)), None)
@@ -208,11 +208,11 @@ def test_local_and_unknown_as_another_implementation_writes_them(tlv: ProxyProto
 
 @pytest.mark.parametrize("name", GOOD)
 def test_another_implementation_reads_the_same(name: str) -> None:
-    """What we take for good headers, it does too, and for the same source."""
+    """It accepts the headers that we accept, and reads the same source."""
     header, source = GOOD[name]
     version = ProxyProtocolV1() if header.startswith(b"PROXY") else ProxyProtocolV2()
     if name in ("v2 Unix, no UTF-8", "v2 Unix, abstract", "v2 LOCAL with what nobody knows", "v2 longest"):
-        return  # of paths it knows ASCII alone, and it reads what stands behind
+        return  # it reads only ASCII paths, and also the bytes after them
     read = version.unpack(header).source
     if not isinstance(read, tuple):
         assert read == (source if isinstance(source, str) else None) or not read

@@ -1,4 +1,4 @@
-"""A round trip to ourselves: what it proves, and what it doesn't."""
+"""The self-probe: what a round trip through our own listener proves, and what it does not."""
 
 import asyncio
 import contextlib
@@ -16,25 +16,25 @@ from echod.server.self_probe import LINE, REPLY, SelfProbe
 from tests.support.daemon import DEADLINE_S
 
 
-async def _passes(check: SelfProbe, listener: socket.socket, reply: bytes | None) -> bool:
-    """Let one check be answered by `reply`, or by nothing; whether it passed."""
+async def _passes(probe: SelfProbe, listener: socket.socket, reply: bytes | None) -> bool:
+    """Return whether a probe passed that got this reply, or none."""
     loop = asyncio.get_running_loop()
-    asked = asyncio.ensure_future(check.passes(listener, DEADLINE_S if reply else 1))
+    asked = asyncio.ensure_future(probe.passes(listener, DEADLINE_S if reply else 1))
     client, peer = await loop.sock_accept(listener)
     with client:
-        assert check.is_self_probe(peer)
+        assert probe.is_self_probe(peer)
         assert await loop.sock_recv(client, 100) == LINE
         if reply:
             await loop.sock_sendall(client, reply)
         return await asked
 
 
-def test_no_reply_counts_only_where_there_was_one() -> None:
-    """A filter may keep us, and us alone, from our port: that starves no watchdog. A reply that stays away does."""
+def test_a_missing_reply_is_a_failure_only_after_a_reply() -> None:
+    """A packet filter may block only our own connections, which must not trigger the watchdog."""
 
     async def scenario(listener: socket.socket) -> list[bool]:
-        check = SelfProbe()
-        return [await _passes(check, listener, reply) for reply in (None, REPLY, None, b"no reply at all\n")]
+        probe = SelfProbe()
+        return [await _passes(probe, listener, reply) for reply in (None, REPLY, None, b"no reply at all\n")]
 
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         listener.setblocking(False)
@@ -42,24 +42,24 @@ def test_no_reply_counts_only_where_there_was_one() -> None:
             assert runner.run(scenario(listener)) == [True, True, False, False]
 
 
-def test_nobody_else_is_taken_for_our_check() -> None:
-    """A check is recognized once. One that got no reply in time keeps its address until it is accepted."""
+def test_no_other_client_is_recognized_as_a_probe() -> None:
+    """A probe is recognized once; without a reply it keeps its address until it is accepted."""
 
     async def scenario(listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        check = SelfProbe()
-        assert await check.passes(listener, 0.05), "no reply proves nothing yet"
-        (name,) = check.names
+        probe = SelfProbe()
+        assert await probe.passes(listener, 0.05), "no reply proves nothing yet"
+        (name,) = probe.names
         assert isinstance(name, tuple)
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(name)
         client, peer = await loop.sock_accept(listener)
         with client:
-            assert check.is_self_probe(peer)
-            assert not check.is_self_probe(peer), "a later client with that address is not ours"
+            assert probe.is_self_probe(peer)
+            assert not probe.is_self_probe(peer), "a later client with that address is not ours"
             assert await loop.sock_recv(client, 100) == LINE
             assert await loop.sock_recv(client, 100) == b"", "our end is closed once it is accepted"
-        assert check.names == []
+        assert probe.names == []
 
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         listener.setblocking(False)
@@ -67,36 +67,36 @@ def test_nobody_else_is_taken_for_our_check() -> None:
             runner.run(scenario(listener))
 
 
-def test_checks_that_are_never_accepted_are_few() -> None:
-    """A listener that accepts nobody costs no more than a handful of descriptors, and none afterwards."""
+def test_unaccepted_probes_hold_few_descriptors() -> None:
+    """A listener that accepts nobody costs at most seventeen descriptors."""
 
     async def scenario(listener: socket.socket) -> None:
-        check = SelfProbe()
+        probe = SelfProbe()
         before = limits.open_files()
         for _ in range(40):
-            await check.passes(listener, 0.01)
-        assert len(check.names) <= 17
+            await probe.passes(listener, 0.01)
+        assert len(probe.names) <= 17
         assert limits.open_files() - before <= 17
 
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         listener.setblocking(False)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # the last ones go with the check
+            warnings.simplefilter("ignore", ResourceWarning)  # the last sockets are released with the probe
             runner.run(scenario(listener))
             gc.collect()
 
 
-def test_the_check_of_the_predecessor_is_expected_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is recognized once, or not at all if it is not accepted soon."""
+def test_a_probe_of_the_predecessor_is_expected_for_a_short_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is recognized once, and not after that time."""
 
     async def scenario() -> None:
-        check = SelfProbe()
-        check.expect([("127.0.0.1", 1), ("127.0.0.1", 2)])
-        assert check.is_self_probe(("127.0.0.1", 1))
-        assert not check.is_self_probe(("127.0.0.1", 1))
+        probe = SelfProbe()
+        probe.expect([("127.0.0.1", 1), ("127.0.0.1", 2)])
+        assert probe.is_self_probe(("127.0.0.1", 1))
+        assert not probe.is_self_probe(("127.0.0.1", 1))
         monkeypatch.setattr(self_probe, "_PREDECESSORS_S", -1.0)
-        check.expect([("127.0.0.1", 2)])
-        assert not check.is_self_probe(("127.0.0.1", 2))
+        probe.expect([("127.0.0.1", 2)])
+        assert not probe.is_self_probe(("127.0.0.1", 2))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(scenario())
