@@ -32,7 +32,6 @@ from echod.process.signals import Action, SignalEvent, SignalQueue
 from echod.server import fastpath
 from echod.server.server import Server
 from echod.telemetry import logs as log_files
-from echod.telemetry.greeting import greeting
 from echod.telemetry.logs import STANDARD_ERROR, Logs
 from echod.telemetry.stats import Stats
 from echod.upgrade import snapshot
@@ -44,7 +43,15 @@ from echod.upgrade.state_file import ProcessState, State
 LOG_FLUSH_S = 1.0
 """How long the process waits at its end for a log reader that is behind."""
 
-_IMPORTED_LATE = ("asyncio", "difflib", "structlog", "traceback", "uvloop", "echod.lifecycle.run")
+_IMPORTED_LATE = (
+    "asyncio",
+    "difflib",
+    "structlog",
+    "traceback",
+    "uvloop",
+    "echod.lifecycle.run",
+    "echod.telemetry.greeting",
+)
 
 ReportStart = Callable[[int, Sequence[str]], bool]
 """Reports how the start went: an exit status and lines to show. Returns False if nobody waits for it any more."""
@@ -250,10 +257,14 @@ def _run(start: Start, first: Generation, runtime: Runtime, forced_exit: ForcedE
 
 def _announce(start: Start, first: Generation, runtime: Runtime, addresses: Sequence[str]) -> None:
     """Tell whoever started echod that clients are served; stop if nobody waits for that any more."""
-    if runtime.logs.is_at_terminal:
-        runtime.logs.sink.write(greeting(addresses, os.getpid()).encode())
-    elif os.isatty(STANDARD_ERROR):  # the log is a file, but somebody is at the terminal
-        os.write(STANDARD_ERROR, greeting(addresses, os.getpid()).encode())
+    if os.isatty(STANDARD_ERROR):
+        from echod.telemetry.greeting import greeting
+
+        text = greeting(addresses, os.getpid()).encode()
+        if runtime.logs.is_at_terminal:
+            runtime.logs.sink.write(text)
+        else:  # the log is a file
+            os.write(STANDARD_ERROR, text)
     warnings = [*first.warnings]
     if start.options.is_daemon and not first.config.log.file:
         warnings.append("log.file is empty: a daemon has no standard error, so its log goes nowhere")

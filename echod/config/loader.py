@@ -7,7 +7,6 @@ error, never replaced by a default.
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -92,15 +91,16 @@ def reader(sources: Sources, environment: Mapping[str, str], open_files: int, di
     """Return a function that reads the configuration each time it is called; paths are relative to `directory`."""
     file = (environment.get("ECHOD_CONFIG") or None) if sources.file is None else sources.file
     path = os.path.join(directory, file) if file else file
-    return partial(_read, directory, partial(load, path, environment, sources.flags, open_files))
 
-
-def _read(directory: str, load_once: Load) -> Loaded:
-    loaded = load_once()
-    log = loaded.config.log
-    if log.file:
+    def read() -> Loaded:
+        loaded = load(path, environment, sources.flags, open_files)
+        log = loaded.config.log
+        if not log.file:
+            return loaded
         log = msgspec.structs.replace(log, file=os.path.join(directory, log.file))
-    return Loaded(msgspec.structs.replace(loaded.config, log=log), loaded.warnings, loaded.is_listen_set)
+        return msgspec.structs.replace(loaded, config=msgspec.structs.replace(loaded.config, log=log))
+
+    return read
 
 
 def defaults(environment: Mapping[str, str]) -> Config:

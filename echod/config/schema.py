@@ -35,21 +35,24 @@ class Limits(Struct, frozen=True, kw_only=True):
     """How much clients may use."""
 
     connections: Annotated[
-        Annotated[int, Meta(ge=1, le=1_000_000)],
-        Meta(description="open at once; one more gets ERROR and is closed; a value set by hand must fit under NOFILE"),
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="open at once; one more gets ERROR and is closed; a value set by hand must fit under NOFILE",
+        ),
     ] = 10_000
     connections_per_address: Annotated[
-        Annotated[int, Meta(ge=0, le=1_000_000)],
-        Meta(description="open at once from one IP address; 0 = no limit; Unix sockets are exempt"),
+        int,
+        Meta(ge=0, le=1_000_000, description="open at once from one IP address; 0 = no limit; Unix sockets are exempt"),
     ] = 0
-    line_bytes: Annotated[
-        Annotated[int, Meta(ge=1, le=16_777_216)],
-        Meta(description="longest line, without its LF"),
-    ] = 65_536
+    line_bytes: Annotated[int, Meta(ge=1, le=16_777_216, description="longest line, without its LF")] = 65_536
     held_bytes: Annotated[
-        Annotated[int, Meta(ge=0, le=1_099_511_627_776)],
+        int,
         Meta(
-            description="pending replies and partial lines of all clients together; 0 = a quarter of the memory allowed"
+            ge=0,
+            le=1_099_511_627_776,
+            description="pending replies and partial lines of all clients; 0 = a quarter of the memory allowed",
         ),
     ] = 0
 

@@ -1,4 +1,4 @@
-"""`echod stats` and `echod reload`: real commands that ask real daemons."""
+"""`echod stats` and `echod reload` against real daemons."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ def local(tmp_path: Path) -> str:
 
 @pytest.fixture
 def file(tmp_path: Path, local: str) -> Path:
-    """The configuration of a daemon that answers at `local`."""
+    """The configuration of a daemon whose admin endpoint is `local`."""
     file = tmp_path / "echod.toml"
     file.write_text(LISTEN + f"[admin]\nlisten = '{local}'\n")
     return file
@@ -44,7 +44,7 @@ def daemon(file: Path) -> Iterator[Daemon]:
 
 
 def test_stats_as_json(daemon: Daemon, local: str) -> None:
-    """`stats --json` prints one line: what the stats dump has."""
+    """`stats --json` prints the same statistics as the stats dump, in one line."""
     done = command("stats", "--json", "--admin", local)
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
     stats = json.loads(done.stdout)
@@ -53,7 +53,7 @@ def test_stats_as_json(daemon: Daemon, local: str) -> None:
 
 
 def test_stats_for_people(daemon: Daemon, local: str) -> None:
-    """`stats` prints a table, without colours if it isn't for a terminal."""
+    """`stats` prints a table, without colours if standard output is not a terminal."""
     done = command("stats", "--admin", local)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -89,7 +89,7 @@ def test_reload_waits_for_the_verdict_and_prints_it(daemon: Daemon, file: Path, 
 
 
 def test_reload_says_what_is_not_in_force(tmp_path: Path, local: str) -> None:
-    """A key that needs a restart is named, by each reload until it is in force; in the answer of the endpoint too."""
+    """Each reload names a key that needs a restart until it is in force, also in the endpoint's answer."""
     file = tmp_path / "echod.toml"
     text = f"[admin]\nlisten = '{local}'\n[[listen]]\naddress = '127.0.0.1:{free_port()}'\n"
     file.write_text(text)
@@ -105,7 +105,7 @@ def test_reload_says_what_is_not_in_force(tmp_path: Path, local: str) -> None:
 
 @pytest.mark.parametrize("question", ["reload", "stats"])
 def test_a_broken_file_is_told_by_the_command_itself(question: str, daemon: Daemon, file: Path) -> None:
-    """A broken FILE given by -c: its errors, exit 1; the daemon isn't even asked."""
+    """With a broken -c FILE, the command prints its errors and exits 1, without asking the daemon."""
     file.write_text("[limits]\nconnections = 0\n[nonsense]\n")
     done = command(question, "-c", str(file))
     assert (done.returncode, done.stdout) == (1, "")
@@ -117,7 +117,7 @@ def test_a_broken_file_is_told_by_the_command_itself(question: str, daemon: Daem
 
 
 def test_a_reload_while_draining_is_refused(daemon: Daemon, local: str) -> None:
-    """`reload` of a daemon that is stopping: refused, exit 1."""
+    """A daemon that is stopping refuses `reload`: exit 1."""
     with connect(daemon.port) as client:
         client.sendall(b"a line begun is waited for")
         daemon.send(signal.SIGTERM)
@@ -130,7 +130,7 @@ def test_a_reload_while_draining_is_refused(daemon: Daemon, local: str) -> None:
 
 
 def test_a_reload_over_tcp_is_refused_with_words() -> None:
-    """`reload` at a TCP address says why not, and exits 1."""
+    """`reload` over TCP says why it is refused and exits 1."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod:
         [address] = echod.wait_for("admin endpoint")["listen"]
         done = command("reload", "--admin", address)
@@ -143,7 +143,7 @@ def test_a_reload_over_tcp_is_refused_with_words() -> None:
 
 
 def test_where_the_address_comes_from(daemon: Daemon, file: Path, local: str) -> None:
-    """--admin, else admin.listen as FILE, ECHOD_CONFIG or ECHOD_ADMIN_LISTEN tell it, else $RUNTIME_DIRECTORY."""
+    """The address: --admin, else admin.listen of FILE, ECHOD_CONFIG or ECHOD_ADMIN_LISTEN, else $RUNTIME_DIRECTORY."""
     nowhere = {"ECHOD_ADMIN_LISTEN": "unix:/no/such/socket", "ECHOD_CONFIG": "/no/such/file"}
     directory = local.removeprefix("unix:").removesuffix("/admin")
     for arguments, more in [
@@ -160,13 +160,13 @@ def test_where_the_address_comes_from(daemon: Daemon, file: Path, local: str) ->
 
 
 def test_how_many_files_the_shell_may_open_is_nothing_to_them(daemon: Daemon, file: Path) -> None:
-    """A limit of connections that fits the daemon may be too high for the shell: that is no error here."""
+    """A connection limit that is too high for the shell's limit of open files is no error for these commands."""
     file.write_text(file.read_text() + "[limits]\nconnections = 1000000\n")
     assert command("stats", "-c", str(file)).returncode == 0
 
 
 def test_candidates() -> None:
-    """The configuration's address first; but a reload, not taken over TCP, goes to a Unix socket if there is one."""
+    """The configured address is asked first, but a reload prefers a Unix socket, because TCP refuses it."""
     tcp, unix, runtime = TcpAddress("::1", 9), UnixAddress("/a"), UnixAddress("/run/admin")
     for configured, directory, for_stats, for_reload in [
         ("[::1]:9", "unix:/run/admin", [tcp, runtime], [runtime]),
@@ -180,7 +180,7 @@ def test_candidates() -> None:
 
 
 def test_the_endpoint_has_moved_but_the_daemon_is_still_at_its_runtime_directory(tmp_path: Path) -> None:
-    """A reload that is to move admin.listen reaches the daemon through $RUNTIME_DIRECTORY, as systemd's would."""
+    """A reload that moves admin.listen reaches the daemon through $RUNTIME_DIRECTORY, as under systemd."""
     file = tmp_path / "echod.toml"
     more = {"RUNTIME_DIRECTORY": str(tmp_path)}
     file.write_text(LISTEN + f"[admin]\nlisten = 'unix:{tmp_path}/old'\n")
@@ -214,7 +214,7 @@ def test_the_endpoint_has_moved_but_the_daemon_is_still_at_its_runtime_directory
     ],
 )
 def test_nobody_there(question: str, arguments: list[str], more: dict[str, str], words: str) -> None:
-    """Nobody answers: exit 1, and one line that says where, and what to do."""
+    """If nobody answers, the command exits 1 with one line that says where, and what to do."""
     done = command(question, *arguments, more=more)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"echod: {words}")
@@ -242,7 +242,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def stranger(answer: bytes) -> Iterator[TcpAddress]:
-    """Somebody who listens, says this to whoever sends something, and closes; to nothing it says nothing."""
+    """A server that answers any data with `reply` and closes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -283,7 +283,7 @@ def stranger(answer: bytes) -> Iterator[TcpAddress]:
     ],
 )
 def test_somebody_else_answers(answer: bytes) -> None:
-    """Whatever else listens there, it is said in a line, never in a traceback."""
+    """Whatever other server listens there, the command prints one line, never a traceback."""
     with stranger(answer) as address:
         done = command("stats", "--admin", str(address))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
@@ -294,7 +294,7 @@ def test_somebody_else_answers(answer: bytes) -> None:
 
 @pytest.mark.parametrize("question", ["stats", "reload"])
 def test_a_port_for_clients(question: str) -> None:
-    """An echod that is asked where it serves clients echoes the request: the message says so."""
+    """If the address is one where echod serves clients, the message says so."""
     with serving() as echod:
         address = f"127.0.0.1:{echod.port}"
         done = command(question, "--admin", address)
@@ -312,13 +312,13 @@ def test_a_port_for_clients(question: str) -> None:
     ],
 )
 def test_what_is_wrong_with_an_answer(answer: bytes, words: str) -> None:
-    """The message is plain words, not the name of an exception."""
+    """The message describes the error instead of naming an exception."""
     with stranger(answer) as address:
         done = command("stats", "--admin", str(address))
     assert done.stderr == f"echod: {address}: not an admin endpoint of echod: {words}\n"
 
 
 def test_no_answer_in_time() -> None:
-    """A daemon whose loop is stuck holds nobody up for ever."""
+    """A daemon whose event loop is stuck does not block the command forever."""
     with stranger(b"") as address, pytest.raises(admin.UnansweredError, match="no answer within 0 s"):
         admin._ask_one(address, "GET", "/stats", 0.2)

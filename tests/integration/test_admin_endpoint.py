@@ -1,4 +1,4 @@
-"""The admin endpoint: what it answers, and that nobody who asks can hurt the service."""
+"""The admin endpoint: its answers, and that no client of it can harm the service."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ LISTEN = "[[listen]]\naddress = '127.0.0.1:0'\n"
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the endpoint answered."""
+    """A response of the endpoint."""
 
     status: int
     headers: dict[str, str]
@@ -40,7 +40,7 @@ class Reply:
 
 
 def reach(address: str) -> socket.socket:
-    """A client of the endpoint, which nothing has been sent to."""
+    """A connection to the endpoint, without a request."""
     if not address.startswith("unix:"):
         return connect(int(address.rpartition(":")[2]))
     client = socket.socket(socket.AF_UNIX)
@@ -54,7 +54,7 @@ def reach(address: str) -> socket.socket:
 
 
 def read_reply(client: socket.socket) -> Reply:
-    """The whole reply, up to the end of the stream, which is no reset."""
+    """The whole reply up to the end of the stream; a reset fails the test."""
     return parse(read_to_end(client))
 
 
@@ -81,7 +81,7 @@ def reload(address: str) -> Reply:
 
 
 def endpoints(echod: Daemon, *, after: int = 0) -> list[str]:
-    """Where the endpoint said it answers."""
+    """The addresses that the endpoint has logged."""
     listen: list[str] = echod.wait_for("admin endpoint", after=after)["listen"]
     return listen
 
@@ -94,7 +94,7 @@ def admin_on(address: str) -> Iterator[tuple[Daemon, str]]:
 
 @pytest.fixture(scope="module", params=["tcp", "unix"])
 def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, str]]:
-    """A daemon and its endpoint, on TCP and on a Unix socket."""
+    """A daemon with an endpoint on TCP and on a Unix socket."""
     directory = tmp_path_factory.mktemp("admin")
     with admin_on("127.0.0.1:0" if request.param == "tcp" else f"unix:{directory}/admin") as found:
         yield found
@@ -109,14 +109,14 @@ def local(tmp_path: Path) -> str:
 
 
 def test_health_and_readiness(endpoint: tuple[Daemon, str]) -> None:
-    """/healthz is 200 while the loop turns, /readyz is 200 while echod serves; a query changes nothing."""
+    """/healthz is 200 while the loop runs, /readyz is 200 while echod serves; a query string changes nothing."""
     _, address = endpoint
     assert (get(address, "/healthz").status, get(address, "/healthz").body) == (200, b"ok\n")
     assert (get(address, "/readyz?full=1").status, get(address, "/readyz").body) == (200, b"serving\n")
 
 
 def test_stats_are_those_of_the_dump(endpoint: tuple[Daemon, str]) -> None:
-    """/stats has what the stats dump has, as JSON; who asks there is no client and is not counted."""
+    """/stats is the stats dump as JSON; clients of the endpoint are not counted."""
     echod, address = endpoint
     before = echod.stats()["connections"]["accepted"]
     with connect(echod.port) as client:
@@ -132,7 +132,7 @@ def test_stats_are_those_of_the_dump(endpoint: tuple[Daemon, str]) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/stats"])
 def test_head(path: str, endpoint: tuple[Daemon, str]) -> None:
-    """HEAD, as some balancers ask, has the head of GET and no body."""
+    """HEAD, which some balancers send, returns the head of GET without a body."""
     reply = request(endpoint[1], "HEAD", path)
     assert (reply.status, reply.body) == (200, b"")
     assert int(reply.headers["content-length"]) > 2
@@ -156,7 +156,7 @@ def test_head(path: str, endpoint: tuple[Daemon, str]) -> None:
     ],
 )
 def test_no_such_thing(method: str, path: str, status: int, endpoint: tuple[Daemon, str]) -> None:
-    """What there isn't is 404 with what there is; another method is 405 with what is allowed."""
+    """An unknown path is 404 with the known ones; a wrong method is 405 with the allowed ones."""
     reply = request(endpoint[1], method, path)
     assert reply.status == status
     assert ("allow" in reply.headers) == (status == 405)
@@ -164,7 +164,7 @@ def test_no_such_thing(method: str, path: str, status: int, endpoint: tuple[Daem
 
 
 def test_http_1_0_and_a_client_that_ends_its_stream_first(endpoint: tuple[Daemon, str]) -> None:
-    """Old checks speak HTTP/1.0; a client may half-close right after its request."""
+    """HTTP/1.0 works, and a client may half-close right after its request."""
     with reach(endpoint[1]) as client:
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         client.shutdown(socket.SHUT_WR)
@@ -172,14 +172,14 @@ def test_http_1_0_and_a_client_that_ends_its_stream_first(endpoint: tuple[Daemon
 
 
 def test_one_request_a_connection(endpoint: tuple[Daemon, str]) -> None:
-    """What follows the first request is not answered, and costs nobody the first answer."""
+    """Data after the first request is not answered and does not prevent the first answer."""
     with reach(endpoint[1]) as client:
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
         assert read_reply(client).body == b"ok\n"
 
 
 def test_a_reload_over_tcp_is_refused() -> None:
-    """POST /reload on TCP is 403 with words, and nothing is reloaded."""
+    """POST /reload over TCP is 403 with a message, and nothing is reloaded."""
     with admin_on("127.0.0.1:0") as (echod, address):
         reply = reload(address)
         assert (reply.status, reply.body) == (403, b"a reload is accepted only on the Unix socket\n")
@@ -190,7 +190,7 @@ def test_a_reload_over_tcp_is_refused() -> None:
 
 
 def test_a_unix_socket_is_for_its_user_alone_and_goes_with_the_daemon(local: str) -> None:
-    """Mode 0600 whatever the umask; the file is gone after a stop."""
+    """The socket has mode 0600 whatever the umask is, and is removed at the stop."""
     path = local.removeprefix("unix:")
     umask = os.umask(0)
     try:
@@ -203,7 +203,7 @@ def test_a_unix_socket_is_for_its_user_alone_and_goes_with_the_daemon(local: str
 
 
 def test_a_stale_socket_file_is_replaced_and_a_live_one_is_not(local: str) -> None:
-    """What a killed daemon left is replaced; where another one answers, a start fails with words."""
+    """The socket of a killed daemon is replaced; if another daemon answers there, the start fails with a message."""
     with admin_on(local) as (killed, _):
         killed.process.kill()
         killed.process.wait()
@@ -219,7 +219,7 @@ def test_a_stale_socket_file_is_replaced_and_a_live_one_is_not(local: str) -> No
 
 
 def test_every_error_of_a_start_is_named(tmp_path: Path) -> None:
-    """A taken port of the clients and one of the endpoint are told at once."""
+    """Busy ports of clients and of the endpoint are reported together."""
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         taken = [f"127.0.0.1:{sock.getsockname()[1]}" for sock in (one, other)]
         with Daemon("-l", taken[0], "--set", f"admin.listen={taken[1]}") as echod:
@@ -232,7 +232,7 @@ def test_every_error_of_a_start_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("listen", ["", "127.0.0.1:0", "unix:{}/other", "unix:{}/admin", "unix:{}//admin"])
 def test_runtime_directory(listen: str, tmp_path: Path) -> None:
-    """Where $RUNTIME_DIRECTORY is set, the endpoint also answers on `admin` in it, whatever admin.listen says."""
+    """If $RUNTIME_DIRECTORY is set, the endpoint also answers on the socket `admin` in it, whatever admin.listen is."""
     listen = listen.format(tmp_path)
     environment = {"RUNTIME_DIRECTORY": f"{tmp_path}:/another"}
     with serving("--set", f"admin.listen={listen}", environment=environment) as echod:
@@ -255,7 +255,7 @@ def test_runtime_directory(listen: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_runtime_directory_that_is_none(directory: str, words: str) -> None:
-    """A $RUNTIME_DIRECTORY that can't be used fails the start, and is named."""
+    """An unusable $RUNTIME_DIRECTORY fails the start with a message that names it."""
     with Daemon("-l", "127.0.0.1:0", environment={"RUNTIME_DIRECTORY": directory}) as echod:
         assert echod.process.wait(DEADLINE_S) == 1
     [line] = echod.other_lines
@@ -264,7 +264,7 @@ def test_a_runtime_directory_that_is_none(directory: str, words: str) -> None:
 
 
 def test_what_it_needs_is_imported_only_if_it_is_on(local: str) -> None:
-    """Without the endpoint a start imports no HTTP."""
+    """A start without the endpoint does not import h11."""
     command = (sys.executable, "-X", "importtime", "-m", "echod")
     imported = []
     for arguments in ([], ["--set", f"admin.listen={local}"]):
@@ -303,7 +303,7 @@ def test_the_verdict_of_a_reload(local: str, tmp_path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """A daemon whose reload can be made to wait until it is released."""
+    """A daemon whose reload can be held until it is released."""
 
     echod: Daemon
     address: str
@@ -312,7 +312,7 @@ class Slow:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[], None]]:
-        """A reload is under way until it is released, and is to be refused."""
+        """Start a reload that waits until it is released and is then refused."""
         (self.directory / "bad").write_text("nonsense = 1\n")
         self.point_to("bad")
         self.gate.shut()
@@ -348,7 +348,7 @@ def slow(tmp_path: Path, local: str) -> Iterator[Slow]:
 
 
 def test_requests_that_pile_up_get_the_verdict_of_a_reload_that_began_after_them(slow: Slow) -> None:
-    """While one is under way all others become one more; each gets the verdict of that, not of the one before it."""
+    """All requests during a reload share the next one, and get its result, not that of the current one."""
     with slow.reading() as release, ThreadPoolExecutor(20) as asking:
         later = [asking.submit(reload, slow.address) for _ in range(20)]
         wait_for_events(slow.echod, "reload requested", 21)
@@ -361,7 +361,7 @@ def test_requests_that_pile_up_get_the_verdict_of_a_reload_that_began_after_them
 
 
 def test_a_reload_that_hangs_leaves_room_for_every_other_question(slow: Slow) -> None:
-    """So many may wait for a verdict, the next are told so, who left is forgotten; and health is answered meanwhile."""
+    """The number of waiting clients is bounded, one that leaves frees its place, and /healthz is answered meanwhile."""
     with slow.reading() as release, contextlib.ExitStack() as waiting:
         clients = []
         for _ in range(WAITING - 1):
@@ -378,7 +378,7 @@ def test_a_reload_that_hangs_leaves_room_for_every_other_question(slow: Slow) ->
 
 
 def test_a_body_without_an_end_is_not_read_for_ever(slow: Slow) -> None:
-    """Who waits for a verdict and goes on sending is closed after some of it, before the verdict is there."""
+    """A client that waits for a result and keeps sending is closed after a bounded amount, before the result."""
     with slow.reading() as release:
         with reach(slow.address) as client:
             client.sendall(b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
@@ -391,7 +391,7 @@ def test_a_body_without_an_end_is_not_read_for_ever(slow: Slow) -> None:
 
 
 def _may_wait(address: str) -> bool:
-    """Whether one more may wait for a verdict: it isn't turned away at once."""
+    """Whether a further client may wait for a result, instead of being rejected at once."""
     with reach(address) as client:
         client.sendall(b"POST /reload HTTP/1.1\r\nHost: x\r\n\r\n")
         client.settimeout(0.5)
@@ -402,7 +402,7 @@ def _may_wait(address: str) -> bool:
 
 
 def test_a_stop_answers_who_waits_for_a_verdict(slow: Slow) -> None:
-    """A reload that a stop gives up is refused, draining, and so is the one that was to follow it."""
+    """A reload that a stop cancels is refused with `draining`, and so is the one queued behind it."""
     with slow.reading() as release, ThreadPoolExecutor(1) as asking:
         next_one = asking.submit(reload, slow.address)
         wait_for_events(slow.echod, "reload requested", 2)
@@ -414,7 +414,7 @@ def test_a_stop_answers_who_waits_for_a_verdict(slow: Slow) -> None:
 
 
 def test_a_long_verdict_arrives_whole(slow: Slow) -> None:
-    """An answer that the kernel doesn't take at once is sent as the client reads it."""
+    """An answer that the kernel does not accept at once is sent as the client reads it."""
     errors = [f"{number:03}_{'x' * 2000} = 1" for number in range(200)]
     (slow.directory / "bad").write_text("\n".join(errors))
     slow.point_to("bad")
@@ -445,7 +445,7 @@ def wait_until(claim: Callable[[], bool]) -> None:
 
 
 def test_the_endpoint_is_moved_by_a_reload(tmp_path: Path) -> None:
-    """A changed admin.listen: the new one answers, the old one is closed, and who asked there is answered."""
+    """After a change of admin.listen the new address answers, and the old one closes after its last answer."""
     file = tmp_path / "echod.toml"
     old, new = f"unix:{tmp_path}/old", f"unix:{tmp_path}/new"
     file.write_text(LISTEN + f"[admin]\nlisten = '{old}'\n")
@@ -467,7 +467,7 @@ def test_the_endpoint_is_moved_by_a_reload(tmp_path: Path) -> None:
 
 
 def test_a_taken_address_refuses_the_reload_as_a_whole(tmp_path: Path, local: str) -> None:
-    """A port that is taken for the endpoint leaves everything as it was: limits, listeners and the endpoint itself."""
+    """If the endpoint's new port is busy, nothing changes: limits, listeners and the endpoint stay."""
     file = tmp_path / "echod.toml"
     file.write_text(LISTEN + f"[admin]\nlisten = '{local}'\n")
     with serving("-c", str(file)) as echod, socket.create_server(("127.0.0.1", 0)) as taken:
@@ -486,7 +486,7 @@ def test_a_taken_address_refuses_the_reload_as_a_whole(tmp_path: Path, local: st
 
 
 def test_it_answers_during_the_drain_and_is_closed_at_its_end(endpoint_address: str) -> None:
-    """Draining: healthy, not ready, statistics as ever, no reload; at the end nobody is there any more."""
+    """While draining: healthy, not ready, statistics available, no reload; the endpoint closes at the end."""
     with serving("--set", f"admin.listen={endpoint_address}", "--set", "timeouts.drain=60") as echod:
         [address] = endpoints(echod)
         with connect(echod.port) as client:
@@ -516,7 +516,7 @@ def endpoint_address(request: pytest.FixtureRequest, local: str) -> str:
 
 
 def test_a_client_that_stays_doesn_t_hold_a_stop_up(endpoint_address: str) -> None:
-    """At the end nobody waits for who has its answer and doesn't go, or never asks."""
+    """The stop does not wait for clients that have their answer and stay, or never send a request."""
     with serving("--set", f"admin.listen={endpoint_address}") as echod:
         [address] = endpoints(echod)
         with reach(address) as silent, reach(address) as lingering:
@@ -555,7 +555,7 @@ def test_a_client_that_stays_doesn_t_hold_a_stop_up(endpoint_address: str) -> No
     ],
 )
 def test_bad_requests(sent: bytes, status: int, endpoint: tuple[Daemon, str]) -> None:
-    """Garbage gets one answer with words, whole and without a reset, whatever else was sent."""
+    """Garbage gets one complete error answer without a reset, whatever else was sent."""
     with reach(endpoint[1]) as client:
         client.sendall(sent)
         reply = read_reply(client)
@@ -582,7 +582,7 @@ pieces = st.binary(max_size=20) | st.sampled_from(
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(pieces, max_size=12))
 def test_any_bytes_get_one_answer_or_none(endpoint: tuple[Daemon, str], parts: list[bytes]) -> None:
-    """Whatever a client sends and then ends: an answer or, to nothing, none; never a reset."""
+    """Whatever a client sends before its end of stream, it gets an answer (none for no data), never a reset."""
     sent = b"".join(parts)
     with reach(endpoint[1]) as client:
         client.sendall(sent)
@@ -592,7 +592,7 @@ def test_any_bytes_get_one_answer_or_none(endpoint: tuple[Daemon, str], parts: l
 
 
 def test_who_takes_too_long_to_ask_is_told(endpoint: tuple[Daemon, str]) -> None:
-    """A request begun, a byte at a time or silent, is answered 408 after 5 s; clients are served all the while."""
+    """An unfinished request, slow or silent, gets 408 after 5 s, and clients are served meanwhile."""
     echod, address = endpoint
     with reach(address) as silent, reach(address) as dripping, connect(echod.port) as client:
         began = time.monotonic()
@@ -611,7 +611,7 @@ def test_who_takes_too_long_to_ask_is_told(endpoint: tuple[Daemon, str]) -> None
 
 
 def test_the_time_in_which_the_process_was_stopped_is_nobody_s_delay(local: str) -> None:
-    """A request that has arrived is answered, however late the loop looks."""
+    """A request that has arrived is answered, however late the loop reads it."""
     with admin_on(local) as (echod, address), reach(address) as client:
         before = echod.stats()["open_files"]
         client.sendall(b"GET /healthz HT")
@@ -627,7 +627,7 @@ def test_the_time_in_which_the_process_was_stopped_is_nobody_s_delay(local: str)
 
 
 def test_1_000_silent_clients(endpoint: tuple[Daemon, str]) -> None:
-    """1 000 that say nothing: health is answered among them, clients are served, descriptors are bounded."""
+    """With 1 000 silent clients, /healthz is answered, clients are served, and descriptors are bounded."""
     echod, address = endpoint
     before = echod.stats()["open_files"]
     most = 0
@@ -648,7 +648,7 @@ def test_1_000_silent_clients(endpoint: tuple[Daemon, str]) -> None:
 
 
 def test_nothing_is_left_of_1_000_questions(endpoint_address: str) -> None:
-    """After questions of all sorts, those of clients that left in the middle too: descriptors and memory as before."""
+    """After requests of all kinds, also aborted ones, descriptors and memory are as before."""
     with serving("--set", f"admin.listen={endpoint_address}", environment=UNMEASURED) as echod:
         [address] = endpoints(echod)
         descriptors = echod.stats()["open_files"]
@@ -680,7 +680,7 @@ def _ask_all_sorts(address: str, count: int) -> None:
 
 
 def _once_there_are(descriptors: int, echod: Daemon) -> Event:
-    """The statistics once so few are open: a reset that uvloop misses, one in thousands, is seen by the time limit."""
+    """The statistics once so few are open; one reset in thousands, which uvloop misses, is only seen by the timeout."""
     end = time.monotonic() + DEADLINE_S
     while (stats := echod.stats())["open_files"] > descriptors:
         assert time.monotonic() < end, stats

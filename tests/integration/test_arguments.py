@@ -1,4 +1,4 @@
-"""The command line: what the arguments ask for, and real processes that do it."""
+"""The command line: parsing of arguments, and real processes."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ COMMANDS = ["serve", "check", "config", "ping", "stats", "reload"]
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment here, without what would configure echod, or take away the buffer that a broken pipe leaves."""
+    """The environment of the tests, without variables that configure echod or unbuffer Python's output."""
     strange = ("ECHOD_", "PYTHONUNBUFFERED", "RUNTIME_DIRECTORY")
     return {name: value for name, value in os.environ.items() if not name.startswith(strange)} | dict(more or {})
 
@@ -82,7 +82,7 @@ def test_options(command: str, kind: type[Serve | args.Check], arguments: list[s
 
 
 def test_options_of_serve() -> None:
-    """How the process runs is asked of `serve` alone."""
+    """Only `serve` has the options of the process."""
     arguments = ["--daemon", "--pidfile", "FILE", "--user", "U", "--group", "G"]
     asked = Serve(Sources(None, ()), is_daemon=True, pidfile="FILE", user="U", group="G")
     assert args.parse(["serve", *arguments]) == asked
@@ -91,7 +91,7 @@ def test_options_of_serve() -> None:
 
 
 def test_config_has_no_options() -> None:
-    """`config` prints the defaults, so nothing can be told to it."""
+    """`config` has no options."""
     assert args.parse(["config"]) == args.ShowDefaults()
 
 
@@ -106,7 +106,7 @@ def test_config_has_no_options() -> None:
     ],
 )
 def test_questions(arguments: list[str], target: args.Target) -> None:
-    """`stats` and `reload` are told whom to ask; `stats` how to print."""
+    """`stats` and `reload` take the daemon to ask, and `stats` the output format."""
     assert args.parse(["stats", *arguments]) == args.AskStats(target, as_json=False)
     assert args.parse(["stats", "--json", *arguments]) == args.AskStats(target, as_json=True)
     watched = args.AskStats(target, as_json=False, is_watched=True)
@@ -153,7 +153,7 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
 def test_an_unknown_option_is_told_with_the_usage_of_its_command(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not the usage of all commands: what the command takes is what the user needs to see."""
+    """The usage is that of the command, not that of all commands."""
     with pytest.raises(SystemExit) as ended:
         args.parse([command, *(["a:1"] if command == "ping" else []), "--bogus", "-x"])
     assert ended.value.code == 2
@@ -171,7 +171,7 @@ def test_ways_to_write_a_number(text: str) -> None:
 
 
 def test_set_says_what_it_expects(capsys: pytest.CaptureFixture[str]) -> None:
-    """A --set without its = is told how it should look."""
+    """The error for --set without `=` shows an example."""
     with pytest.raises(SystemExit):
         args.parse(["check", "--set", "verbose"])
     assert "--set: expected KEY=VALUE, such as limits.connections=100 (got 'verbose')" in capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_config() -> None:
 
 
 def test_config_of_a_packed_echod() -> None:
-    """The default that ECHOD_DEFAULT_LISTEN makes it have is the one that `echod config` prints; a bad one is told."""
+    """`echod config` prints the default from ECHOD_DEFAULT_LISTEN, and reports a bad one."""
     done = echod("config", more={"ECHOD_DEFAULT_LISTEN": "0.0.0.0:1,[::]:1"})
     assert [entry["address"] for entry in tomllib.loads(done.stdout)["listen"]] == ["0.0.0.0:1", "[::]:1"]
     done = echod("config", more={"ECHOD_DEFAULT_LISTEN": "0.0.0.0"})
@@ -241,7 +241,7 @@ def test_check_prints_the_config_in_force(tmp_path: Path) -> None:
 
 
 def test_check_reads_back_what_it_printed(tmp_path: Path) -> None:
-    """What `check` prints is a config file that means the same."""
+    """The output of `check` is a configuration file with the same meaning."""
     file = tmp_path / "echod.toml"
     first = echod(
         "check", "--set", "timeouts.idle=12345.67", "--set", "log.file=/ß\x7f", "--set", "limits.connections=5"
@@ -261,14 +261,14 @@ def test_config_option_wins_over_the_variable(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_name_is_no_default() -> None:
-    """-c with an empty name, as of a variable that isn't set, is refused, not replaced by the defaults."""
+    """-c with an empty name, as from an unset variable, is an error and does not mean the defaults."""
     done = echod("check", "-c", "")
     assert (done.returncode, done.stdout) == (78, "")
     assert "cannot be read" in done.stderr
 
 
 def test_check_lowers_the_default_with_a_warning() -> None:
-    """Where fewer files are allowed than the default needs, it is lowered, with a warning on standard error."""
+    """If the default connection limit exceeds the limit of open files, it is lowered with a warning."""
     done = run(["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *PYTHON_M_ECHOD, "check"])
     assert done.returncode == 0
     assert done.stderr.startswith("warning: limits.connections: only 256 open files are allowed")
@@ -294,14 +294,14 @@ def test_bad_config(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ECHOD_LOG_LEVEL", "ECHOD_LOG_FILE", "ECHOD_LISTEN", "ECHOD_CONFIG"])
 def test_a_variable_that_is_not_utf8(name: str) -> None:
-    """A variable of any bytes is an error with words and exit 78, never a traceback."""
+    """A variable with arbitrary bytes is an error and exits 78, never a traceback."""
     done = echod("check", more={name: "unix:/\udcff"})
     assert (done.returncode, done.stdout) == (78, "")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_log_file_with_nul(tmp_path: Path) -> None:
-    """A log file that no kernel could open is an error of the config: `serve` exits 78."""
+    """A log file name that no kernel could open is a configuration error: `serve` exits 78."""
     file = tmp_path / "echod.toml"
     file.write_text('[log]\nfile = "a\\u0000b"\n')
     done = echod("serve", "-c", str(file), "-l", "127.0.0.1:0")
@@ -318,7 +318,7 @@ def test_a_log_file_with_nul(tmp_path: Path) -> None:
     ],
 )
 def test_broken_pipe(command: str) -> None:
-    """A reader that has enough, as of `echod config | head -1`, gets no traceback."""
+    """A reader that stops early, as in `echod config | head -1`, causes no traceback."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -338,7 +338,7 @@ def test_broken_pipe(command: str) -> None:
 
 @pytest.mark.parametrize("command", ["config", "check", "--help", "--version"])
 def test_full_disk(command: str) -> None:
-    """Output that can't be written is said in a line, and exits 1."""
+    """An error of standard output is reported in one line and exits 1."""
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [*PYTHON_M_ECHOD, command], env=environment(), stdout=full, stderr=subprocess.PIPE, timeout=20, check=False
@@ -364,7 +364,7 @@ def test_nobody_reads_the_errors() -> None:
 
 
 def test_the_last_of_several_flags_wins() -> None:
-    """Among flags the order on the command line decides, whichever way a key is set."""
+    """Among flags the last one on the command line wins, whichever flag sets the key."""
     parsed = args.parse(["check", "--log-level", "debug", "--set", "log.level=error", "--log-level", "warning"])
     assert isinstance(parsed, args.Check)
     assert [(setting.source, setting.value) for setting in parsed.sources.flags] == [
@@ -377,7 +377,7 @@ def test_the_last_of_several_flags_wins() -> None:
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_check_ends_by_a_signal(number: signal.Signals, tmp_path: Path) -> None:
-    """`check` is no daemon: a signal ends it as any command, however long its file takes."""
+    """A signal ends `check` as any other command, however long its file takes to read."""
     gate, file = Gate(tmp_path / "gate"), tmp_path / "echod.toml"
     file.touch()
     gate.shut()

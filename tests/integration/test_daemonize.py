@@ -1,4 +1,4 @@
-"""The classic daemon: real ones, started as an init script would, and found by their pid files."""
+"""Real daemons, started as by an init script and found by their pid files."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ NOBODY = pwd.getpwnam("nobody")
 
 
 class Scene:
-    """A directory with the pid file and the log of a daemon that never outlives its test."""
+    """A directory with the pid file and the log of a daemon, which is ended with its test."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -48,16 +48,16 @@ class Scene:
         self.log = directory / "log"
 
     def arguments(self, *more: str) -> list[str]:
-        """Those of a daemon on a free port, with its log and its pid file here."""
+        """The arguments of a daemon on a free port, with its log and its pid file here."""
         listen = [] if "-l" in more else ["-l", "127.0.0.1:0"]
         return [*COMMAND, *listen, "--pidfile", str(self.pidfile), *settings(log_file=self.log), *more]
 
     def start(self, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Start one, and wait as a caller does."""
+        """Start a daemon and wait for the caller's end."""
         return run(self.arguments(*more), **options)
 
     def begin(self, *arguments: str, more: dict[str, str]) -> "subprocess.Popen[str]":
-        """Start one without waiting."""
+        """Start a daemon without waiting for the caller's end."""
         environment = clean_environment() | more
         return subprocess.Popen(
             self.arguments(*arguments), env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -85,7 +85,7 @@ class Scene:
         stop(self.pid)
 
     def clean_up(self) -> None:
-        """Kill what a failed test has left."""
+        """Kill a daemon that a failed test has left running."""
         with contextlib.suppress(OSError, ValueError):  # there is none
             pid = self.pid
             opened = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
@@ -101,7 +101,7 @@ def run(command: list[str], more: dict[str, str] | None = None, **options: Any) 
 
 
 def until(look: Callable[[], Any], what: str) -> Any:
-    """What `look` finds, once it does."""
+    """The first result of `look` that is not empty."""
     end = time.monotonic() + DEADLINE_S
     while not (found := look()):
         assert time.monotonic() < end, f"not within {DEADLINE_S} s: {what}"
@@ -135,7 +135,7 @@ def status_of(pid: int) -> dict[str, str]:
 
 
 def test_the_caller_returns_when_clients_are_served(scene: Scene) -> None:
-    """Exit status 0 and not a word; the first client that comes then is served, and TERM ends it all."""
+    """The caller exits 0 without output, the next client is served, and TERM ends the daemon."""
     done = scene.start()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     with connect(scene.port) as client:
@@ -148,7 +148,7 @@ def test_the_caller_returns_when_clients_are_served(scene: Scene) -> None:
 
 
 def test_a_daemon_has_left_everything(scene: Scene) -> None:
-    """A process of init's, in a session that it doesn't lead, in /, with umask 027, no core dumps and no terminal."""
+    """The daemon is a child of init, does not lead its session, and has /, umask 027, no core dumps and no terminal."""
     with (scene.directory / "open").open("w") as inherited:
         done = scene.start(pass_fds=[inherited.fileno()])
         assert done.returncode == 0
@@ -172,7 +172,7 @@ def test_a_daemon_has_left_everything(scene: Scene) -> None:
 
 
 def test_the_caller_waits_until_then(scene: Scene) -> None:
-    """However long the start takes, here reading the configuration, the caller doesn't return before its end."""
+    """The caller waits until the start has ended, here for a slow configuration file."""
     with starting(scene) as (caller, release):
         with pytest.raises(subprocess.TimeoutExpired):
             caller.wait(0.3)
@@ -183,7 +183,7 @@ def test_the_caller_waits_until_then(scene: Scene) -> None:
 
 
 def test_a_log_that_goes_nowhere_is_warned_of(scene: Scene) -> None:
-    """A daemon has no standard error: without log.file the caller is told so, and it serves."""
+    """Without log.file the caller prints a warning, because a daemon has no standard error, and clients are served."""
     done = scene.start(*settings(log_file=""))
     assert done.returncode == 0
     assert done.stderr == "warning: log.file is empty: a daemon has no standard error, so its log goes nowhere\n"
@@ -191,7 +191,7 @@ def test_a_log_that_goes_nowhere_is_warned_of(scene: Scene) -> None:
 
 
 def test_other_warnings_reach_the_caller_too(scene: Scene) -> None:
-    """What `check` would warn of, the caller hears; the log has it as well."""
+    """The caller prints the warnings of `check`; the log has them as well."""
     done = run(["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *scene.arguments()])
     assert done.returncode == 0
     assert done.stderr.startswith("warning: limits.connections: only 256 open files are allowed")
@@ -201,7 +201,7 @@ def test_other_warnings_reach_the_caller_too(scene: Scene) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams(closed: str, scene: Scene) -> None:
-    """As cron and init scripts do: with standard streams closed it starts all the same."""
+    """The daemon also starts with closed standard streams, as from cron and init scripts."""
     done = run(["sh", "-c", f'exec "$@" {closed}', "sh", *scene.arguments()])
     assert (done.returncode, done.stderr) == (0, "")
     scene.stop()
@@ -229,7 +229,7 @@ def test_closed_standard_streams(closed: str, scene: Scene) -> None:
     ],
 )
 def test_an_error_reaches_the_caller(arguments: list[str], status: int, words: str, scene: Scene) -> None:
-    """Whatever fails, after detaching too: its exit status and its message are the caller's."""
+    """The caller prints any error of the start, also one after the fork, and exits with its status."""
     done = scene.start(*arguments)
     assert done.returncode == status, done.stderr
     assert words in done.stderr
@@ -237,7 +237,7 @@ def test_an_error_reaches_the_caller(arguments: list[str], status: int, words: s
 
 
 def test_a_taken_port_reaches_the_caller(scene: Scene) -> None:
-    """Every address that can't be bound is named; nothing is left behind."""
+    """The caller names every address that cannot be bound; no file is left behind."""
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         addresses = [f"127.0.0.1:{taken.getsockname()[1]}" for taken in (first, second)]
         done = scene.start("-l", addresses[0], "-l", addresses[1])
@@ -250,7 +250,7 @@ def test_a_taken_port_reaches_the_caller(scene: Scene) -> None:
 
 
 def test_a_second_one_is_refused(scene: Scene) -> None:
-    """The caller of the second gets the first one's pid and status 1; the first serves on, its pid file in place."""
+    """The second caller names the first daemon's pid and exits 1; the first daemon and its pid file are unaffected."""
     assert scene.start().returncode == 0
     pid = scene.pid
     done = scene.start()
@@ -263,7 +263,7 @@ def test_a_second_one_is_refused(scene: Scene) -> None:
 
 
 def test_a_stale_pid_file_is_no_obstacle(scene: Scene) -> None:
-    """Of a daemon that was killed, of another program that runs, or empty: the next one starts."""
+    """A daemon starts if the pid file is stale: of a killed daemon, with the pid of another program, or empty."""
     assert scene.start().returncode == 0
     stop(scene.pid, signal.SIGKILL)
     killed = scene.pid
@@ -278,7 +278,7 @@ def test_a_stale_pid_file_is_no_obstacle(scene: Scene) -> None:
 
 @contextlib.contextmanager
 def starting(scene: Scene) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], None]]]:
-    """A caller that waits for a daemon that is reading its configuration, and what lets it go on."""
+    """A caller that waits for a daemon that reads its configuration, and a function that lets the daemon continue."""
     gate, file = Gate(scene.directory / "gate"), scene.directory / "echod.toml"
     file.write_text("[limits]\nconnections = 7\n")
     gate.shut()
@@ -287,7 +287,7 @@ def starting(scene: Scene) -> Iterator[tuple["subprocess.Popen[str]", Callable[[
 
 
 def test_a_daemon_that_dies_without_a_word(scene: Scene) -> None:
-    """Killed before it served: the caller says that it ended without a word, status 1."""
+    """If the daemon is killed before it serves, the caller says that it ended without a report, and exits 1."""
     with starting(scene) as (caller, release):
         stop(scene.pid, signal.SIGKILL)
         assert caller.wait(DEADLINE_S) == 1
@@ -298,7 +298,7 @@ def test_a_daemon_that_dies_without_a_word(scene: Scene) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_caller_that_gives_up_calls_the_start_off(number: signal.Signals, scene: Scene) -> None:
-    """TERM or Ctrl-C while the caller waits ends it as any command, and the daemon doesn't stay."""
+    """TERM or Ctrl-C ends the waiting caller as any other command, and the daemon ends too."""
     with starting(scene) as (caller, release):
         process = os.pidfd_open(scene.pid)
         caller.send_signal(number)
@@ -312,7 +312,7 @@ def test_a_caller_that_gives_up_calls_the_start_off(number: signal.Signals, scen
 
 
 def test_a_terminal_that_hangs_up_does_not_end_the_start(scene: Scene) -> None:
-    """HUP, USR1 and USR2 to a waiting caller end nothing: a connection that breaks during the start is no stop."""
+    """HUP, USR1 and USR2 do not end a waiting caller, because a lost terminal must not stop a start."""
     with starting(scene) as (caller, release):
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             caller.send_signal(number)
@@ -322,7 +322,7 @@ def test_a_terminal_that_hangs_up_does_not_end_the_start(scene: Scene) -> None:
 
 
 def test_a_stop_during_the_start_is_followed(scene: Scene) -> None:
-    """TERM to the daemon that is still starting: it doesn't stay, and the caller hears of an end."""
+    """TERM ends a daemon that is still starting, and its caller reports that."""
     with starting(scene) as (caller, release):
         process = os.pidfd_open(scene.pid)
         signal.pidfd_send_signal(process, signal.SIGTERM)
@@ -347,7 +347,7 @@ def _detach_with_room_for(processes: int, report: str) -> None:
     ("processes", "words"), [(1, daemonize.SILENT_END), (2, "could not start: Failed second fork")]
 )
 def test_no_room_for_a_process(processes: int, words: str, tmp_path: Path) -> None:
-    """Whichever fork fails, the caller says that there is no daemon, and its status tells."""
+    """Whichever fork fails, the caller reports it and exits 1."""
     report = tmp_path / "stderr"
     child = multiprocessing.get_context("spawn").Process(target=_detach_with_room_for, args=(processes, str(report)))
     child.start()
@@ -364,7 +364,7 @@ def _detach_with_an_error() -> None:
 
 
 def test_a_caller_with_an_error_of_its_own_does_not_say_that_all_is_well() -> None:
-    """Whatever happens to it while it waits, status 0 means that clients are served."""
+    """The caller exits 0 only if clients are served, whatever happens to it while it waits."""
     child = multiprocessing.get_context("spawn").Process(target=_detach_with_an_error)
     child.start()
     child.join(DEADLINE_S)
@@ -375,7 +375,7 @@ def test_a_caller_with_an_error_of_its_own_does_not_say_that_all_is_well() -> No
 
 
 def test_relative_paths_are_meant_from_where_it_was_called(scene: Scene) -> None:
-    """-c, --pidfile and log.file hold after the daemon has gone to /, at a reload too."""
+    """-c, --pidfile and log.file stay relative to the caller's directory, also at a reload."""
     file = scene.directory / "echod.toml"
     file.write_text('[log]\nfile = "log"\n')
     arguments = ["-l", "127.0.0.1:0", "-c", "echod.toml", "--pidfile", "echod.pid"]
@@ -412,7 +412,7 @@ def test_the_log_is_reopened_as_logrotate_expects(scene: Scene) -> None:
 
 @pytest.fixture
 def open_scene(open_path: Path) -> Iterator[Scene]:
-    """A scene in a directory of root's that anybody can look into."""
+    """A scene in a directory of root that everyone can read."""
     scene = Scene(open_path)
     yield scene
     scene.clean_up()
@@ -539,7 +539,7 @@ def test_a_pid_file_in_the_foreground(tmp_path: Path) -> None:
 
 
 def test_a_start_that_fails_leaves_no_pid_file(tmp_path: Path) -> None:
-    """What was taken before the error is given back."""
+    """A start that fails after it has written the pid file removes it."""
     path = tmp_path / "pid"
     with Daemon("--pidfile", str(path), *settings(log_file="/nowhere/log")) as failed:
         assert failed.process.wait(DEADLINE_S) == 1

@@ -1,4 +1,4 @@
-"""The entry point of the Docker image, tried without an engine: which command line becomes which."""
+"""The entry point of the Docker image, tested without an engine: how it changes command lines."""
 
 import json
 import re
@@ -26,7 +26,7 @@ DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
     ],
 )
 def test_options_without_a_command_are_those_of_serve(given: list[str], run: list[str], tmp_path: Path) -> None:
-    """`docker run echod -l ADDRESS` serves there; a command, --help and --version stay what they are."""
+    """`docker run echod -l ADDRESS` serves there; a command, --help and --version are unchanged."""
     echod = tmp_path / "echod"
     echod.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     echod.chmod(0o755)

@@ -1,4 +1,4 @@
-"""`/metrics`: what prometheus-client's own parser reads in it, and that it agrees with the statistics."""
+"""`/metrics`, read with prometheus-client's parser, agrees with the statistics."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def samples(text: str) -> Samples:
 
 
 def expected(stats: dict[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
-    """What the statistics say, by the names of the metrics."""
+    """The values of the statistics by the names of the metrics."""
     for name in ("lines", "bytes_in", "bytes_out", "upgrades", "log_dropped"):
         yield (f"echod_{name}_total", ""), stats[name]
     yield ("echod_connections_accepted_total", ""), stats["connections"]["accepted"]
@@ -44,7 +44,7 @@ def expected(stats: dict[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
 
 
 def test_metrics_agree_with_the_statistics_after_a_known_load() -> None:
-    """Every counter, exactly: lines, bytes, clients by reason, reloads."""
+    """Every counter is exact: lines, bytes, clients by reason, reloads."""
     with serving(*settings(limits_connections=2, admin_listen="127.0.0.1:0")) as echod:
         admin = echod.wait_for("admin endpoint")["listen"][0]
         with connect(echod.port) as client, connect(echod.port) as faulty, connect(echod.port) as refused:
@@ -67,7 +67,7 @@ def test_metrics_agree_with_the_statistics_after_a_known_load() -> None:
 
 
 def test_metrics_are_text_of_prometheus() -> None:
-    """The content type says so, HEAD is answered, and a second scrape is as the first."""
+    """The content type is that of Prometheus, HEAD is answered, and a second scrape has the same metrics."""
     with serving(*settings(admin_listen="127.0.0.1:0")) as echod:
         admin = echod.wait_for("admin endpoint")["listen"][0]
         first, second = get(admin, "/metrics"), get(admin, "/metrics")
@@ -76,7 +76,7 @@ def test_metrics_are_text_of_prometheus() -> None:
 
 
 def test_what_is_unknown_is_left_out() -> None:
-    """A gauge that can't be read is no metric, and no failure."""
+    """A gauge that cannot be read is left out and is no error."""
 
     def fail() -> int:
         raise OSError
@@ -104,6 +104,6 @@ print(statistics.median(costs))
 
 
 def test_a_scrape_costs_less_than_a_millisecond_of_the_loop() -> None:
-    """In time of the processor, at the median of a hundred, in a process whose coverage isn't measured."""
+    """The median CPU time of a hundred scrapes, in a process without coverage measurement."""
     said = subprocess.run([sys.executable, "-c", COST], env=clean_environment() | UNMEASURED, capture_output=True)
     assert float(said.stdout) < 0.001, said

@@ -1,4 +1,4 @@
-"""The pid file: its lock is what counts, whatever is written in it."""
+"""The pid file: only its lock counts, not its content."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from tests.support.daemon import DEADLINE_S
 
 
 def test_it_holds_our_pid_while_we_run(tmp_path: Path) -> None:
-    """The pid and a newline, for nobody else to lock whatever the umask; removed at the end."""
+    """The file has the pid and a newline, is private whatever the umask is, and is removed at the end."""
     path = tmp_path / "pid"
     before = os.umask(0)
     try:
@@ -28,7 +28,7 @@ def test_it_holds_our_pid_while_we_run(tmp_path: Path) -> None:
 
 
 def test_a_second_one_is_refused_with_the_first_one_s_pid(tmp_path: Path) -> None:
-    """Whoever comes second is told who was first, and changes nothing."""
+    """A second daemon reports the first one's pid and changes nothing."""
     path = tmp_path / "pid"
     held = pidfile.acquire(str(path))
     with pytest.raises(pidfile.PidFileError, match=f"already running, pid {os.getpid()}$"):
@@ -39,7 +39,7 @@ def test_a_second_one_is_refused_with_the_first_one_s_pid(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stale", ["", "1\n", f"{os.getppid()}\n", "4194305\n", "\0" * 8, "47\0\0", "9" * 60])
 def test_what_was_left_behind_is_no_obstacle(stale: str, tmp_path: Path) -> None:
-    """An unlocked file is stale, even if it is empty or names another program that runs."""
+    """An unlocked file is stale, even if it is empty or names another running program."""
     path = tmp_path / "pid"
     path.write_text(stale)
     held = pidfile.acquire(str(path))
@@ -48,7 +48,7 @@ def test_what_was_left_behind_is_no_obstacle(stale: str, tmp_path: Path) -> None
 
 
 def test_what_is_no_pid_file_is_not_overwritten(tmp_path: Path) -> None:
-    """A slip of the pen, such as --pidfile echod.toml, destroys nothing; nor does a link or a FIFO lead astray."""
+    """A wrong file, such as --pidfile echod.toml, is not overwritten; a link or a FIFO is refused."""
     document = tmp_path / "echod.toml"
     document.write_text("# " + "x" * 100)
     (tmp_path / "link").symlink_to(document)
@@ -69,7 +69,7 @@ def test_what_is_no_pid_file_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_refusals_and_releases_leave_no_descriptor(tmp_path: Path) -> None:
-    """Nothing stays open."""
+    """No descriptor is left open."""
     before = os.listdir("/proc/self/fd")
     held = pidfile.acquire(f"{tmp_path}/pid")
     with pytest.raises(pidfile.PidFileError):
@@ -79,7 +79,7 @@ def test_refusals_and_releases_leave_no_descriptor(tmp_path: Path) -> None:
 
 
 def test_a_file_that_somebody_else_put_there_is_not_removed(tmp_path: Path) -> None:
-    """At the end only our own file goes."""
+    """Only our own file is removed at the end."""
     path = tmp_path / "pid"
     held = pidfile.acquire(str(path))
     path.unlink()
@@ -90,7 +90,7 @@ def test_a_file_that_somebody_else_put_there_is_not_removed(tmp_path: Path) -> N
 
 
 def test_nobody_gets_the_lock_of_a_file_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner ends in the very moment between our opening its file and locking it: we lock a new one."""
+    """If the owner removes its file between our open and our lock, a new file is locked."""
     path = str(tmp_path / "pid")
     first = pidfile.acquire(path)
     flock = fcntl.flock
@@ -112,7 +112,7 @@ def test_nobody_gets_the_lock_of_a_file_that_is_being_removed(tmp_path: Path, mo
 
 
 def test_a_pid_file_that_is_removed_as_we_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner ends between our opening its file and looking at it: it has no name any more, and we make a new one."""
+    """If the owner removes its file between our open and our check, a new file is created."""
     path = str(tmp_path / "pid")
     first = pidfile.acquire(path)
     is_released = False
@@ -146,7 +146,7 @@ sys.stdin.read()
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_cannot_lock_what_a_dead_one_has_left(open_path: Path) -> None:
-    """Whoever could open the file could keep the next one from starting."""
+    """A user who could open the file could prevent the next start."""
     path = str(open_path / "pid")
     held = pidfile.acquire(path)
     os.close(held.descriptor)  # as a kill does
@@ -158,7 +158,7 @@ def test_another_user_cannot_lock_what_a_dead_one_has_left(open_path: Path) -> N
 
 
 def test_a_file_that_others_could_open_is_replaced(tmp_path: Path) -> None:
-    """One of them may have it open, and lock it in the very moment in which we end."""
+    """Another user may have the file open, and lock it in the moment in which we end."""
     path = tmp_path / "pid"
     path.write_text("1\n")
     path.chmod(0o644)
@@ -173,7 +173,7 @@ def test_a_file_that_others_could_open_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_others_may_have_taken_is_told_as_such(tmp_path: Path) -> None:
-    """A readable file that is locked may be an echod's, so it is left alone; the message says what to do."""
+    """A readable file that is locked may belong to an echod, so it is left alone; the message says what to do."""
     path = tmp_path / "pid"
     path.write_text("4711\n")
     path.chmod(0o644)
@@ -189,7 +189,7 @@ def test_a_lock_that_others_may_have_taken_is_told_as_such(tmp_path: Path) -> No
 
 
 def test_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every file looks readable for all it is replaced once, not for ever."""
+    """On a file system where every file is readable for all, the file is replaced only once."""
     monkeypatch.setattr(lockfile, "is_private", lambda _: False)
     pidfile.acquire(f"{tmp_path}/pid").release()
 

@@ -1,4 +1,4 @@
-"""`echod ping`: real commands against real daemons, and against servers that lie, drop, stall or aren't there."""
+"""`echod ping` against real daemons, and against servers that reply wrongly, close, stall or do not exist."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def daemon() -> Iterator[Daemon]:
 
 @contextlib.contextmanager
 def pinging(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A ping under way, whose output is a pipe, and which is never left behind."""
+    """A running ping whose output is a pipe; it is killed at the end."""
     asked = [*PYTHON_M_ECHOD, "ping", *arguments]
     with subprocess.Popen(asked, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ping:
         try:
@@ -50,7 +50,7 @@ def pinging(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_it_reads_as_ping_does(daemon: Daemon) -> None:
-    """A header, a line for each reply, the loss and the times; exit 0."""
+    """The output is a header, a line for each reply, the loss and the times; exit 0."""
     address = f"127.0.0.1:{daemon.port}"
     done = command("ping", "-c", "3", "-i", "0.01", address)
     assert (done.returncode, done.stderr) == (0, "")
@@ -65,7 +65,7 @@ def test_it_reads_as_ping_does(daemon: Daemon) -> None:
 
 
 def test_every_kind_of_address(tmp_path: Path) -> None:
-    """A name, IPv4, IPv6 and a Unix socket are reached."""
+    """A name, IPv4, IPv6 and a Unix socket work."""
     with serving("-l", "127.0.0.1:0", "-l", "[::1]:0", "-l", f"unix:{tmp_path}/sock") as echod:
         four, six = echod.ports
         for target, peer in [
@@ -80,7 +80,7 @@ def test_every_kind_of_address(tmp_path: Path) -> None:
 
 
 def test_json(daemon: Daemon) -> None:
-    """`--json` prints an object a line: each round trip, then all."""
+    """`--json` prints one object per line: for each round trip, then for the summary."""
     address = f"127.0.0.1:{daemon.port}"
     done = command("ping", "--json", "-c", "2", "-i", "0", address)
     first, second, whole = map(json.loads, done.stdout.splitlines())
@@ -98,7 +98,7 @@ def test_json(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 56, 65536])
 def test_sizes(daemon: Daemon, size: int) -> None:
-    """A text of any size that the server takes is answered correctly."""
+    """A text of any size up to the server's limit is answered correctly."""
     done = command("ping", "-c", "3", "-i", "0", "-s", str(size), f"127.0.0.1:{daemon.port}")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(f"{size + 1} bytes from ") == 3
@@ -106,7 +106,7 @@ def test_sizes(daemon: Daemon, size: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_it_with_the_summary(daemon: Daemon, number: signal.Signals) -> None:
-    """Ctrl-C or TERM: the summary, exit 0 if all were answered correctly; each line is there at once, in a pipe too."""
+    """Ctrl-C and TERM print the summary and exit 0 if all replies were correct; lines are never buffered."""
     with pinging("-i", "60", f"127.0.0.1:{daemon.port}") as ping:
         assert ping.stdout
         assert "PING" in ping.stdout.readline()
@@ -118,7 +118,7 @@ def test_ctrl_c_ends_it_with_the_summary(daemon: Daemon, number: signal.Signals)
 
 
 def test_at_a_terminal(daemon: Daemon) -> None:
-    """Typed at a terminal it looks as ping(8) does, the summary below what Ctrl-C leaves there."""
+    """At a terminal the output looks like that of ping(8), with the summary below ^C."""
     with at_terminal("ping", f"localhost:{daemon.port}") as terminal:
         terminal.see("seq=1 .* ms$")
         terminal.press(b"\x03")
@@ -129,7 +129,7 @@ def test_at_a_terminal(daemon: Daemon) -> None:
 
 
 def test_a_reader_that_has_enough(daemon: Daemon) -> None:
-    """`echod ping ... | head -1` ends at once and without a word."""
+    """`echod ping ... | head -1` ends at once and without an error message."""
     with pinging("-i", "0.01", f"127.0.0.1:{daemon.port}") as ping:
         assert ping.stdout
         assert ping.stderr
@@ -146,7 +146,7 @@ Answer = Callable[[socket.socket, bytes], None]
 
 @contextlib.contextmanager
 def server(answer: Answer) -> Iterator[str]:
-    """A server that does `answer` with each line of a client, one client after the other."""
+    """A server that calls `answer` for each line of a client, one client after the other."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -199,7 +199,7 @@ def drop_in_the_middle(client: socket.socket, line: bytes) -> None:
 
 
 def stall(client: socket.socket, line: bytes) -> None:
-    """Say nothing at all."""
+    """Send nothing."""
 
 
 def stall_in_the_middle(client: socket.socket, line: bytes) -> None:
@@ -220,7 +220,7 @@ def stall_in_the_middle(client: socket.socket, line: bytes) -> None:
     ],
 )
 def test_no_right_answer(answer: Answer, words: str) -> None:
-    """Whatever a server does instead of answering right, it is said in a line, and the exit status is 1."""
+    """Whatever a server does instead of replying correctly, ping prints one line about it and exits 1."""
     with server(answer) as address:
         within = "1" if answer in (stall, stall_in_the_middle) else str(DEADLINE_S / 2)  # only a stall is waited out
         done = command("ping", "-c", "2", "-i", "0", "-W", within, "-s", "12", address)
@@ -232,7 +232,7 @@ def test_no_right_answer(answer: Answer, words: str) -> None:
 
 
 class Late:
-    """Answers the first line only when the second comes, on whatever connection, and says so much for the first one."""
+    """Answers the first line only after its client has given up, and every later one at once."""
 
     def __init__(self) -> None:
         self.late: tuple[socket.socket, bytes] | None = None
@@ -248,7 +248,7 @@ class Late:
 
 
 def test_a_late_reply_is_not_the_next_ones() -> None:
-    """A reply that comes too late is lost; the next round trip, over another connection, has its own."""
+    """A late reply is lost; the next round trip uses a new connection and gets its own reply."""
     with server(Late()) as address:
         done = command("ping", "-c", "3", "-i", "0", "-W", "1", address)
     assert (done.returncode, done.stderr) == (1, "")
@@ -261,7 +261,7 @@ def test_a_late_reply_is_not_the_next_ones() -> None:
 
 
 class Afterwards:
-    """Answers right, and once, when it is told that the first reply was read, does something more."""
+    """Answers correctly, and does something more once the first reply has been read."""
 
     def __init__(self, more: Answer) -> None:
         self.is_read = threading.Event()
@@ -275,7 +275,7 @@ class Afterwards:
 
 
 def test_what_is_said_after_a_reply() -> None:
-    """A second reply that comes behind the first, in its own good time, is noticed at the next round trip."""
+    """Unexpected data after a reply is detected at the next round trip."""
     double_later = Afterwards(lambda client, _: client.sendall(b"HALLO\n"))
     with server(double_later) as address, pinging("-c", "3", "-i", "2", address) as ping:  # said long before the next
         assert wait_for(ping, "seq=1 .* ms\n")
@@ -288,7 +288,7 @@ def test_what_is_said_after_a_reply() -> None:
 
 
 def test_a_connection_that_is_reset_between_round_trips() -> None:
-    """However a server ends a connection between two round trips, the next begins with a new one."""
+    """However a server ends a connection between two round trips, the next one uses a new connection."""
     reset_later = Afterwards(reset)
     with server(reset_later) as address, pinging("-c", "2", "-i", "2", address) as ping:  # long before the next
         assert wait_for(ping, "seq=1 .* ms\n")
@@ -298,7 +298,7 @@ def test_a_connection_that_is_reset_between_round_trips() -> None:
 
 
 def test_why_a_text_is_not_taken() -> None:
-    """A server that answers before all was sent is still heard, even if it closes with a reset."""
+    """An error line sent before the whole request was read is shown, even if the server then resets."""
     with serving(*settings(limits_line_bytes=1000)) as echod, server(refuse_and_reset) as other:
         for address, words in [(f"127.0.0.1:{echod.port}", "line longer than 1000 bytes"), (other, "go away")]:
             done = command("ping", "-c", "2", "-i", "0", "-s", "8000000", address)
@@ -307,7 +307,7 @@ def test_why_a_text_is_not_taken() -> None:
 
 
 def test_an_idle_connection_may_be_closed() -> None:
-    """A connection that the server closed between two round trips costs none of them: a note tells of it."""
+    """A connection that the server closes between two round trips costs neither of them; a note mentions it."""
     with serving(*settings(timeouts_idle=0.5)) as echod:
         done = command("ping", "-c", "2", "-i", "1.5", f"127.0.0.1:{echod.port}")
         whole = command("ping", "-c", "2", "-i", "1.5", "--json", f"127.0.0.1:{echod.port}")
@@ -318,7 +318,7 @@ def test_an_idle_connection_may_be_closed() -> None:
 
 
 def test_a_restart_meanwhile(tmp_path: Path) -> None:
-    """A server that goes away and comes back: told as it is, and connected to again."""
+    """If a server stops and starts again, the outage is reported and ping connects again."""
     address = f"unix:{tmp_path}/sock"
     with pinging("-i", "0.05", address) as ping:
         with serving("-l", address, *settings(timeouts_drain=0.1)):
@@ -339,7 +339,7 @@ def wait_for(ping: subprocess.Popen[str], pattern: str) -> bool:
 
 @pytest.mark.parametrize("reply", [b"", b"HAL"])
 def test_ctrl_c_while_it_waits(reply: bytes) -> None:
-    """Ctrl-C while a server stalls: the summary at once. What was under way doesn't count; nothing is no success."""
+    """Ctrl-C while a server stalls prints the summary at once; without a finished round trip, ping exits 1."""
     asked_for = threading.Event()
 
     def answer(client: socket.socket, line: bytes) -> None:
@@ -356,7 +356,7 @@ def test_ctrl_c_while_it_waits(reply: bytes) -> None:
 
 
 def test_nobody_listens() -> None:
-    """Nobody there: refused, said for each round trip, exit 1; an unknown name is said at once."""
+    """A refused connection is reported for each round trip, and exits 1; an unknown name ends ping at once."""
     done = command("ping", "-c", "2", "-i", "0", "127.0.0.1:1")
     assert (done.returncode, done.stderr) == (1, "")
     assert "seq=2 127.0.0.1:1: connection refused" in done.stdout
@@ -373,7 +373,7 @@ def found(*ports: int) -> dial.Found:
 
 
 def test_each_address_is_tried(daemon: Daemon) -> None:
-    """Of several addresses the first where somebody listens is taken; if there is none, each says why."""
+    """Of several addresses the first that accepts is used; if none does, the error names each."""
     connected, address = dial.connect(found(1, daemon.port, 2), time.monotonic() + DEADLINE_S)
     connected.close()
     assert address == ("127.0.0.1", daemon.port)
@@ -386,7 +386,7 @@ def test_each_address_is_tried(daemon: Daemon) -> None:
 
 
 def test_an_address_that_is_silent_leaves_time_for_the_next(daemon: Daemon) -> None:
-    """Who doesn't even refuse takes its share of the time, no more."""
+    """An address that does not answer takes only its share of the time."""
     with full(("127.0.0.1", 0), socket.AF_INET) as silent:
         start = time.monotonic()
         connected, address = dial.connect(found(silent[1], daemon.port), start + 4)
@@ -398,7 +398,7 @@ def test_an_address_that_is_silent_leaves_time_for_the_next(daemon: Daemon) -> N
 
 
 def test_a_full_backlog_of_a_unix_socket(tmp_path: Path) -> None:
-    """A Unix socket whose backlog is full is waited for, as a port is, but not for longer."""
+    """Connecting to a Unix socket with a full backlog waits, as for a port, up to the timeout."""
     with full(f"{tmp_path}/sock", socket.AF_UNIX):
         done = command("ping", "-c", "1", "-W", "0.2", f"unix:{tmp_path}/sock")
     assert done.returncode == 1
@@ -407,7 +407,7 @@ def test_a_full_backlog_of_a_unix_socket(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def full(address: Any, family: int) -> Iterator[Any]:
-    """A socket that listens, with a backlog full of others."""
+    """A listening socket with a full backlog."""
     with contextlib.ExitStack() as opened:
         listener = opened.enter_context(socket.socket(family))
         listener.bind(address)
@@ -423,7 +423,7 @@ def full(address: Any, family: int) -> Iterator[Any]:
 
 
 def test_a_name_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long looking a name up may take is as long as a round trip may."""
+    """Resolving a name may take as long as a round trip."""
     answered = threading.Event()
 
     def silent(host: bytes, *arguments: object, flags: int, **others: object) -> list[Any]:
@@ -446,7 +446,7 @@ def test_a_name_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_imports_little(daemon: Daemon) -> None:
-    """A health check every few hundred milliseconds pays for no event loop, no configuration, no log and no JSON."""
+    """A ping imports no event loop, configuration, log or JSON, because health checks start it often."""
     address = f"127.0.0.1:{daemon.port}"
     script = f"from echod.__main__ import main\nmain(['ping', '-c', '1', '{address}'])\nimport sys\nprint(*sys.modules)"
     done = run([sys.executable, "-c", script], UNMEASURED)
@@ -461,7 +461,7 @@ def test_it_imports_little(daemon: Daemon) -> None:
 
 
 def test_options() -> None:
-    """Each option says how to ask; without one it is every second without an end."""
+    """Each option sets its field; the default is a round trip per second without an end."""
     plain = Plan(TcpAddress("::1", 9), None, 1, 5, 56)
     assert args.parse(["ping", "[::1]:9"]) == args.Ping(plain, as_json=False)
     asked = Plan(UnixAddress("/a"), 3, 0.5, 2, 0)

@@ -1,4 +1,4 @@
-"""`echod stats --watch`: at a terminal, through a pipe, as JSON; through restarts of the daemon."""
+"""`echod stats --watch`: at a terminal, in a pipe and as JSON; also across restarts of the daemon."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def watch(admin: str, *more: str) -> list[str]:
 
 @contextlib.contextmanager
 def watching(admin: str, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """`echod stats --watch` whose output is no terminal."""
+    """`echod stats --watch` whose output is a pipe."""
     command = [*PYTHON_M_ECHOD, *watch(admin, *more)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment({"TERM": "xterm"}), stdout=pipe, stderr=pipe, text=True) as watched:
@@ -45,7 +45,7 @@ def watching(admin: str, *more: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_live_at_a_terminal(admin: str) -> None:
-    """Each second what is, in place, with bars; Ctrl-C gives the terminal back, the last of it there, and exits 0."""
+    """The table is redrawn every second, with bars; Ctrl-C restores the terminal, leaves the last table and exits 0."""
     with serving("--set", f"admin.listen={admin}") as echod, at_terminal(*watch(admin)) as terminal:
         terminal.see(rf"^echod \S+   pid {echod.pid}   serving   up \d+ s   (no )?fast path$")
         terminal.see(r"^  open +0 +░{20} peak 0$")
@@ -69,7 +69,7 @@ def test_live_at_a_terminal(admin: str) -> None:
 
 
 def test_rates(admin: str) -> None:
-    """What grew is told as so much a second, and vanishes when nothing comes any more."""
+    """Growing counters have a rate, which disappears when they stop."""
     with serving("--set", f"admin.listen={admin}") as echod, at_terminal(*watch(admin)) as terminal:
         terminal.see("^echod")
         with connect(echod.port) as client:
@@ -81,7 +81,7 @@ def test_rates(admin: str) -> None:
 
 
 def test_the_daemon_restarts(admin: str) -> None:
-    """While nobody answers it says so and tries on; then it shows the new daemon, and that there was a restart."""
+    """While nobody answers, it says so and retries; then it shows the new daemon, and that it was restarted."""
     with contextlib.ExitStack() as watched:
         with serving("--set", f"admin.listen={admin}") as first:
             terminal = watched.enter_context(at_terminal(*watch(admin)))
@@ -96,7 +96,7 @@ def test_the_daemon_restarts(admin: str) -> None:
 
 
 def test_a_narrow_terminal(admin: str) -> None:
-    """Where there is no room lines are cut, never wrapped; a terminal that grows is filled."""
+    """Lines are cut at the width of the terminal, and a larger terminal is used at once."""
     with serving("--set", f"admin.listen={admin}"), at_terminal(*watch(admin), rows=5, columns=20) as terminal:
         terminal.see(r"^  open +\Z|^  accepted")
         assert len(terminal.screen.text.splitlines()) == 5
@@ -106,7 +106,7 @@ def test_a_narrow_terminal(admin: str) -> None:
 
 
 def test_ctrl_z(admin: str) -> None:
-    """Ctrl-Z gives the terminal back, and the command draws anew when it is continued."""
+    """Ctrl-Z restores the terminal, and the table is redrawn when the command continues."""
     with serving("--set", f"admin.listen={admin}"), at_terminal(*watch(admin)) as terminal:
         terminal.see("^echod")
         terminal.press(CTRL_Z)
@@ -121,7 +121,7 @@ def test_ctrl_z(admin: str) -> None:
 
 
 def test_no_colour(admin: str) -> None:
-    """NO_COLOR is respected, once and with --watch; an empty one says nothing. So is a terminal that knows nothing."""
+    """NO_COLOR and a dumb terminal disable colours, once and with --watch; an empty NO_COLOR does not."""
     with serving("--set", f"admin.listen={admin}"):
         for no_color, is_coloured in [("1", False), ("", True)]:
             with at_terminal("stats", "--admin", admin, NO_COLOR=no_color) as terminal:
@@ -150,7 +150,7 @@ def test_term_leaves_a_clean_terminal(admin: str) -> None:
 
 
 def test_through_a_pipe(admin: str) -> None:
-    """Output that is no terminal gets plain tables, one below the other, at once."""
+    """Output that is not a terminal gets plain tables, one below the other, unbuffered."""
     with serving("--set", f"admin.listen={admin}"), watching(admin) as watched:
         assert watched.stdout
         lines = [line for line, _ in zip(watched.stdout, range(30), strict=False)]
@@ -163,7 +163,7 @@ def test_through_a_pipe(admin: str) -> None:
 
 
 def test_json_lines(admin: str) -> None:
-    """`--watch --json` prints an object a line; that nobody answers is said once on standard error."""
+    """`--watch --json` prints one object per line; an outage is reported once on standard error."""
     with contextlib.ExitStack() as watched:
         with serving("--set", f"admin.listen={admin}") as first:
             command = watched.enter_context(watching(admin, "--json"))
@@ -179,7 +179,7 @@ def test_json_lines(admin: str) -> None:
 
 
 def test_each_outage_is_told_once() -> None:
-    """However often nobody answers, one complaint is enough, until somebody has answered again."""
+    """An outage is reported once, and again only after an answer."""
     written: list[str] = []
     complaints: list[str] = []
     page = JsonLines(written.append, complaints.append)
@@ -192,7 +192,7 @@ def test_each_outage_is_told_once() -> None:
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_nobody_there_from_the_start(more: list[str]) -> None:
-    """Nobody answers the first time: said in a line, exit 1, as without --watch."""
+    """If nobody answers the first request, the command prints one line and exits 1, as without --watch."""
     with watching("unix:/no/such/socket", *more) as watched:
         said, errors = watched.communicate(timeout=DEADLINE_S)
     assert (watched.returncode, said, errors.count("\n")) == (1, "", 1)

@@ -1,4 +1,4 @@
-"""What a person sees: `echod serve` typed at a terminal."""
+"""`echod serve` at a terminal."""
 
 import os
 import pty
@@ -29,7 +29,7 @@ def _read_until(reader: int, text: bytes) -> bytes:
 
 @pytest.mark.parametrize("has_log_file", [False, True], ids=["log here", "log in a file"])
 def test_a_terminal_is_greeted_with_what_to_type_next(has_log_file: bool, tmp_path: Path) -> None:
-    """On a terminal it greets with what to type next, wherever its log goes; Ctrl-C drains and stops."""
+    """On a terminal it shows what to type next, wherever its log goes; Ctrl-C drains and stops."""
     reader, terminal = pty.openpty()
     log = ["--set", f"log.file={tmp_path}/log"] if has_log_file else []
     command = [sys.executable, "-m", "echod", "serve", "-l", "127.0.0.1:0", *log]
@@ -53,7 +53,7 @@ def test_a_terminal_is_greeted_with_what_to_type_next(has_log_file: bool, tmp_pa
 
 
 def test_the_greeting_names_a_client_for_every_address() -> None:
-    """Each address is shown as the command that talks to it, aligned whatever the pid."""
+    """Each address is shown as a command that connects to it; columns are aligned for any pid."""
     text = greeting(["0.0.0.0:8888", "[::]:8889", "[::1]:1", "unix:/run/e.sock"], 7)
     assert [line.strip() for line in text.splitlines() if " nc " in line] == [
         "nc 127.0.0.1 8888",

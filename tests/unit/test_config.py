@@ -1,4 +1,4 @@
-"""Default, file, environment and command line become one valid configuration, or every error at once."""
+"""Defaults, file, environment and command line become one valid configuration, or every error is reported at once."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ from echod.config.toml import render
 from echod.net.address import identity, parse_address
 
 PLENTY = 2**31 - 1
-"""Open files enough for any limit of connections."""
+"""A limit of open files that allows any connection limit."""
 
 
 def from_file(text: str | bytes, path: Path, open_files: int = PLENTY) -> Loaded:
@@ -42,7 +42,7 @@ def errors_of(
     flags: Iterable[Setting] = (),
     open_files: int = PLENTY,
 ) -> list[str]:
-    """The errors, the file being called FILE."""
+    """Return the errors, with FILE for the name of the file."""
     if path and text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as raised:
@@ -64,7 +64,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_defaults() -> None:
-    """With no source at all, the defaults of the contract are in force."""
+    """Without any source, the documented defaults are in force."""
     loaded = load(None, {}, (), PLENTY)
     assert loaded == Loaded(Config(), ())
     assert msgspec.to_builtins(loaded.config) == {
@@ -89,7 +89,7 @@ def test_precedence(file: Path) -> None:
 
 
 def test_the_admin_endpoint_may_take_any_port_beside_the_clients(file: Path) -> None:
-    """Port 0 is any free one, so it never stands for the same one twice."""
+    """Port 0 is any free port, so two of them never conflict."""
     text = "[[listen]]\naddress = 'a:0'\n[admin]\nlisten = 'a:0'\n"
     assert from_file(text, file).config.admin == Admin(listen="a:0")
 
@@ -105,7 +105,7 @@ def test_listen_is_replaced_as_a_whole(file: Path) -> None:
 
 
 def test_the_packed_default_is_the_weakest_source(file: Path) -> None:
-    """ECHOD_DEFAULT_LISTEN holds where nothing else says where to listen, and counts as nobody having said it."""
+    """ECHOD_DEFAULT_LISTEN holds if no other source sets `listen`, and does not count as a source."""
     file.write_text('[[listen]]\naddress = "a:1"\n')
     packed = {"ECHOD_DEFAULT_LISTEN": "0.0.0.0:1,[::]:1"}
     alone = load(None, packed, (), PLENTY)
@@ -142,7 +142,7 @@ def test_each_key_from_each_source(key: str, file: Path) -> None:
 
 
 def test_a_bad_value_is_an_error_although_a_later_source_wins(file: Path) -> None:
-    """No bad value is passed over, even one that would not have come into force."""
+    """A bad value is an error even if a later source overrides it."""
     file.write_text("[timeouts]\nidle = -1\n")
     assert len(errors_of(None, file, flags=[flag("timeouts.idle", "3")])) == 1
 
@@ -310,7 +310,7 @@ def test_error_in_text(key: str, value: str, error: str) -> None:
     ],
 )
 def test_error_in_listen_as_text(value: str, error: str) -> None:
-    """ECHOD_LISTEN is a list of addresses with commas between; each bad one is named by its place."""
+    """ECHOD_LISTEN is a comma-separated list; the error for a bad address names its index."""
     assert errors_of(environment={"ECHOD_LISTEN": value}) == [f"ECHOD_LISTEN: {error}"]
 
 
@@ -328,7 +328,7 @@ def test_error_in_listen_as_text(value: str, error: str) -> None:
     ],
 )
 def test_unknown_key_of_a_flag(key: str, words: str) -> None:
-    """An unknown key of --set comes with the nearest known one, of its own section if that exists."""
+    """The error for an unknown key suggests the nearest known one, from the same section if that exists."""
     assert errors_of(flags=[flag(key, "3")]) == [f"--set: {key}: {words} (got '3')"]
 
 
@@ -341,7 +341,7 @@ def test_unknown_key_of_a_flag(key: str, words: str) -> None:
     ],
 )
 def test_an_error_is_one_line(text: str, error: str, file: Path) -> None:
-    """Whatever a key is called, its error is one line that a terminal can show."""
+    """An error is one printable line, whatever the key is called."""
     assert errors_of(text, file) == [error]
 
 
@@ -387,33 +387,33 @@ def test_all_errors_at_once(file: Path) -> None:
     ],
 )
 def test_not_toml(text: bytes, error: str, file: Path) -> None:
-    """A file that is not TOML is one error, and says where."""
+    """A file that is not TOML is one error, which says where."""
     [found] = errors_of(text, file)
     assert found.startswith(error)
     assert "\n" not in found
 
 
 def test_unreadable_file(tmp_path: Path) -> None:
-    """A file that is missing or a directory is one error; those of the other sources are told with it."""
+    """A missing file or a directory is one error, reported together with those of the other sources."""
     assert errors_of(None, tmp_path / "no") == ["FILE: cannot be read: No such file or directory"]
     assert errors_of(None, tmp_path) == ["FILE: cannot be read: a directory, expected a regular file"]
     assert len(errors_of(None, tmp_path, flags=[flag("timeouts.idle", "x")])) == 2
 
 
 def test_empty_file(file: Path) -> None:
-    """A file that says nothing leaves every default in force."""
+    """An empty file leaves every default in force."""
     assert from_file("", file) == Loaded(Config(), ())
     assert from_file("[limits]\n[timeouts]\n[log]\n", file) == Loaded(Config(), ())
 
 
 def test_port_0_twice(file: Path) -> None:
-    """Port 0 is any free port: two of them are two listeners."""
+    """Port 0 is any free port, so two of them are two listeners."""
     loaded = from_file("[[listen]]\naddress = 'a:0'\n[[listen]]\naddress = 'a:0'\n", file)
     assert addresses(loaded) == ["a:0", "a:0"]
 
 
 def test_a_socket_may_be_named_like_a_path(file: Path) -> None:
-    """What a service manager's socket is called and where a Unix socket lies are two things, even if spelt alike."""
+    """The name of an inherited socket and the path of a Unix socket are different, even if spelt alike."""
     named = "[[listen]]\naddress = 'systemd:/x'\n"
     assert addresses(from_file(f"{named}[[listen]]\naddress = 'unix:/x'", file)) == ["systemd:/x", "unix:/x"]
     assert from_file(f"{named}[admin]\nlisten = 'unix:/x'", file).config.admin.listen == "unix:/x"
@@ -448,13 +448,13 @@ def test_seconds(text: str, idle: float, file: Path) -> None:
     ],
 )
 def test_variables_of_kubernetes(name: str) -> None:
-    """What Kubernetes sets in each container for a Service of this name is no key of ours."""
+    """Variables that Kubernetes sets for a Service called echod are ignored."""
     assert load(None, {name: "tcp://10.0.0.1:8888"}, (), PLENTY) == Loaded(Config(), ())
 
 
 @pytest.mark.parametrize("name", ["PATH", "ECHOD", "ECHO_LISTEN", "ECHOD_IMAGE_DIGEST", "ECHOD_CONFIG", "echod_listen"])
 def test_variables_of_others(name: str) -> None:
-    """A variable that is not ours, or merely begins alike, is left alone."""
+    """Variables of other programs are ignored, also if they only start with ECHOD_."""
     assert load(None, {name: "x"}, (), PLENTY) == Loaded(Config(), ())
 
 
@@ -472,7 +472,7 @@ def test_variables_of_others(name: str) -> None:
     ],
 )
 def test_misspelt_variables(name: str, nearest: str) -> None:
-    """A misspelt variable is refused, with the nearest known name."""
+    """A misspelt variable is an error that suggests the nearest known name."""
     words = f", did you mean {nearest}?" if nearest else ""
     assert errors_of(environment={name: "3"}) == [f"{name}: unknown key{words} (got '3')"]
 
@@ -481,7 +481,7 @@ def test_misspelt_variables(name: str, nearest: str) -> None:
     "name", ["ECHOD_LISTEN_PROXY_PROTOCOL", "ECHOD_LISTEN_REUSE_PORT", "ECHOD_LISTEN_0_REUSE_PORT"]
 )
 def test_keys_of_a_listener_in_the_environment(name: str) -> None:
-    """A variable for a key of a [[listen]] is refused, and the message says where such a key is set."""
+    """A variable for a key of a [[listen]] is an error that says where such a key is set."""
     words = "unknown key, the keys of a [[listen]] can be set only in the file"
     assert errors_of(environment={name: "true"}) == [f"{name}: {words} (got 'true')"]
 
@@ -489,7 +489,7 @@ def test_keys_of_a_listener_in_the_environment(name: str) -> None:
 @pytest.mark.parametrize("name", ["ECHOD_HOST", "ECHOD_PORT"])
 @pytest.mark.parametrize("value", ["8888", ""])
 def test_variables_that_are_expected_to_work(name: str, value: str) -> None:
-    """A variable that many programs take, and echod does not, is answered with a warning."""
+    """A variable that many programs use but echod ignores causes a warning."""
     loaded = load(None, {name: value}, (), PLENTY)
     warning = f"{name} is ignored (got {value!r}): set ECHOD_LISTEN=HOST:PORT instead"
     assert loaded == Loaded(Config(), (warning,))
@@ -500,7 +500,7 @@ def test_variables_that_are_expected_to_work(name: str, value: str) -> None:
 
 @pytest.mark.parametrize("text", ["1000", "1_000", "1e3", "1.0e3"])
 def test_ways_to_write_a_number(text: str, file: Path) -> None:
-    """A number can be written in each way of TOML, in the file, in the environment and in a flag."""
+    """A number can be written in every notation of TOML, in each source."""
     keys = ("limits.connections", "limits.line_bytes", "timeouts.idle")
     found = [
         from_file(f"limits.connections = {text}\nlimits.line_bytes = {text}\ntimeouts.idle = {text}\n", file),
@@ -513,12 +513,12 @@ def test_ways_to_write_a_number(text: str, file: Path) -> None:
 
 @pytest.mark.parametrize("text", ["1.5", "1_", "_1", "1__0", "1 0", "1e-3"])
 def test_what_is_no_whole_number(text: str) -> None:
-    """Text that is no whole number is refused, and shown as it was written."""
+    """Text that is not an integer is an error, which shows it as written."""
     assert errors_of(flags=[flag("limits.connections", text)])[0].endswith(f"(got {text!r})")
 
 
 def test_digits_in_a_name_are_left_alone() -> None:
-    """An underscore between digits means nothing in what is no number."""
+    """Underscores between digits are kept in text values."""
     assert load(None, {}, [flag("log.file", "/a/1_000")], PLENTY).config.log.file == "/a/1_000"
 
 
@@ -528,7 +528,7 @@ SPARE = RESERVED_FILES + 1  # for one listener
 
 
 def test_connections_set_by_hand_must_fit(file: Path) -> None:
-    """`limits.connections` set by hand must fit under NOFILE, or is refused with the figure that fits."""
+    """A `limits.connections` set by hand that exceeds NOFILE is an error with the number that fits."""
     wrong = (
         "limits.connections: only 100 open files are allowed (ulimit -n, LimitNOFILE=), "
         "at most 35 connections fit: lower the value or raise the hard limit (got 36)"
@@ -542,12 +542,12 @@ def test_connections_set_by_hand_must_fit(file: Path) -> None:
 
 
 def test_the_default_of_connections_set_by_hand_must_fit_too() -> None:
-    """A figure that somebody wrote down is never lowered, even if it is that of the default."""
+    """A value set by hand is never lowered, even if it equals the default."""
     assert len(errors_of(flags=[flag("limits.connections", "10000")], open_files=100)) == 1
 
 
 def test_default_connections_are_lowered() -> None:
-    """The default is lowered to what fits, with a warning that says so."""
+    """The default is lowered to the number that fits, with a warning."""
     loaded = load(None, {}, (), 100)
     assert loaded.config == Config(limits=Limits(connections=35))
     assert loaded.warnings == (
@@ -561,13 +561,13 @@ def test_default_connections_are_lowered() -> None:
 
 
 def test_each_listener_takes_one_file() -> None:
-    """Each listener takes a descriptor away from the connections."""
+    """Each listener needs a descriptor, which reduces the number of connections that fit."""
     assert load(None, {"ECHOD_LISTEN": "a:1,a:2,a:3"}, (), 100).config.limits.connections == 33
 
 
 @pytest.mark.parametrize("flags", [[], [flag("limits.connections", "5")]])
 def test_too_few_files_for_anyone(flags: list[Setting]) -> None:
-    """Where not even one client could be served, that is an error, with the figure that is needed."""
+    """If not even one client could be served, the error names the number of files that is needed."""
     [error] = errors_of(flags=flags, open_files=SPARE)
     assert error.partition(": ")[2].startswith(
         "limits.connections: only 65 open files are allowed (ulimit -n, LimitNOFILE=), "
@@ -615,13 +615,13 @@ configs = st.builds(
 )
 @example(config=Config(timeouts=Timeouts(idle=1_234_567, line=999_999, write=1e6, drain=0.0)), with_comments=False)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Config, with_comments: bool) -> None:
-    """What `check` prints is the configuration in force: reading it gives the same one."""
+    """The output of `check` reads back as the same configuration."""
     file = tmp_path_factory.getbasetemp() / "printed.toml"
     assert from_file(render(config, with_comments=with_comments), file) == Loaded(config, (), is_listen_set=True)
 
 
 def test_config_prints_the_defaults_with_comments() -> None:
-    """`echod config` prints the default of every key, each with a comment."""
+    """`echod config` prints every default with a comment."""
     text = render(Config(), with_comments=True)
     document = tomllib.loads(text)
     assert msgspec.convert(document, Config) == Config()

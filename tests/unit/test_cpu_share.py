@@ -1,4 +1,4 @@
-"""A share of the loop's CPU time, on a real loop with work that really takes it."""
+"""CPU shares on a real event loop, with work that uses real CPU time."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from tests.support.daemon import DEADLINE_S
 
 
 class Worker:
-    """Works again and again, for as long as its share lets it."""
+    """Work that repeats as often as its share allows."""
 
     def __init__(self, share: float, piece_s: float) -> None:
         self.spent_s = 0.0
@@ -48,7 +48,7 @@ class Worker:
 
 @pytest.mark.parametrize("piece_s", [0.0001, 0.005])
 def test_work_gets_its_share_and_no_more(piece_s: float) -> None:
-    """Work without an end, in small pieces or large ones, takes its share of the time; it goes on after each pause."""
+    """Endless work, in small or large pieces, uses its share of the time and continues after each pause."""
 
     async def main() -> None:
         began = time.monotonic()
@@ -63,7 +63,7 @@ def test_work_gets_its_share_and_no_more(piece_s: float) -> None:
 
 
 def test_what_comes_alone_is_never_suspended() -> None:
-    """Work below the share goes on without a pause, however long it has gone on."""
+    """Work below its share is never paused."""
 
     async def main() -> None:
         suspended: list[None] = []
@@ -78,7 +78,7 @@ def test_what_comes_alone_is_never_suspended() -> None:
 
 
 def test_work_that_fails_is_charged() -> None:
-    """An error passes through, and its time counts."""
+    """An exception is passed on, and its time is charged."""
 
     def fail() -> None:
         end = time.thread_time() + 0.002

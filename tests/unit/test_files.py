@@ -1,4 +1,4 @@
-"""Files that an operator names: regular ones are read, within bounds, and anything else is an error that says so."""
+"""Bounded reads: regular files are read, and anything else is an error with a reason."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from echod.process.files import read_bounded
 
 
 def test_a_regular_file_and_what_links_to_it(tmp_path: Path) -> None:
-    """The content up to the bound, through a symbolic link too, as Kubernetes mounts files."""
+    """A file up to the bound is read, also through a symbolic link, as Kubernetes mounts files."""
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_bytes(b"x" * files.MOST_BYTES)
     link.symlink_to(file)
@@ -23,7 +23,7 @@ def test_a_regular_file_and_what_links_to_it(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large(tmp_path: Path) -> None:
-    """One byte above the bound is refused; so is a file that doesn't tell its size."""
+    """A file one byte above the bound is refused, also one that reports no size."""
     file = tmp_path / "file"
     file.write_bytes(b"x" * 11)
     with pytest.raises(OSError, match=r"^larger than 10 bytes: not the file that is meant$"):
@@ -34,7 +34,7 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file(tmp_path: Path) -> None:
-    """Nothing is read from it, and nobody waits for a FIFO's other end."""
+    """Nothing else is read, and a FIFO without a writer does not block."""
     os.mkfifo(tmp_path / "fifo")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "sock"))
@@ -52,7 +52,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
 
 
 def test_it_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:
-    """Whatever comes of it."""
+    """A read leaves no descriptor and no thread, whether it succeeds or not."""
     file = tmp_path / "file"
     file.write_bytes(b"x" * 11)
     before, threads = os.listdir("/proc/self/fd"), threading.active_count()
@@ -66,7 +66,7 @@ def test_it_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Set, it lets a file system answer that is silent until then."""
+    """An event that ends the silence of a simulated file system."""
     event = threading.Event()
     stat = os.stat
 
@@ -81,7 +81,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_a_file_system_that_does_not_answer(tmp_path: Path, answer: threading.Event) -> None:
-    """It is given up at the deadline, at once where that has happened before, and read again once it answers."""
+    """The read fails at the deadline, later reads fail at once, until the file system answers."""
     file = tmp_path / "file"
     file.write_bytes(b"here")
     threads = threading.active_count()
@@ -99,7 +99,7 @@ def test_a_file_system_that_does_not_answer(tmp_path: Path, answer: threading.Ev
 
 
 def test_without_a_thread_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no more tasks are allowed."""
+    """If no further thread is allowed, the error says so."""
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -1,4 +1,4 @@
-"""The sink: what is written arrives in order, and nothing that happens behind it stops the writer."""
+"""The log writer: lines arrive in order, and no reader or disk blocks those who write."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from tests.support.daemon import DEADLINE_S
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe: read end, write end."""
+    """The read end and the write end of a pipe."""
     reader, writer = os.pipe()
     yield reader, writer
     for descriptor in (reader, writer):
@@ -38,7 +38,7 @@ def _wait_until(claim: Callable[[], bool]) -> None:
 
 
 def test_lines_arrive_in_order_and_close_writes_what_is_queued(pipe: tuple[int, int]) -> None:
-    """`close` writes what is queued, and tells whether all of it was."""
+    """`close` writes the queued lines and returns whether all of them were written."""
     reader, writer = pipe
     sink = LogWriter(writer, is_owned=True)
     lines = [f"line {number}\n".encode() for number in range(2000)]
@@ -50,7 +50,7 @@ def test_lines_arrive_in_order_and_close_writes_what_is_queued(pipe: tuple[int, 
 
 
 def test_who_waits_for_the_lines_waits_for_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer rests after a write, but not while a flush or a close waits for what is behind it."""
+    """The writer pauses after a write, but not while a flush or a close waits."""
     monkeypatch.setattr("echod.telemetry.log_writer._GATHER_S", 4 * DEADLINE_S)
     file = tmp_path / "log"
     sink = LogWriter(os.open(file, os.O_WRONLY | os.O_CREAT), is_owned=True)
@@ -67,7 +67,7 @@ def test_who_waits_for_the_lines_waits_for_no_rest(tmp_path: Path, monkeypatch: 
 
 
 def test_a_stalled_reader_blocks_nobody_and_the_lost_lines_are_counted(pipe: tuple[int, int]) -> None:
-    """The log's reader can stall: writing never blocks, the queue is bounded, the lost events are counted."""
+    """With a stalled reader, writing never blocks, the queue is bounded and lost events are counted."""
     reader, writer = pipe
     sink = LogWriter(writer, is_owned=True)
     line = b"x" * 1023 + b"\n"
@@ -82,7 +82,7 @@ def test_a_stalled_reader_blocks_nobody_and_the_lost_lines_are_counted(pipe: tup
 
 
 def test_a_reader_that_vanished_is_survived_and_counted(pipe: tuple[int, int]) -> None:
-    """The log's reader can vanish."""
+    """With a closed reader, lines are counted as lost."""
     reader, writer = pipe
     os.close(reader)
     sink = LogWriter(writer, is_owned=True)
@@ -93,7 +93,7 @@ def test_a_reader_that_vanished_is_survived_and_counted(pipe: tuple[int, int]) -
 
 
 def test_a_full_disk_is_survived_and_counted(tmp_path: Path) -> None:
-    """The log's reader can fill its disk; what is written after a change of file arrives."""
+    """With a full disk, lines are lost; after a change of the file they arrive again."""
     sink = LogWriter(os.open("/dev/full", os.O_WRONLY), is_owned=True)
     sink.write(b"lost\n")
     _wait_until(lambda: sink.dropped == 1)
@@ -120,16 +120,16 @@ assert sink.close(20) and sink.dropped == 2
 
 
 def test_a_line_torn_by_an_error_is_ended_before_the_next(tmp_path: Path) -> None:
-    """One object a line, also after an error in the middle of one: a file that may grow no more, and then may again.
+    """After an error in the middle of a line, here a limit of the file size, the next line starts on its own line.
 
-    A line lost after it is counted once, like any.
+    A line that is lost in between is counted once.
     """
     subprocess.run([sys.executable, "-c", TORN, str(tmp_path / "log")], check=True, timeout=DEADLINE_S)
     assert (tmp_path / "log").read_bytes() == b"torn\nwhole\n"
 
 
 def test_an_error_that_tears_nothing_leaves_no_blank_line(tmp_path: Path) -> None:
-    """After a refused line the next begins as any."""
+    """After a line that was refused as a whole, the next one needs no LF before it."""
     sink = LogWriter(descriptor := os.open("/dev/full", os.O_WRONLY))
     sink.write(b"lost\n")
     _wait_until(lambda: sink.dropped == 1)
@@ -143,7 +143,7 @@ def test_an_error_that_tears_nothing_leaves_no_blank_line(tmp_path: Path) -> Non
 
 
 def test_a_reader_that_is_stuck_doesn_t_keep_the_log_from_a_new_place(pipe: tuple[int, int], tmp_path: Path) -> None:
-    """The operator points the log elsewhere because its reader is stuck: it goes there, what is left is lost."""
+    """If a stalled destination is replaced, later lines go to the new one and the remaining lines are lost."""
     reader, writer = pipe
     sink = LogWriter(writer, is_owned=True)
     for _ in range(200):
@@ -158,7 +158,7 @@ def test_a_reader_that_is_stuck_doesn_t_keep_the_log_from_a_new_place(pipe: tupl
 
 
 def test_a_reader_that_is_stuck_leaks_no_thread_and_no_descriptor(pipe: tuple[int, int], tmp_path: Path) -> None:
-    """However often the log is reopened meanwhile: one thread, and the descriptors of the old and the newest place."""
+    """However often the log is reopened, there are one thread and two descriptors."""
     reader, writer = pipe
     sink = LogWriter(writer)
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
@@ -177,7 +177,7 @@ def test_a_reader_that_is_stuck_leaks_no_thread_and_no_descriptor(pipe: tuple[in
 
 
 def test_standard_error_again_waits_for_no_reader(pipe: tuple[int, int]) -> None:
-    """A reload that leaves the log where it is, on a descriptor of somebody else's, loses no line of a slow reader."""
+    """A redirect to the same shared descriptor loses no line of a slow reader."""
     reader, writer = pipe
     sink = LogWriter(writer)
     for number in range(3):
@@ -195,7 +195,7 @@ def test_standard_error_again_waits_for_no_reader(pipe: tuple[int, int]) -> None
 
 
 def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:
-    """Somebody else's O_NONBLOCK on the shared descriptor costs no line."""
+    """O_NONBLOCK, set by another process on the shared descriptor, loses no line."""
     reader, writer = pipe
     os.set_blocking(writer, False)
     sink = LogWriter(writer, is_owned=True)
@@ -210,7 +210,7 @@ def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:
 
 
 def test_lines_keep_their_order_when_a_file_is_reopened(tmp_path: Path) -> None:
-    """A reload reopens the same file: what was logged before stays before what is logged after."""
+    """If the same file is reopened, the order of lines is kept."""
     file = tmp_path / "log"
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     sink = LogWriter(os.open(file, flags), is_owned=True)
@@ -224,7 +224,7 @@ def test_lines_keep_their_order_when_a_file_is_reopened(tmp_path: Path) -> None:
 
 
 def test_no_line_of_another_thread_is_lost_when_a_file_is_reopened(tmp_path: Path) -> None:
-    """Who logs while the log is reopened has all of its lines in it, in order."""
+    """The lines of a thread that logs during redirects all arrive, in order."""
     file, flags = tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
     sink = LogWriter(os.open(file, flags), is_owned=True)
     lines: list[bytes] = []
@@ -248,7 +248,7 @@ def test_no_line_of_another_thread_is_lost_when_a_file_is_reopened(tmp_path: Pat
 
 
 def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_path: Path) -> None:
-    """What was written before `redirect` goes to the old target, which is closed if it was the sink's own."""
+    """Lines before `redirect` go to the old descriptor, which is then closed if it is owned."""
     reader, writer = pipe
     sink = LogWriter(writer, is_owned=True)
     sink.write(b"old\n")
@@ -260,7 +260,7 @@ def test_a_redirected_sink_closes_only_what_it_owns(pipe: tuple[int, int], tmp_p
 
 
 def test_a_file_that_ends_in_the_middle_of_a_line_gets_its_end_first(tmp_path: Path) -> None:
-    """A full disk or a crash tore the last line; reopened, by a reload or the next echod, the file begins a new one."""
+    """A file whose last line is torn gets an LF before the next line."""
     file = tmp_path / "log"
     file.write_bytes(b"torn")
     flags = os.O_WRONLY | os.O_APPEND

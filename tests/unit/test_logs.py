@@ -1,4 +1,4 @@
-"""The log: one stream for everyone, JSON or for people, changed while in use."""
+"""The log: one stream of events, as JSON or text, that can be changed while in use."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from tests.support.daemon import DEADLINE_S
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """The log is the process's: give pytest back its own."""
+    """Restore pytest's logging, because the log belongs to the whole process."""
     root = logging.getLogger()
     handlers, level, hook = root.handlers[:], root.level, threading.excepthook
     yield
@@ -34,7 +34,7 @@ def restored() -> Iterator[None]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Where the events go."""
+    """The pipe that receives the events."""
     return tmp_path / "log"
 
 
@@ -49,7 +49,7 @@ def _events(opened: logs.Logs, file: Path) -> list[dict[str, Any]]:
 
 
 def test_an_event_is_one_json_object_a_line(file: Path) -> None:
-    """JSON, one object a line: `timestamp` (UTC, ISO 8601), `level`, `event`, then fields."""
+    """JSON has one object per line: `timestamp` (UTC, ISO 8601), `level`, `event`, then fields."""
     opened = _open(file)
     structlog.get_logger().info("something happened", count=3, names=["a", "ß"], nothing=None)
     (event,) = _events(opened, file)
@@ -70,14 +70,14 @@ def test_the_level_holds_and_can_be_changed_for_loggers_in_use(file: Path) -> No
 
 
 def test_always_is_written_whatever_the_level(file: Path) -> None:
-    """Written whatever the log level."""
+    """`always` writes at any log level."""
     opened = _open(file, level="error")
     opened.always("stats", lines=1)
     assert [(event["event"], event["lines"]) for event in _events(opened, file)] == [("stats", 1)]
 
 
 def test_asyncio_and_warnings_are_in_the_same_stream(file: Path) -> None:
-    """Asyncio's own and warnings in the same stream, with exceptions in a field."""
+    """Events of asyncio and warnings are in the same stream, with exceptions in a field."""
     opened = _open(file)
     logging.getLogger("asyncio").error("task %s failed", 7, exc_info=ValueError("why"))
     with warnings.catch_warnings():
@@ -93,7 +93,7 @@ def test_asyncio_and_warnings_are_in_the_same_stream(file: Path) -> None:
 
 
 def test_a_thread_that_fails_is_an_event(file: Path) -> None:
-    """No traceback reaches the stream as bare text, a thread's neither."""
+    """An exception in a thread is an event, not a bare traceback."""
     opened = _open(file)
     thread = threading.Thread(target=lambda: 1 // 0, name="unlucky")
     thread.start()
@@ -116,7 +116,7 @@ def test_an_exception_is_rendered_from_where_it_is_caught(file: Path) -> None:
 
 
 def test_an_odd_value_doesn_t_lose_the_event(file: Path) -> None:
-    """A file name that isn't UTF-8, or an object that JSON doesn't know, is shown somehow."""
+    """A value that JSON cannot represent, such as a file name that is not UTF-8, is shown in another form."""
     opened = _open(file)
     structlog.get_logger().info("odd", name=os.fsdecode(b"\xff"), path=Path("/x"), number=1)
     structlog.get_logger().info("odder", thing={1, 2}, name=os.fsdecode(b"\xff"))
@@ -127,7 +127,7 @@ def test_an_odd_value_doesn_t_lose_the_event(file: Path) -> None:
 
 
 def test_console_is_for_people(file: Path) -> None:
-    """Console format: a line to read, no JSON; no colours in a file."""
+    """The console format is a line of text, without colours in a file."""
     opened = _open(file, format="console")
     structlog.get_logger().info("ready", listen=["127.0.0.1:8888"])
     assert opened.sink.close(DEADLINE_S)
@@ -138,7 +138,7 @@ def test_console_is_for_people(file: Path) -> None:
 
 
 def test_auto_is_console_on_a_terminal_else_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto`: console on a terminal, else json."""
+    """`auto` is console on a terminal, else json."""
     reader, terminal = pty.openpty()
     monkeypatch.setattr(logs, "STANDARD_ERROR", terminal)
     opened = logs.Logs(Log(), None)
@@ -151,7 +151,7 @@ def test_auto_is_console_on_a_terminal_else_json(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_that_cannot_be_opened_is_an_error_before_anything_changes(tmp_path: Path) -> None:
-    """`open_file` may fail; nothing after it does."""
+    """`open_file` raises OSError for a file that cannot be opened."""
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         logs.open_file(Log(file=str(tmp_path / "file" / "log")))

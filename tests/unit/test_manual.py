@@ -1,4 +1,4 @@
-"""The manual page tells all that the command line takes."""
+"""The manual page describes every command and option."""
 
 import argparse
 import re
@@ -22,7 +22,7 @@ def _commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_every_command_and_option_is_in_the_manual() -> None:
-    """`man echod` names each command and each option, and none that doesn't exist."""
+    """`man echod` names every command and every option, and no others."""
     commands = _commands()
     options = {option for command in commands.values() for option in command._option_string_actions} - {"-h", "--help"}
     synopsis = PAGE.partition(".SH DESCRIPTION")[0]

@@ -1,4 +1,4 @@
-"""Becoming another user: each claim in a process of its own, for there is no way back."""
+"""Dropping privileges; each claim is tested in its own process, because a drop is irreversible."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ NOBODY = pwd.getpwnam("nobody")
 
 
 def in_a_child(claim: Callable[..., None], *arguments: object) -> None:
-    """Hold a claim in a fresh process, which says on standard error what was wrong with it."""
+    """Run a claim in a new process, which prints an error to standard error."""
     process = multiprocessing.get_context("spawn").Process(target=claim, args=arguments)
     process.start()
     process.join(DEADLINE_S)
@@ -47,18 +47,18 @@ def _give_nothing(uid: int, gid: int) -> None:
 
 
 def test_nothing_asked_is_nothing_to_do() -> None:
-    """No user and no group: we stay who we are."""
+    """Without a user and a group nothing changes."""
     assert privileges.find(None, None) is None
 
 
 def test_who_we_are_already_is_nothing_to_do() -> None:
-    """Naming oneself needs no privilege."""
+    """Naming the current user needs no privilege."""
     assert privileges.find(str(os.getuid()), str(os.getgid())) is None
 
 
 @needs_root
 def test_names_and_numbers() -> None:
-    """A user by name or number, with his own group or another."""
+    """A user is found by name or number, with its own group or another."""
     by_name = privileges.find("nobody", None)
     assert by_name
     assert (by_name.uid, by_name.gid) == (NOBODY.pw_uid, NOBODY.pw_gid)
@@ -81,7 +81,7 @@ def test_names_and_numbers() -> None:
     ],
 )
 def test_errors(user: str, group: str | None, words: str) -> None:
-    """What can't be looked up is named; -1 and 4294967295, which mean "leave it" to the kernel, are nobody."""
+    """The error names the unknown user or group; -1 and 4294967295 mean "unchanged" to the kernel."""
     with pytest.raises(privileges.PrivilegeError, match=words):
         privileges.find(user, group)
 
@@ -118,7 +118,7 @@ def _no_way_back() -> None:
 
 @needs_root
 def test_there_is_no_way_back() -> None:
-    """All three user and group ids, the groups and the capabilities are gone, in every thread, and stay so."""
+    """All user and group ids, groups and capabilities are dropped in every thread, and cannot be regained."""
     in_a_child(_no_way_back)
 
 
@@ -133,7 +133,7 @@ def _a_way_back() -> None:
 
 @needs_root
 def test_a_drop_that_leaves_a_way_back_is_an_error() -> None:
-    """A kernel told to keep the capabilities across setuid(2) would let us back: that is noticed."""
+    """A drop that keeps the capabilities across setuid(2), and so could be undone, is detected."""
     in_a_child(_a_way_back)
 
 
@@ -158,13 +158,13 @@ def _not_root_with_a_group() -> None:
 
 @needs_root
 def test_a_group_that_cannot_be_taken_is_blamed_and_not_the_user() -> None:
-    """With --group alone, what fails names the option and the group."""
+    """With --group alone, the error names the option and the group."""
     in_a_child(_not_root_with_a_group)
 
 
 @needs_root
 def test_who_is_not_root_is_told_so() -> None:
-    """Only root can become another user."""
+    """Without root, the error says to start as root."""
     in_a_child(_not_root)
 
 
@@ -173,7 +173,7 @@ def test_who_is_not_root_is_told_so() -> None:
 
 @pytest.fixture
 def nobody_s(open_path: Path) -> Path:
-    """A directory of nobody's."""
+    """A directory that belongs to nobody."""
     directory = open_path / "nobody's"
     directory.mkdir()
     os.chown(directory, NOBODY.pw_uid, NOBODY.pw_gid)
@@ -197,7 +197,7 @@ def _write_later(file: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_file_that_only_root_can_make_is_the_user_s(exists: bool, open_path: Path) -> None:
-    """A log in root's directory, new or left by an earlier run as root, can be opened again by the user."""
+    """The user can open a log in root's directory again, whether it is new or from an earlier run as root."""
     file = open_path / "log"
     if exists:
         file.write_text("earlier\n")
@@ -211,14 +211,14 @@ def test_a_file_that_only_root_can_make_is_the_user_s(exists: bool, open_path: P
 
 @needs_root
 def test_a_file_in_the_user_s_folder_is_opened_by_the_user(nobody_s: Path) -> None:
-    """What he can open, root doesn't touch."""
+    """A file that the user can open is not changed by root."""
     os.close(_open(nobody_s / "log"))
     assert _owner(nobody_s / "log") == (NOBODY.pw_uid, NOBODY.pw_gid)
 
 
 @needs_root
 def test_root_gives_away_nothing_that_was_put_in_the_way(open_path: Path, nobody_s: Path) -> None:
-    """A link, hard or symbolic, that the user left for root to follow stays a link; another's file stays his."""
+    """A link that the user has planted is not followed, and the file of another user keeps its owner."""
     secret = open_path / "secret"
     secret.write_text("root's")
     secret.chmod(0o600)
@@ -239,7 +239,7 @@ def test_root_gives_away_nothing_that_was_put_in_the_way(open_path: Path, nobody
 
 @needs_root
 def test_what_is_no_file_is_not_given_away(open_path: Path) -> None:
-    """A FIFO that only root can write to is refused, and stays root's."""
+    """A FIFO that only root can write to is refused and keeps its owner."""
     fifo = open_path / "fifo"
     os.mkfifo(fifo, 0o600)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -251,7 +251,7 @@ def test_what_is_no_file_is_not_given_away(open_path: Path) -> None:
 
 @needs_root
 def test_a_device_stays_root_s() -> None:
-    """log.file = "/dev/null" doesn't take /dev/null away from everybody."""
+    """log.file = "/dev/null" does not change the owner of /dev/null."""
     before = Path("/dev/null").stat()
     os.close(_open(Path("/dev/null")))
     after = Path("/dev/null").stat()
@@ -260,7 +260,7 @@ def test_a_device_stays_root_s() -> None:
 
 @needs_root
 def test_a_socket_s_file_is_given_away_and_nothing_else(open_path: Path) -> None:
-    """The user gets the file of a Unix socket, but not one that was put in its place."""
+    """The file of a Unix socket is given to the user, but not a file that has replaced it."""
     path = open_path / "sock"
     (bound,) = bind.new_sockets(bind.bind_all([bind.ListenEntry(UnixAddress(str(path)))]))
     bound.change_owner(NOBODY.pw_uid, NOBODY.pw_gid)

@@ -1,4 +1,4 @@
-"""Round trips as arithmetic: what is said, whether the reply is right, what many come to."""
+"""Round trips without I/O: the texts, the check of replies, and the statistics."""
 
 import statistics
 from itertools import pairwise
@@ -16,13 +16,13 @@ SIZES = st.integers(0, 300)
 
 
 def reply(said: str) -> bytes:
-    """What the protocol promises, by the tests' own model of it."""
+    """The reply that the protocol promises, from the tests' own model."""
     return reference(said.encode() + b"\n", LONGEST, is_ended=False)
 
 
 @given(SEQUENCES, SIZES)
 def test_a_text_has_the_size_that_was_asked_for(sequence: int, size: int) -> None:
-    """As many bytes as asked for, in one line, with nothing to strip; the reply is another text."""
+    """A text has the requested size, one line and nothing to strip, and its reply differs from it."""
     said = text(sequence, size)
     assert len(said.encode()) == size
     assert said == said.strip()
@@ -33,14 +33,14 @@ def test_a_text_has_the_size_that_was_asked_for(sequence: int, size: int) -> Non
 
 @given(SEQUENCES, st.integers(1, 300))
 def test_no_two_texts_nearby_are_the_same(sequence: int, size: int) -> None:
-    """A reply that belongs to a round trip shortly before or after is noticed, whatever the size."""
+    """The reply of a nearby round trip is detected as wrong, whatever the size is."""
     said = [text(sequence + ahead, size) for ahead in range(len(LETTERS) if size > 1 else 2)]
     assert len({line.upper() for line in said}) == len(said)
     assert all(mismatch(one, reply(other)) for one, other in pairwise(said))
 
 
 def test_letters() -> None:
-    """Texts hold letters that grow from one to several, and of two bytes; no two of them side by side."""
+    """Texts contain letters of two bytes and one that becomes two letters; no two of them are adjacent."""
     assert LETTERS.upper() != LETTERS
     assert len("ß".upper()) == 2
     assert all(one.isascii() or other.isascii() for one, other in pairwise(LETTERS + LETTERS[0]))
@@ -62,19 +62,19 @@ def test_letters() -> None:
     ],
 )
 def test_errors(said: bytes, words: str | None) -> None:
-    """Whatever else than the reply came, it is shown from where it differs, short and fit for a terminal."""
+    """A wrong reply is shown, shortened and printable."""
     assert mismatch("Hallo Welt", said) == words
 
 
 def test_an_error_far_behind() -> None:
-    """Of a long reply it is shown where it goes wrong."""
+    """A long wrong reply is shown from near the first difference."""
     said = mismatch("a" * 1000, b"A" * 500 + b"b" + b"A" * 499 + b"\n")
     assert said == f"wrong reply: '{'A' * 15}b{'A' * 44}...' instead of '{'A' * 60}...', from byte 486 on"
 
 
 @given(st.lists(st.none() | st.integers(0, 10**10), max_size=200))
 def test_a_tally(times_ns: list[int | None]) -> None:
-    """Counts and average are exact; percentiles too, but for the fifth digit."""
+    """Counts and average are exact; percentiles are exact to four digits."""
     tally = Tally()
     for time_ns in times_ns:
         tally.add(time_ns)
@@ -100,7 +100,7 @@ def test_a_tally(times_ns: list[int | None]) -> None:
 
 
 def test_what_is_kept_has_a_bound() -> None:
-    """However many round trips there were, hardly more is kept."""
+    """The memory of a tally is bounded."""
     tally = Tally()
     for time_ns in range(1_000_000, 2_000_000, 3):
         tally.add(time_ns)
@@ -109,7 +109,7 @@ def test_what_is_kept_has_a_bound() -> None:
 
 
 def test_the_summary() -> None:
-    """The last lines read as those of ping(8); without a right answer there are no times."""
+    """The summary is that of ping(8); without a correct reply there are no times."""
     tally = Tally()
     tally.add(None)
     expected = "\n--- a:1 echod ping statistics ---\n1 round trip, 0 answered correctly, 100% loss, time 12 ms"

@@ -1,4 +1,4 @@
-"""What the service manager hands over and is told, without one: sockets and variables as it makes them."""
+"""Inherited sockets and notifications, with sockets and variables as a service manager makes them."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ PID = 4711
 
 @pytest.fixture
 def notifier(manager: socket.socket) -> Iterator[Notifier]:
-    """What tells that manager."""
+    """A notifier connected to that socket."""
     with closing(Notifier(manager.getsockname())) as notifier:
         yield notifier
 
@@ -35,19 +35,19 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 def test_no_sockets_without_the_variables() -> None:
-    """Without a service manager nothing is handed over."""
+    """Without a service manager there are no inherited sockets."""
     assert socket_activation.take_descriptors({"HOME": "/"}, PID) == ()
 
 
 def test_sockets_of_another_process_are_not_taken() -> None:
-    """Variables that a parent forgot to remove mean nothing, and are removed."""
+    """Variables for another process are ignored and removed."""
     environment = {"LISTEN_PID": "1", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b", "HOME": "/"}
     assert socket_activation.take_descriptors(environment, PID) == ()
     assert environment == {"HOME": "/"}
 
 
 def test_no_sockets_at_all_are_no_error() -> None:
-    """LISTEN_FDS=0, or none."""
+    """LISTEN_FDS may be 0 or missing."""
     assert socket_activation.take_descriptors({"LISTEN_PID": str(PID), "LISTEN_FDS": "0"}, PID) == ()
     assert socket_activation.take_descriptors({"LISTEN_PID": str(PID)}, PID) == ()
 
@@ -64,12 +64,12 @@ def test_no_sockets_at_all_are_no_error() -> None:
     ],
 )
 def test_watchdog_interval(environment: dict[str, str], expected: float | None) -> None:
-    """WATCHDOG_USEC counts for the process that WATCHDOG_PID names, or for any."""
+    """WATCHDOG_USEC applies to the process that WATCHDOG_PID names, or to any process without it."""
     assert sd_notify.watchdog_s(environment, PID) == expected
 
 
 def test_messages(manager: socket.socket, notifier: Notifier) -> None:
-    """Each message is what sd_notify(3) says."""
+    """Each message has the format of sd_notify(3)."""
     notifier.ready("serving")
     notifier.status("2 connections")
     notifier.alive()
@@ -85,7 +85,7 @@ def test_messages(manager: socket.socket, notifier: Notifier) -> None:
 
 
 def test_a_reload_is_told_with_the_time(manager: socket.socket, notifier: Notifier) -> None:
-    """MONOTONIC_USEC tells this reload from an earlier one."""
+    """MONOTONIC_USEC is the time of the reload."""
     before = time.monotonic_ns() // 1000
     notifier.reloading()
     first, second = manager.recv(1000).decode().split("\n")
@@ -94,7 +94,7 @@ def test_a_reload_is_told_with_the_time(manager: socket.socket, notifier: Notifi
 
 
 def test_an_abstract_socket() -> None:
-    """A name that begins with @ is in the abstract namespace."""
+    """A name that starts with @ is in the abstract namespace."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind(f"\0echod-test-{os.getpid()}")
         with closing(Notifier(f"@echod-test-{os.getpid()}")) as notifier:
@@ -103,14 +103,14 @@ def test_an_abstract_socket() -> None:
 
 
 def test_nobody_to_tell_is_no_error(tmp_path: Path) -> None:
-    """Without NOTIFY_SOCKET, or with one that nobody answers at, a message goes nowhere."""
+    """Without NOTIFY_SOCKET, or if nobody listens there, a message is discarded."""
     Notifier(None).ready("serving")
     with closing(Notifier(str(tmp_path / "nobody"))) as notifier:
         notifier.ready("serving")
 
 
 def test_a_manager_that_is_stuck_delays_nobody(manager: socket.socket, notifier: Notifier) -> None:
-    """What feeds the watchdog is lost rather than waited for; `ready` waits a second at most."""
+    """A watchdog message is dropped instead of waiting; `ready` waits at most a second."""
     began = time.monotonic()
     for _ in range(5000):
         notifier.alive()
@@ -123,7 +123,7 @@ def test_a_manager_that_is_stuck_delays_nobody(manager: socket.socket, notifier:
 
 
 def test_ready_waits_for_a_busy_manager(manager: socket.socket, notifier: Notifier) -> None:
-    """`ready` is heard once the service manager has time again."""
+    """`ready` arrives once a busy service manager reads again."""
     for _ in range(5000):
         notifier.alive()
     heard: list[bytes] = []

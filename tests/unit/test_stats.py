@@ -50,7 +50,7 @@ REASONS = {
 
 @dataclass
 class Carried:
-    """What a connection has carried."""
+    """The counters of a connection."""
 
     lines: int
     bytes_in: int
@@ -72,7 +72,7 @@ def snapshot(stats: Stats, *live: Carried) -> dict[str, Any]:
 
 
 def test_names() -> None:
-    """A snapshot has the names of the contract, no fewer and no more."""
+    """A snapshot has exactly the documented names."""
     shown = snapshot(new_stats())
     assert shown.keys() == NAMES
     assert shown["connections"].keys() == {"open", "accepted", "rejected", "closed"}
@@ -85,7 +85,7 @@ def test_names() -> None:
     ["limit", "address"],
 )
 def test_names_of_rejections(reason: str) -> None:
-    """Why clients were rejected has the names of the contract, each from the start."""
+    """Each documented reason of a rejection is present from the start."""
     assert snapshot(new_stats())["connections"]["rejected"][reason] == 0
 
 
@@ -97,7 +97,7 @@ def test_every_statistic_has_a_help_text() -> None:
 
 
 def test_all_starts_at_nothing() -> None:
-    """A new process has counted nothing, and serves its first configuration."""
+    """All counters of a new process are 0, and its configuration is the first."""
     shown = snapshot(new_stats())
     assert shown["connections"] == {
         "open": 0,
@@ -112,7 +112,7 @@ def test_all_starts_at_nothing() -> None:
 
 @given(closings, st.lists(carried, max_size=20))
 def test_sums(closed: list[tuple[CloseReason, Carried]], live: list[Carried]) -> None:
-    """Lines and bytes are those of the closed connections and of the live ones, at this moment."""
+    """Lines and bytes are the sums over closed and open connections."""
     stats = new_stats()
     for reason, traffic in closed:
         stats.close(reason, traffic)
@@ -143,7 +143,7 @@ def test_accepted_is_open_and_closed(
 
 
 def test_a_snapshot_does_not_change_and_changes_nothing() -> None:
-    """A snapshot is a picture of one moment: later counts don't show in it, and taking it counts nothing."""
+    """A snapshot does not change afterwards, and taking one changes no counter."""
     stats = new_stats()
     before = snapshot(stats, Carried(1, 2, 3))
     assert before["lines"] == snapshot(stats, Carried(1, 2, 3))["lines"] == 1
@@ -162,7 +162,7 @@ def test_a_reason_is_restored_from_its_value(reason: EndReason) -> None:
 
 
 def test_what_others_count_is_passed_on() -> None:
-    """Lost log lines, reloads, the generation and the loop's lag show as they are when the snapshot is taken."""
+    """A snapshot has the current gauges, reloads, generation and loop lag."""
     dropped = iter([7, 8])
     stats = new_stats(log_dropped=lambda: next(dropped))
     stats.reloads_applied, stats.reloads_refused, stats.reload_error = 2, 1, "no"
@@ -175,7 +175,7 @@ def test_what_others_count_is_passed_on() -> None:
 
 
 def test_the_process() -> None:
-    """The process tells its pid, version, age, memory and open files as they are."""
+    """The pid, version, uptime, memory and open files are real."""
     stats = new_stats(rss_bytes=limits.rss_bytes, open_files=limits.open_files)
     shown = snapshot(stats)
     assert (shown["pid"], shown["version"], shown["state"]) == (os.getpid(), __version__, "serving")
@@ -187,6 +187,6 @@ def test_the_process() -> None:
 
 
 def test_json() -> None:
-    """A snapshot is JSON, and survives it."""
+    """A snapshot survives a round trip through JSON."""
     shown = snapshot(new_stats(), Carried(1, 2, 3))
     assert json.loads(json.dumps(shown)) == shown

@@ -1,4 +1,4 @@
-"""The statistics as lines for people, and how fast they grow."""
+"""The table of the statistics, and the rates."""
 
 import pytest
 from hypothesis import given
@@ -44,7 +44,7 @@ def text(lines: list[Line], width: int | None = None) -> list[str]:
 
 
 def test_a_table() -> None:
-    """A title, a line for each figure, what a sum is made of; an unknown figure is last, a missing one left out."""
+    """A table has a title and a line for each statistic; an unknown one is last, a missing one is left out."""
     assert text(table(STATS)) == [
         "echod 0.1.0   pid 4711   serving   up 1 d 2 h   fast path",
         "",
@@ -66,7 +66,7 @@ def test_a_table() -> None:
 
 
 def test_every_figure_has_its_place() -> None:
-    """What echod itself tells is all in the table, in lines that fit a terminal of 80 by 24 with room for a note."""
+    """Every statistic has its row, and the table fits a terminal of 80 by 24 with a line to spare."""
     gauges = {"log_dropped": lambda: 0, "rss_bytes": lambda: 0, "open_files": lambda: 0}
     lines = text(table(Stats(gauges).snapshot("serving", [])))
     assert "more" not in lines
@@ -75,7 +75,7 @@ def test_every_figure_has_its_place() -> None:
 
 
 def test_what_stands_out() -> None:
-    """A warning where something goes wrong, nothing where there is nothing, and only if colours are wanted."""
+    """Values above a threshold and zeros are highlighted, only if colours are wanted."""
     meanings = {line[0].text.strip(): line[1].meaning for line in table(STATS) if len(line) > 1}
     assert meanings["rejected"] == meanings["loop lag"] == meanings["memory"] == Meaning.WARNING
     assert meanings["open"] is None
@@ -89,7 +89,7 @@ def test_what_stands_out() -> None:
 
 @given(st.integers(0, 60), st.lists(st.text(max_size=20)))
 def test_a_width(width: int, texts: list[str]) -> None:
-    """A line is cut where the terminal ends; colours take no room."""
+    """A line is cut at the width of the terminal; colours take no room."""
     line = tuple(Cell(text, Meaning.BAR) for text in texts)
     plain = rendered(line, width, in_colour=False)
     assert plain == "".join(texts)[:width].rstrip()
@@ -107,7 +107,7 @@ NAMES = st.sampled_from(["connections", "lines", "uptime_s", "loop_lag_ms", "rel
 
 @given(st.lists(st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES, max_size=3)), max_size=3))
 def test_whatever_somebody_answers(answers: list[dict[str, object]]) -> None:
-    """No answer of a stranger is a traceback, or reaches the terminal as it is."""
+    """Any answer makes a printable table, never a traceback."""
     seen = Seen()
     for answer in answers:
         for line in text(table(answer, seen.next(answer))):
@@ -141,7 +141,7 @@ def test_whatever_somebody_answers(answers: list[dict[str, object]]) -> None:
     ],
 )
 def test_figures(shown: object, expected: object) -> None:
-    """Each in the unit that a person would say it in."""
+    """Values are formatted in a fitting unit."""
     assert shown == expected
 
 
@@ -149,7 +149,7 @@ def test_figures(shown: object, expected: object) -> None:
 
 
 def test_rates() -> None:
-    """Counters grow by so much a second of the daemon's own clock; gauges have no rate."""
+    """The rate of a counter is per second of the daemon's own clock; gauges have no rate."""
     seen = Seen()
     first = seen.next({"pid": 1, "uptime_s": 10, "lines": 5, "connections": {"open": 3, "closed": {"client": 1}}})
     assert (first.per_second, first.peak_open, first.restarts) == ({}, 3, 0)
@@ -164,7 +164,7 @@ def test_rates() -> None:
 
 @pytest.mark.parametrize("answer", [{"pid": 2, "uptime_s": 20, "lines": 1}, {"pid": 1, "uptime_s": 1, "lines": 1}])
 def test_a_restart(answer: dict[str, int]) -> None:
-    """Another process, or one that began anew, has no rates yet, and no peak."""
+    """A restarted daemon has no rates and no peak yet."""
     seen = Seen()
     seen.next({"pid": 1, "uptime_s": 10, "lines": 5, "connections": {"open": 3}})
     rates = seen.next(answer)

@@ -1,4 +1,4 @@
-"""`make install` and `make uninstall`: what an operator gets, and that nothing is left."""
+"""`make install` and `make uninstall`: the installed files, and that none is left."""
 
 import fcntl
 import importlib.util
@@ -28,13 +28,13 @@ HIDDEN = ("/home/", "/root/", "/tmp/")
 
 
 def _is_fit(python: str) -> bool:
-    """Whether a service could read it, and it can make a venv."""
+    """Whether a service could read this Python, and it can create a venv."""
     needs = "import sys, ensurepip, venv; assert sys.version_info >= (3, 11)"
     return not python.startswith(HIDDEN) and not subprocess.run([python, "-c", needs], capture_output=True).returncode
 
 
 def system_python() -> str:
-    """A Python that is installed for all users, as the one that runs the tests may not be."""
+    """A Python that is installed for all users; the one that runs the tests may not be."""
     others = sorted(map(str, Path("/usr/bin").glob("python3.[0-9][0-9]")))
     fit = (python for python in [os.path.realpath(sys._base_executable), *others] if _is_fit(python))  # type: ignore[attr-defined]
     return next(fit, "") or pytest.skip(
@@ -43,7 +43,7 @@ def system_python() -> str:
 
 
 def make(*arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
-    """Run make as a root whose umask is as careful as can be."""
+    """Run make with the strictest umask."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "--no-print-directory", *arguments]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment, umask=0o077)
@@ -56,7 +56,7 @@ def tree(root: Path) -> set[str]:
 
 
 class Installation:
-    """echod below a DESTDIR, as a packager makes it, on a system that has other things in the same places."""
+    """echod below a DESTDIR, as for a package, on a system with other files in the same directories."""
 
     OTHERS = frozenset({"opt", "opt/tools", "opt/tools/bin", "opt/tools/bin/other"})
 
@@ -75,7 +75,7 @@ class Installation:
 
 @pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    """One for all tests, in whatever process they run: it is only looked at."""
+    """One installation for all tests in all processes, which only read it."""
     directory = tmp_path_factory.getbasetemp()
     directory = directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
     it = Installation(directory / "installation")
@@ -89,7 +89,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 
 
 def test_the_installed_program_serves(installation: Installation) -> None:
-    """With nothing of this checkout or its environment in sight."""
+    """The program runs without this checkout and its environment."""
     python = str(installation.program / "bin/python")
     about = subprocess.run(
         [python, installation.root / "opt/tools/bin/echod", "--version"], capture_output=True, text=True, cwd="/"
@@ -107,7 +107,7 @@ def test_the_installed_program_serves(installation: Installation) -> None:
 
 
 def test_the_fast_path_is_compiled_where_it_can_be(installation: Installation) -> None:
-    """By a compiler that is there and with the headers of that Python; otherwise echod runs in Python."""
+    """It is compiled if there is a compiler and the headers of that Python; otherwise echod runs in Python."""
     has_headers = "import os, sysconfig; print(os.path.exists(sysconfig.get_path('include') + '/Python.h'))"
     asked = subprocess.run([system_python(), "-c", has_headers], capture_output=True, text=True, check=True)
     look = "from echod.server import fastpath; print(fastpath.IS_COMPILED)"
@@ -135,7 +135,7 @@ def test_what_is_installed_believes_to_be_where_it_will_be(installation: Install
 
 
 def test_everybody_may_read_what_is_installed(installation: Installation) -> None:
-    """Whatever the umask of who installs: the service is another user."""
+    """Every file is readable for the service, whatever the umask of the installing user is."""
     for name in tree(installation.root) - Installation.OTHERS:
         mode = (installation.root / name).lstat().st_mode
         assert mode & stat.S_IROTH, name
@@ -143,14 +143,14 @@ def test_everybody_may_read_what_is_installed(installation: Installation) -> Non
 
 
 def test_only_the_pinned_packages_are_installed(installation: Installation) -> None:
-    """Echod and the run lock, no pip, in their exact versions."""
+    """Only echod and the packages of run.lock are installed, in their exact versions, without pip."""
     pinned = re.findall(r"^([a-z0-9-]+)==(\S+)", (PROJECT / "requirements/run.lock").read_text(), re.MULTILINE)
     found = [path.name.removesuffix(".dist-info") for path in installation.program.rglob("*.dist-info")]
     assert sorted(found) == sorted([f"{n.replace('-', '_')}-{v}" for n, v in pinned] + [f"echod-{__version__}"])
 
 
 def test_the_units_name_the_place_where_the_program_is(installation: Installation) -> None:
-    """And no other: /usr/local is in none of them when the prefix is another."""
+    """The units name the chosen prefix, and none of them /usr/local."""
     for unit in UNITS:
         text = (installation.root / "opt/tools/lib/systemd/system" / unit).read_text()
         assert "/usr/local" not in text
@@ -164,7 +164,7 @@ def test_the_units_name_the_place_where_the_program_is(installation: Installatio
 def test_a_second_install_keeps_the_configuration_and_so_does_uninstall_if_it_was_changed(
     installation: Installation, tmp_path: Path
 ) -> None:
-    """What the operator wrote stays, and nothing else does."""
+    """A changed configuration is kept, and nothing else."""
     it = installation.copy(tmp_path / "root")
     assert it.config.read_text() == (PROJECT / "systemd/echod.toml").read_text()
     before = tree(it.root)
@@ -177,7 +177,7 @@ def test_a_second_install_keeps_the_configuration_and_so_does_uninstall_if_it_wa
 
 
 def test_uninstall_removes_exactly_what_install_made(installation: Installation, tmp_path: Path) -> None:
-    """Files of others stay, with their folders; a second time there is nothing, and it says so."""
+    """Files of others stay, with their directories; a second uninstall says that there is nothing."""
     it = installation.copy(tmp_path / "root")
     it.make("uninstall")
     assert tree(it.root) == Installation.OTHERS
@@ -195,7 +195,7 @@ def test_uninstall_removes_exactly_what_install_made(installation: Installation,
     ],
 )
 def test_what_no_service_could_run_is_refused(arguments: tuple[str, ...], advice: str, tmp_path: Path) -> None:
-    """With advice, and nothing is made."""
+    """It is refused with advice, and nothing is created."""
     done = make("install", f"DESTDIR={tmp_path}", f"PYTHON={system_python()}", *arguments, check=False)
     assert done.returncode != 0
     assert advice in done.stderr
@@ -203,7 +203,7 @@ def test_what_no_service_could_run_is_refused(arguments: tuple[str, ...], advice
 
 
 def test_a_python_in_a_home_directory_is_refused(tmp_path: Path) -> None:
-    """The units hide homes from the service: a link there would do, an interpreter doesn't."""
+    """A Python below /home is refused, because the units hide it from the service."""
     python = tmp_path / "python3"
     shutil.copy(system_python(), python)
     done = make("install", f"DESTDIR={tmp_path}/root", f"PYTHON={python}", check=False)
@@ -217,7 +217,7 @@ def test_a_python_in_a_home_directory_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tool() -> ModuleType:
-    """tools/install.py, which is no module of a package."""
+    """Import tools/install.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("install", PROJECT / "tools/install.py")
     assert spec
     assert spec.loader
@@ -229,7 +229,7 @@ def tool() -> ModuleType:
 
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has a `systemctl` answer that these units run."""
+    """Provide a `systemctl` that lists these units as running."""
 
     def runs(*units: str) -> None:
         lines = "".join(f"{unit} loaded active running echod, answers\\n" for unit in units)
@@ -262,7 +262,7 @@ def test_what_comes_after_an_installation(
     says: tuple[str, ...],
     says_not: tuple[str, ...],
 ) -> None:
-    """A first installation is enabled; a service that runs already is upgraded in place, or restarted."""
+    """After a first installation the service is to be enabled; a running one is upgraded in place, or restarted."""
     systemd(*units)
     told = tool.next_steps(tool.running_units())
     assert all(each in told for each in says)
@@ -279,7 +279,7 @@ def test_an_uninstall_tells_of_a_service_that_runs_still(
     destdir: str,
     is_told: bool,
 ) -> None:
-    """Its files are gone and it goes on: the output names it. A packager's DESTDIR has nothing that runs."""
+    """Uninstall names services that still run without their files; with DESTDIR there are none."""
     systemd("echod.service", "echod.socket")
     places = [f"--{name}=/nowhere" for name in ("prefix", "sysconfdir", "unitdir", "mandir")]
     monkeypatch.setattr(sys, "argv", ["install.py", "uninstall", f"--destdir={destdir}", *places])
@@ -289,7 +289,7 @@ def test_an_uninstall_tells_of_a_service_that_runs_still(
 
 
 def test_without_systemd_nothing_runs(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without systemctl is no error."""
+    """A missing systemctl is no error."""
     monkeypatch.setenv("PATH", "/nowhere")
     assert tool.running_units() == []
 
@@ -298,7 +298,7 @@ def test_without_systemd_nothing_runs(tool: ModuleType, monkeypatch: pytest.Monk
 
 
 def test_the_shipped_configuration_is_the_defaults_commented_out() -> None:
-    """It sets nothing, shows every key with its default, and taking the "#" away changes nothing."""
+    """It sets nothing, shows every key with its default, and removing the "#" changes nothing."""
     shipped = PROJECT / "systemd/echod.toml"
     assert loader.load(str(shipped), {}, (), 1 << 20).config == Config()
     defaults = toml.render(Config(), with_comments=True)
