@@ -47,7 +47,7 @@ CLIENTS = 12
 """More are not connected at once by a step."""
 
 GONE_WITH_A_RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER: close(2) sends RST."""
+"""SO_LINGER with a timeout of 0: close(2) sends RST."""
 
 LIMITS = {"connections": (100, 6), "connections_per_address": (3, 0), "line_bytes": (64, 40)}
 """What a reload changes, and the values."""

@@ -163,7 +163,7 @@ async def owed(address: str, count: str, lines: str) -> None:
 
 @dataclass
 class Stream:
-    """What became of clients that came and went."""
+    """Results of clients that connect, send one line and leave."""
 
     served: int = 0
     refused: int = 0
