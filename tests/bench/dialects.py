@@ -1,4 +1,4 @@
-"""How a server is asked and what it answers: one request and its reply for each line of a workload."""
+"""How a line is put to each server: the request and its reply."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A way to put a line to a server."""
+    """A protocol to send a line to a server."""
 
     name: str
     ask: Callable[[str], tuple[bytes, bytes]]
-    """The request for a line without its LF, and the only right reply to it."""
+    """The request for a line without its LF, and its only correct reply."""
 
 
 def _upper(line: str) -> tuple[bytes, bytes]:

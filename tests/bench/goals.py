@@ -1,4 +1,4 @@
-"""How much echod may cost at most, beside others in the same run, and whether it does."""
+"""Goals for echod's cost relative to other servers in the same run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _MB = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """At most so many times another server's cost, or at most so much where no other server is named."""
+    """An upper bound on a cost, as a multiple of another server's cost if one is named."""
 
     subject: str
     at_most: float
@@ -25,14 +25,14 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A goal and what was measured; None where a server took no part."""
+    """A goal and the measured value; None if a server was not measured."""
 
     goal: Goal
     found: float | None
 
     @property
     def is_met(self) -> bool | None:
-        """None where it isn't known."""
+        """Whether the goal is met; None if it was not measured."""
         return None if self.found is None else self.found <= self.goal.at_most
 
 
@@ -61,7 +61,7 @@ IDLE_MB, IDLE_PERCENT, START = 42.0, 1.0, 1.35
 
 
 def judged(results: Results) -> Iterator[tuple[str, list[Judged]]]:
-    """Yield what was asked for, and the goals for it with what was found."""
+    """Yield each group of goals with the measured values."""
     about = {workload.name: workload.about for workload in (*WORKLOADS, *RATES)}
     for name in OF_COMPILED:
         yield (

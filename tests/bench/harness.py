@@ -1,4 +1,4 @@
-"""Runs one server on one core and the load on another, and takes the figures of one measurement.
+"""Run one server on one core and the load on another, and take the figures of one measurement.
 
 CPU time is what the kernel accounted to the server's process, all threads of it, while the load counted replies.
 """
@@ -33,7 +33,7 @@ class Cores:
 
     @property
     def are_one(self) -> bool:
-        """Whether there is only one: then server and load take turns, and only CPU time can be compared."""
+        """Whether there is only one core, so that only CPU time can be compared."""
         return self.server == self.load
 
 
@@ -60,7 +60,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """What a server needs for connections on which nothing happens."""
+    """The cost of idle connections."""
 
     rss_bytes: int
     share: float
@@ -75,7 +75,7 @@ class Running:
     process: "subprocess.Popen[bytes]"
     port: int
     first_reply_s: float
-    """From its start to its first reply."""
+    """Time from its start to its first reply, in seconds."""
 
     @property
     def cpu_s(self) -> float:
@@ -84,7 +84,7 @@ class Running:
 
     @property
     def has_fastpath(self) -> bool:
-        """Whether echod's compiled fast path is loaded, as the kernel sees it."""
+        """Whether echod's compiled fast path is mapped into the process."""
         return "_fastpath." in Path(f"/proc/{self.process.pid}/maps").read_text()
 
     @property
@@ -102,11 +102,11 @@ class Harness:
         self._folder = directory
         self.program = compiled(Path(__file__).with_name("load.c"), directory)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for the servers, which inherit it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # inherited by the servers
 
     @contextlib.contextmanager
     def serving(self, peer: Peer) -> Iterator[Running]:
-        """Start the server on its core; its log goes through a pipe that is read on the other one."""
+        """Start the server on its core, with a log that is read through a pipe on the other core."""
         port = free_port()
         with (
             self._pinned(self.cores.load, ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as log,
@@ -131,7 +131,7 @@ class Harness:
                     _end(process)
 
     def measure(self, server: Running, workload: Workload, seconds: float) -> Figures:
-        """Put the workload on it."""
+        """Put the workload on the server."""
         timed = [str(_WARM_S), str(seconds), *([str(workload.per_s)] if workload.per_s else ())]
         with self._loading(server, workload, *timed) as load:
             found = json.loads(load.communicate(timeout=DEADLINE_S + seconds)[0] or "{}")
@@ -148,7 +148,7 @@ class Harness:
         )
 
     def idle(self, server: Running, workload: Workload = IDLE, seconds: float = _IDLE_S) -> Idle:
-        """Open connections and look at what the server needs for them when nothing happens any more."""
+        """Open connections, and measure the idle server."""
         with self._loading(server, workload) as load:
             assert load.stdout
             assert load.stdin
@@ -177,7 +177,7 @@ class Harness:
 
     @contextlib.contextmanager
     def _pinned(self, core: int, command: list[str], **options: object) -> "Iterator[subprocess.Popen[bytes]]":
-        """Run a process on that core from its first instruction on, and leave none behind."""
+        """Run a process on this core from its first instruction on, and end it."""
         allowed = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {core})
         try:

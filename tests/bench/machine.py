@@ -1,4 +1,4 @@
-"""What the figures were taken on, as far as it explains them."""
+"""The description of the machine in the report."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ def description(cores: Cores, missing: Mapping[str, str]) -> str:
 
 
 def _are_siblings(cores: Cores) -> bool:
-    """Whether the two are threads of one core, which slow each other down."""
+    """Return whether the two CPUs are threads of one core, which slow each other down."""
     listed = Path(f"/sys/devices/system/cpu/cpu{cores.server}/topology/core_cpus_list")
     return listed.exists() and str(cores.load) in re.split(r"[,-]", listed.read_text().strip())
 

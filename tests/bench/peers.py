@@ -1,4 +1,4 @@
-"""The servers that are compared: how each is started, what it is asked, and which workloads it takes."""
+"""The compared servers: their commands, protocols and workloads."""
 
 import importlib.util
 import shutil
@@ -15,14 +15,14 @@ from tests.support.daemon import CONSOLE_SCRIPT
 SERVERS = Path(__file__).with_name("servers")
 
 PORT = "PORT"
-"""Stands in a command for the port to listen on."""
+"""Placeholder for the port in a command."""
 
 COMPILED, PYTHON = "echod", "echod, Python"
 """The names of echod's two paths: with its compiled fast path, and without."""
 
 
 class MissingError(Exception):
-    """What isn't installed here, and how to install it."""
+    """A server or a tool is not installed; the message tells how to install it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +37,20 @@ class Peer:
     dialect: Dialect = UPPER
     knows_utf8: bool = True
     keeps_rates: bool = True
-    """It takes part in the fixed rates: it is fast enough for them on an ordinary core."""
+    """Whether it takes part in the fixed rates, for which it must be fast enough."""
 
     @property
     def key(self) -> str:
-        """Its name as an option takes it."""
+        """Its name on the command line."""
         return key_of(self.name)
 
     @property
     def does_other_work(self) -> bool:
-        """It does not upper-case: it stands for what a well-known daemon needs for a request."""
+        """Whether it does other work than upper-casing, and shows the cost of a well-known daemon."""
         return self.dialect is not UPPER
 
     def takes(self, workload: Workload) -> bool:
-        """Whether the workload means something for it."""
+        """Return whether the workload applies to the server."""
         return (
             (self.knows_utf8 or not workload.is_mixed)
             and (self.keeps_rates or not workload.per_s)
@@ -59,7 +59,7 @@ class Peer:
 
 
 def key_of(name: str) -> str:
-    """The name of a peer as an option takes it: `echod, Python` is `echod-python`."""
+    """Return the name of a peer on the command line: `echod, Python` is `echod-python`."""
     return name.lower().replace(",", "").replace(" ", "-")
 
 

@@ -1,4 +1,4 @@
-"""The results as a picture: bars on a logarithmic scale with the spread of the rounds; other work is hatched."""
+"""The plot of the results: bars on a logarithmic scale with the spread of the rounds; other work is hatched."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

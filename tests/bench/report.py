@@ -1,4 +1,4 @@
-"""The results as people read them: tables in Markdown."""
+"""The results as Markdown tables."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median

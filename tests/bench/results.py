@@ -1,4 +1,4 @@
-"""What a run has found: samples of each workload and server, round by round, and what they come to."""
+"""The results of a run: samples of each workload and server by round, and their summary."""
 
 import statistics
 from collections import defaultdict
@@ -10,7 +10,7 @@ from tests.bench.harness import Figures, Idle
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median, and the least and the most of what it is the median of."""
+    """The median, minimum and maximum of samples."""
 
     median: float
     least: float
@@ -24,12 +24,12 @@ class Spread:
 
 @dataclass(slots=True)
 class Results:
-    """All of one run. Servers and workloads go by their names."""
+    """All samples of a run, by the names of servers and workloads."""
 
     figures: dict[tuple[str, str], list[Figures]] = field(default_factory=lambda: defaultdict(list))
     """By workload and server, in the order of the rounds."""
     idle: dict[str, Idle] = field(default_factory=dict)
-    """With the idle connections, by server."""
+    """Figures with idle connections, by server."""
     empty_bytes: dict[str, int] = field(default_factory=dict)
     """Resident memory before any client came, by server."""
     first_reply_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

@@ -1,4 +1,4 @@
-"""A bound on what a line costs on each of echod's paths: a ratio to other servers in the same run, not a time."""
+"""Bounds on the cost of a line on each of echod's paths, as ratios to other servers in the same run."""
 
 import shutil
 import statistics
@@ -30,7 +30,7 @@ AT_MOST = {
         "churn": (2.3, "bare"),
     },
 }
-"""Times the CPU time of the other server: a quarter or more above what is measured, because machines are noisy."""
+"""Multiples of the other server's CPU time, a quarter or more above the measured ones, because machines are noisy."""
 
 ROUNDS = 7
 SECONDS = 0.25
@@ -44,7 +44,7 @@ def test_a_line_costs_little(harness: Harness, report: Report, tmp_path: Path) -
         peers = (limit(tmp_path), bare(), echod(), echod_python())
         servers = {peer.name: stack.enter_context(harness.serving(peer)) for peer in peers}
         if not servers[COMPILED].has_fastpath:
-            del servers[COMPILED]  # the next test tells whether that's all right
+            del servers[COMPILED]  # the next test tells whether that is right
         bounds = {(name, on): bound for name in AT_MOST if name in servers for on, bound in AT_MOST[name].items()}
         for _ in range(ROUNDS):
             for workload in WORKLOADS:
@@ -63,7 +63,7 @@ def test_a_line_costs_little(harness: Harness, report: Report, tmp_path: Path) -
 
 
 def test_the_fast_path_is_in_use_where_it_can_be_built(harness: Harness) -> None:
-    """With a C compiler and Python's headers echod runs with it, so its bounds are looked at."""
+    """With a C compiler and Python's headers the fast path is in use, so its bounds are tested."""
     if not (shutil.which("cc") and interpreter.described().has_headers):
         pytest.skip("the compiled fast path can't be built here: apt-get install gcc libc6-dev python3-dev")
     with harness.serving(echod()) as server:

@@ -83,7 +83,7 @@ def test_it_counts_what_was_answered(harness: Harness, tmp_path: Path, workload:
 def test_it_notices(
     harness: Harness, tmp_path: Path, answer: Callable[[socket.socket], object], complaint: str
 ) -> None:
-    """A server that isn't right has no figures."""
+    """The measurement of a server with wrong replies fails."""
     with _answering(answer) as port:
         done = _run(harness, tmp_path, port, 1, Workload("one", "", 1))
     assert (done.returncode, done.stdout) == (1, "")
@@ -92,7 +92,7 @@ def test_it_notices(
 
 @pytest.mark.parametrize("workload", [Workload("two", "", 2), replace(STEADY, connections=2)], ids=["blocks", "rate"])
 def test_it_misses_a_reply_among_many(harness: Harness, tmp_path: Path, workload: Workload) -> None:
-    """A client that is never answered isn't hidden by another one that is."""
+    """A client that is never answered fails the measurement, although another one is answered."""
     with _answering(_answer_all) as port:  # one client after the other
         done = _run(harness, tmp_path, port, 1, workload)
     missing = 1 if workload.mode == "blocks" else 100

@@ -37,12 +37,12 @@ def test_a_ratio_is_taken_within_each_round() -> None:
 
 
 def test_each_round_begins_with_another_server() -> None:
-    """What one server leaves to the next is not always left to the same one."""
+    """Each round begins with another server, so that no server always follows the same one."""
     assert [turned("abc", number) for number in range(4)] == [[*"abc"], [*"bca"], [*"cab"], [*"abc"]]
 
 
 def test_a_peer_that_took_no_part_is_a_dash() -> None:
-    """The limit knows no UTF-8; the row is there without it."""
+    """The limit has no figure for UTF-8; the row exists without it."""
     results = Results()
     results.figures["utf-8", COMPILED].append(_figures(0.512))
     row = _row(results, [echod(), bare()], "UTF-8")

@@ -1,4 +1,4 @@
-"""What the servers are asked to do: the lines, how many connections send them, and how many before they wait."""
+"""The workloads: the lines, the number of connections, and the lines in flight."""
 
 import string
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""The fault suite: what can go wrong around echod, done to a real one, while a bystander watches."""
+"""Fault tests: attacks and failures around a real echod, while a well-behaved client measures its round trips."""

@@ -1,4 +1,4 @@
-"""Clients that take what they can get of the admin endpoint, in a process of their own."""
+"""Attackers of the admin endpoint, in a separate process."""
 
 import asyncio
 import contextlib
@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Iterator
 import uvloop
 
 RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER on, for no time: `close` resets, and leaves no port in TIME_WAIT."""
+"""SO_LINGER with a timeout of 0: `close` sends RST and leaves no port in TIME_WAIT."""
 
 IP_BIND_ADDRESS_NO_PORT = 24
-"""ip(7): the port is chosen by `connect`, so that it may be one in use with another peer."""
+"""ip(7): `connect` chooses the port, which may be in use with another peer."""
 
 Behaviour = Callable[[socket.socket], Awaitable[None]]
 
@@ -22,14 +22,14 @@ BODY_HEAD = b"POST /stats HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\
 
 
 async def streams_a_body(client: socket.socket) -> None:
-    """Sends a body for as long as it is taken."""
+    """Send a body until the connection ends."""
     await _send(client, BODY_HEAD)
     while True:
         await _send(client, bytes(65536))
 
 
 async def drips_a_head(client: socket.socket) -> None:
-    """Sends a request a byte at a time, as fast as it can."""
+    """Send a request byte by byte without a pause."""
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for byte in b"GET /" + b"x" * 10_000:
         await _send(client, bytes([byte]))
@@ -37,7 +37,7 @@ async def drips_a_head(client: socket.socket) -> None:
 
 
 async def drips_a_body(client: socket.socket) -> None:
-    """Sends a body a byte at a time."""
+    """Send a body byte by byte."""
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     await _send(client, BODY_HEAD)
     while True:
@@ -46,30 +46,30 @@ async def drips_a_body(client: socket.socket) -> None:
 
 
 async def scrapes(client: socket.socket) -> None:
-    """Asks for what costs most, reads the answer and is back at once."""
+    """Request the most expensive page, read the answer and repeat at once."""
     await _send(client, HEAD % b"/metrics")
     await _read_to_end(client)
 
 
 async def checks_health(client: socket.socket) -> None:
-    """Asks for what costs least, reads the answer and is back at once."""
+    """Request the cheapest page, read the answer and repeat at once."""
     await _send(client, HEAD % b"/healthz")
     await _read_to_end(client)
 
 
 async def pipelines(client: socket.socket) -> None:
-    """Sends requests without an end."""
+    """Send requests without reading answers."""
     while True:
         await _send(client, HEAD % b"/metrics" * 200)
 
 
 async def connects(client: socket.socket) -> None:
-    """Connects and leaves, as often as it can."""
+    """Connect and disconnect repeatedly."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
 async def says_nothing(client: socket.socket) -> None:
-    """Connects, and stays until it is closed."""
+    """Connect, send nothing, and stay until closed."""
     await _read_to_end(client)
 
 
@@ -99,7 +99,7 @@ async def _read_to_end(client: socket.socket) -> None:
 
 @contextlib.contextmanager
 def attack(kind: str, attackers: int, port: int, source: str = "127.0.0.1") -> Iterator[None]:
-    """So many attackers of a kind, all at `source`, until the end of the `with`."""
+    """Run this many attackers of a kind from the address `source` until the end of the `with`."""
     arguments = (kind, attackers, port, source)
     process = multiprocessing.get_context("spawn").Process(target=_attack, args=arguments, daemon=True)
     process.start()

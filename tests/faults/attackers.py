@@ -1,7 +1,7 @@
-"""Attackers in a process of their own: one kind, so many at once, at a rate; they go on until standard input ends.
+"""Attackers of one kind in a separate process, at a fixed number and rate, until standard input ends.
 
-Run as a module with an Attack as JSON. Prints what became of them as JSON at the end: a reply that no client may get
-is a complaint, while being rejected, reset or timed out is an attacker's lot.
+Run as a module with an Attack as JSON. Prints the results as JSON at the end: a wrong reply is a complaint; being
+rejected, reset or timed out is not.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ BURST = 10
 
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 BUFFER_BYTES = 262_144
-"""Of the kernel, for each attacker's socket: what it keeps for TCP is everybody's."""
+"""Size of the kernel buffers of each attacker's socket, because the memory for TCP is shared by all."""
 
 LEAVE_S = 5.0
-"""How long clients of a daemon that has ended may take to notice."""
+"""Time for clients to notice that the daemon has ended."""
 
 BEGIN_S = 1.0
-"""How long the first connections of all may take before the attack counts as begun."""
+"""Longest time for the first connections, after which the attack counts as begun."""
 
 GREEDY_ADDRESS = "127.0.0.66"
 HELD_AT_ONCE = 10_000
-"""Connections that a greedy attacker keeps; then it lets go of the oldest."""
+"""Connections that an attacker keeps open before it closes the oldest."""
 
 LINE_BYTES = 65_536
 IDLE_S, LINE_S, WRITE_S = 10.0, 5.0, 5.0
@@ -47,7 +47,7 @@ REJECTIONS = ("too many connections", "too many connections from your address")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the daemon is."""
+    """The addresses of the daemon."""
 
     pid: int
     port: int
@@ -57,7 +57,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What attackers do: how many at once, and how many steps all of them take in a second (0: as many as they can)."""
+    """The kind and number of attackers, and their steps per second together (0: no limit)."""
 
     kind: str
     number: int
@@ -69,12 +69,12 @@ class Attack:
 
 
 class WrongReplyError(Exception):
-    """A client was told what it can't be told."""
+    """A client received a reply that is wrong."""
 
 
 @dataclass
 class Assault:
-    """An attack under way: what its attackers share."""
+    """The state that the attackers of a running attack share."""
 
     attack: Attack
     target: Target
@@ -88,7 +88,7 @@ class Assault:
         self.is_under_way = asyncio.Event()
 
     async def pace(self) -> None:
-        """Wait for the turn to take a step."""
+        """Wait until the rate allows the next step."""
         if not self.attack.rate:
             await asyncio.sleep(0)
             return
@@ -97,7 +97,7 @@ class Assault:
         await asyncio.sleep(max(0.0, self._next_at - now))
 
     async def connect(self, port: int, *, source: str = "", receive_buffer: int = BUFFER_BYTES) -> socket.socket:
-        """Connect from an address of its own, so that no limit of an address is met by chance."""
+        """Connect from a separate address, so that no limit per address applies."""
         self._opened += 1
         number = self._opened % 60_000
         own = f"127.{1 + KINDS.index(self.attack.kind)}.{number // 250}.{1 + number % 250}"
@@ -143,7 +143,7 @@ async def _read_to_end(sock: socket.socket) -> bytes:
 
 
 async def _pipeline(it: Assault, text: bytes, reply: bytes, *, pause_s: float = 0.0) -> None:
-    """Send the text again and again, and read the replies, which must be right."""
+    """Send the text repeatedly, and check every reply."""
     async with it.connected_to(it.target.port) as sock:
         reading = asyncio.ensure_future(_read_replies(sock, reply, pause_s))
         try:
@@ -171,33 +171,33 @@ async def _read_replies(sock: socket.socket, reply: bytes, pause_s: float) -> No
 
 
 async def bare_lf(it: Assault) -> None:
-    """Pipelines empty lines: a reply for each byte."""
+    """Pipeline empty lines: one reply for each byte."""
     await _pipeline(it, b"\n" * 65_536, b"\n")
 
 
 async def whitespace(it: Assault) -> None:
-    """Pipelines lines of white space."""
+    """Pipeline lines of white space."""
     await _pipeline(it, b" \n" * 32_768, b"\n")
 
 
 async def trebling(it: Assault) -> None:
-    """Pipelines long lines whose upper case is three times as long."""
+    """Pipeline long lines whose upper case is three times as long."""
     line = "ΐ" * (LINE_BYTES // 2)
     await _pipeline(it, line.encode() + b"\n", line.upper().encode() + b"\n")
 
 
 async def pipelines(it: Assault) -> None:
-    """Pipelines ordinary lines as fast as it can."""
+    """Pipeline ordinary lines without a pause."""
     await _pipeline(it, b"an ordinary line\n" * 1000, b"AN ORDINARY LINE\n")
 
 
 async def slow_reader(it: Assault) -> None:
-    """Takes its replies a little at a time."""
+    """Read the replies slowly."""
     await _pipeline(it, b"a line that is read slowly\n" * 100, b"A LINE THAT IS READ SLOWLY\n", pause_s=0.02)
 
 
 async def never_reader(it: Assault) -> None:
-    """Sends long lines whose upper case is three times as long, and never reads."""
+    """Send long lines whose upper case is three times as long, and never read."""
     async with it.connected_to(it.target.port, receive_buffer=4096) as sock:
         while True:
             await it.pace()
@@ -222,12 +222,12 @@ async def bytewise(it: Assault) -> None:
 
 
 async def too_long(it: Assault) -> None:
-    """Sends lines that are too long, one to a connection."""
+    """Send lines that are too long, one per connection."""
     await _told(it, b"x\n" * 100 + b"z" * (LINE_BYTES + 1), b"X\n" * 100 + b"ERROR line longer than 65536 bytes\n")
 
 
 async def invalid(it: Assault) -> None:
-    """Sends invalid UTF-8, once to a connection."""
+    """Send invalid UTF-8, once per connection."""
     await _told(it, b"x\n" * 100 + b"\xff\n" + b"y\n" * 100, b"X\n" * 100 + b"ERROR invalid utf-8\n")
 
 
@@ -241,7 +241,7 @@ async def _told(it: Assault, text: bytes, due: bytes) -> None:
 
 
 async def shut_out(it: Assault) -> None:
-    """Connects from one address, more often than it may, and never closes."""
+    """Exceed the limit of connections from one address, and never close one."""
     held: list[socket.socket] = []
     try:
         while True:
@@ -255,7 +255,7 @@ async def shut_out(it: Assault) -> None:
 
 
 async def churn(it: Assault) -> None:
-    """Connects, perhaps says a line, and resets or closes at once."""
+    """Connect, perhaps send a line, and reset or close at once."""
     await it.pace()
     async with it.connected_to(it.target.port) as sock:
         if it.rng.random() < 0.5:
@@ -265,7 +265,7 @@ async def churn(it: Assault) -> None:
 
 
 async def lingers(it: Assault) -> None:
-    """Ends its stream, or is rejected for a bad line, and stays."""
+    """End the stream or send a bad line, and stay connected."""
     await it.pace()
     async with it.connected_to(it.target.port) as sock:
         await _send(sock, it.rng.choice([b"a line\n", b"\xff\n", b"half a line"]))
@@ -275,7 +275,7 @@ async def lingers(it: Assault) -> None:
 
 
 async def proxy_bytewise(it: Assault) -> None:
-    """Sends a PROXY header a byte at a time, and perhaps a line behind it."""
+    """Send a PROXY header byte by byte, and perhaps a line behind it."""
     header = it.rng.choice(
         [
             b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 2000\r\n",
@@ -294,7 +294,7 @@ async def proxy_bytewise(it: Assault) -> None:
 
 
 async def proxy_garbage(it: Assault) -> None:
-    """Sends what is no PROXY header: closed without a byte."""
+    """Send an invalid PROXY header; echod must close without a byte."""
     await it.pace()
     async with it.connected_to(it.target.proxy_port) as sock:
         await _send(
@@ -307,7 +307,7 @@ async def proxy_garbage(it: Assault) -> None:
 
 
 async def admin_slow_head(it: Assault) -> None:
-    """Sends a request to the admin endpoint whose head never ends."""
+    """Send the admin endpoint a request whose head never ends."""
     async with it.connected_to(it.target.admin_port) as sock:
         await _send(sock, b"GET /stats HTTP/1.1\r\nHost: x\r\nX: ")
         while True:
@@ -316,7 +316,7 @@ async def admin_slow_head(it: Assault) -> None:
 
 
 async def admin_body(it: Assault) -> None:
-    """Streams a body without end to the admin endpoint."""
+    """Stream an endless body to the admin endpoint."""
     async with it.connected_to(it.target.admin_port) as sock:
         await _send(sock, b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n")
         while True:
@@ -325,7 +325,7 @@ async def admin_body(it: Assault) -> None:
 
 
 async def admin_requests(it: Assault) -> None:
-    """Asks the admin endpoint one thing after the other."""
+    """Send the admin endpoint one request after the other."""
     await it.pace()
     async with it.connected_to(it.target.admin_port) as sock:
         await _send(sock, b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -333,24 +333,24 @@ async def admin_requests(it: Assault) -> None:
 
 
 async def admin_connects(it: Assault) -> None:
-    """Connects to the admin endpoint and says nothing."""
+    """Connect to the admin endpoint and send nothing."""
     await it.pace()
     async with it.connected_to(it.target.admin_port) as sock:
         await _receive(sock)
 
 
 async def usr1_storm(it: Assault) -> None:
-    """Asks for a dump of the statistics by signal, again and again."""
+    """Send SIGUSR1 repeatedly."""
     await _storm(it, signal.SIGUSR1)
 
 
 async def hup_storm(it: Assault) -> None:
-    """Asks for a reload by signal, again and again."""
+    """Send SIGHUP repeatedly."""
     await _storm(it, signal.SIGHUP)
 
 
 async def _storm(it: Assault, number: signal.Signals) -> None:
-    """A step is a burst of signals."""
+    """Send a burst of signals in each step."""
     await it.pace()
     for _ in range(BURST):
         os.kill(it.target.pid, number)
@@ -385,7 +385,7 @@ VISITS: dict[str, Visit] = {
 }
 
 CROWDS = {"hostile": [each for each in HOSTILE if each is not never_reads], "polite": POLITE}
-"""Kinds that are crowds of hostile.py: each of their clients checks all that it receives."""
+"""Kinds whose clients are those of hostile.py, which check everything that they receive."""
 
 KINDS = (*VISITS, "hostile")
 
@@ -394,7 +394,7 @@ KINDS = (*VISITS, "hostile")
 
 
 class Attackers:
-    """The process, seen from outside; on `core` alone."""
+    """The process of the attackers, which runs on one core."""
 
     def __init__(self, attack: Attack, target: Target, core: int) -> None:
         self.attack = attack
@@ -413,12 +413,12 @@ class Attackers:
         self._process.communicate()
 
     def await_begin(self) -> None:
-        """Return when they are under way."""
+        """Wait until the attack is under way."""
         assert self._process.stdout
         self._process.stdout.readline()
 
     def announce_stop(self) -> None:
-        """From now on the daemon may end connections that it would serve otherwise."""
+        """Tell the attackers that the daemon may end connections from now on."""
         assert self._process.stdin
         assert self._process.stdout
         with contextlib.suppress(BrokenPipeError):
@@ -445,7 +445,7 @@ async def _visit_again_and_again(it: Assault, visit: Visit) -> None:
         try:
             await visit(it)
         except OSError:
-            await asyncio.sleep(0.02)  # rejected, reset, refused; or there is no port or descriptor left
+            await asyncio.sleep(0.02)  # rejected, reset or refused, or no port or descriptor is left
         except WrongReplyError as error:
             it.complaints.append(str(error))
 
@@ -461,7 +461,7 @@ async def _attack(it: Assault, visit: Visit) -> None:
 
 
 async def _until_told(rules: Rules | None = None) -> None:
-    """Say that the attack is under way, and that a stop is announced once it is; return at the end of input."""
+    """Report that the attack is under way, and later that a stop is announced; return at the end of input."""
     os.write(1, b"\n")
     if await asyncio.to_thread(sys.stdin.buffer.readline):
         if rules:
@@ -488,7 +488,7 @@ def main(argument: str) -> None:
     it = Assault(Attack(**attack), Target(**target))
     os.sched_setaffinity(0, {core})
     is_crowd = it.attack.kind in CROWDS
-    if is_crowd:  # which measures too
+    if is_crowd:  # it measures too
         with contextlib.suppress(PermissionError):
             os.nice(-10)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

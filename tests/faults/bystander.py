@@ -1,7 +1,7 @@
-"""A well-behaved client in a process of its own: what it sees of a fault is what an innocent user would see.
+"""A well-behaved client in a separate process, which measures what a fault does to other users.
 
-Run as a module it asks again and again, each reply checked, and for every line on its standard input answers with the
-figures since the last one, as JSON. A wrong reply, a reset or an end of stream ends it with a traceback.
+Run as a module, it sends lines and checks each reply. For every line on standard input it prints the figures since the
+last one as JSON. A wrong reply, a reset or an end of stream ends it with a traceback.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from tests.support.daemon import DEADLINE_S, UNMEASURED, clean_environment, read_line
 
 PAUSE_S = 0.002
-"""Between two questions: 400 a second or so, hardly any load."""
+"""Pause between two lines: about 400 lines a second, little load."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTrips:
-    """Round trips of some span of time, in milliseconds."""
+    """Round-trip times within a period, in milliseconds."""
 
     count: int
     p50_ms: float
@@ -32,7 +32,7 @@ class RoundTrips:
 
 
 class Bystander:
-    """Talks to the daemon all the time; `figures` tells what it was like since the last call."""
+    """Sends lines all the time; `figures` returns the round trips since the last call."""
 
     def __init__(self, port: int) -> None:
         self._process = subprocess.Popen(
@@ -42,10 +42,10 @@ class Bystander:
             text=True,
             env=clean_environment() | UNMEASURED,
         )
-        self.figures()  # it is talking
+        self.figures()  # returns once it has had its first round trips
 
     def figures(self) -> RoundTrips:
-        """What its round trips were like since the last call; an AssertionError if it has come to harm."""
+        """Return the round trips since the last call; raise AssertionError if the client has failed."""
         assert self._process.stdin
         assert self._process.stdout
         with contextlib.suppress(BrokenPipeError):
@@ -53,13 +53,13 @@ class Bystander:
             self._process.stdin.flush()
         assert select.select([self._process.stdout], [], [], DEADLINE_S)[0], "the bystander hangs"
         answer = self._process.stdout.readline()
-        assert answer, "the bystander has come to harm: see its traceback"
+        assert answer, "the bystander has failed: see its traceback"
         return RoundTrips(**json.loads(answer))
 
     def leave(self) -> None:
-        """End it in good order; an AssertionError if it has come to harm."""
+        """End the client; raise AssertionError if it has failed."""
         self._process.communicate("", DEADLINE_S)
-        assert self._process.returncode == 0, "the bystander has come to harm: see its traceback"
+        assert self._process.returncode == 0, "the bystander has failed: see its traceback"
 
     def kill(self) -> None:
         self._process.kill()
@@ -68,7 +68,7 @@ class Bystander:
 
 @contextlib.contextmanager
 def bystanding(port: int) -> Iterator[Bystander]:
-    """A bystander that must come to no harm."""
+    """Run a bystander, and assert at the end that it has not failed."""
     bystander = Bystander(port)
     try:
         yield bystander

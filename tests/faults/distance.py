@@ -1,7 +1,7 @@
-"""A network with a delay, and a stop while clients far away connect; run as a module in a network namespace of its own.
+"""A network with a delay, and a stop while clients connect over it; a module to run in its own network namespace.
 
-A TUN device whose packets come back after a while with source and destination swapped: who connects to AFAR reaches
-this very machine, and each packet has been under way for so long. Prints how the clients fared, as JSON.
+A TUN device returns each packet after a delay with source and destination swapped, so that a connection to AFAR reaches
+this machine, delayed. Prints the results of the clients as JSON.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ IP_VERSION, IP_ADDRESSES = 0, slice(12, 20)
 
 
 def lay_wire(delay_s: float) -> None:
-    """Make AFAR reachable, each way taking `delay_s`."""
+    """Make AFAR reachable with a delay of `delay_s` in each direction."""
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", b"wire", IFF_TUN | IFF_NO_PI))
     for command in (f"address add {HERE}/24 dev wire", "link set wire up", "link set lo up"):
@@ -41,7 +41,7 @@ def _carry(device: int, delay_s: float) -> None:
         left_s = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
         if select.select([device], [], [], left_s)[0]:
             packet = os.read(device, 65536)
-            if packet[IP_VERSION] >> 4 == 4:  # a swap leaves the checksums as they are
+            if packet[IP_VERSION] >> 4 == 4:  # swapping the addresses changes no checksum
                 returned = packet[:12] + packet[16:20] + packet[12:16] + packet[20:]
                 under_way.append((time.monotonic() + delay_s, returned))
         while under_way and under_way[0][0] <= time.monotonic():
@@ -49,7 +49,7 @@ def _carry(device: int, delay_s: float) -> None:
 
 
 def fare(port: int, wait_s: float) -> str:
-    """How a client fares that connects after a while."""
+    """Connect after a delay, and return the result."""
     time.sleep(wait_s)
     try:
         client = socket.create_connection((AFAR, port), DEADLINE_S)
@@ -70,7 +70,7 @@ def main(delay_s: float) -> None:
     with Daemon("-l", "0.0.0.0:0") as echod, ThreadPoolExecutor(CLIENTS) as clients:
         span_s = 6 * delay_s
         fares = [clients.submit(fare, echod.port, span_s * number / CLIENTS) for number in range(CLIENTS)]
-        time.sleep(span_s / 2)  # the middle of the span in which they come
+        time.sleep(span_s / 2)  # the middle of the period in which the clients connect
         echod.stop()
         json.dump(Counter(each.result() for each in fares), sys.stdout)
 

@@ -1,8 +1,8 @@
-"""Half an hour of everything that comes and goes, all at once, and whether anything is left of it.
+"""An endurance run: connections, reloads and upgrades all at once, and a check that nothing leaks.
 
-Short connections as fast as the machine can, pipelining clients that stay, reloads good and bad, and upgrades in
-bursts: between two of them memory has time to grow, if it does. `python -m tests.faults.endurance --minutes 30` prints
-the figures; exit status 1 if something grew, or was counted wrong.
+Short connections at full speed, pipelining clients that stay, valid and invalid reloads, and upgrades in bursts,
+between which a leak of memory would show. `python -m tests.faults.endurance --minutes 30` prints the figures and exits
+with 1 if something has grown or was counted wrong.
 """
 
 import argparse
@@ -33,29 +33,29 @@ LOADS = (
     Workload("pipelined", "clients that stay", 4, depth=16, is_mixed=True),
 )
 BURST = 10
-"""Upgrades in a row."""
+"""Upgrades in a burst."""
 
 SAMPLE_S = 0.5
 BAD_EVERY = 5
-"""Each fifth reload is of a configuration that is wrong."""
+"""Every fifth reload reads an invalid configuration."""
 
 GROWTH_BYTES_PER_CONNECTION = 5.0
-"""A list entry or a reference is more; what the allocator does now and then is less, over enough connections."""
+"""Less than a list entry or a reference, and more than the noise of the allocator over many connections."""
 
 ENOUGH_CONNECTIONS = 200_000
-"""For memory to be held against them."""
+"""Connections needed to judge the growth of memory."""
 
 GROWTH_BYTES = 8_000_000
-"""What an idle daemon may have more than before: the allocator keeps some."""
+"""Memory that an idle daemon may keep: the allocator returns not all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the daemon used at a moment."""
+    """The resources that the daemon uses at one moment."""
 
     at: float
     window: int
-    """How many bursts of upgrades there were before."""
+    """The number of bursts of upgrades before the sample."""
     rss_bytes: int
     descriptors: int
     threads: int
@@ -64,14 +64,14 @@ class Sample:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of it."""
+    """The results of a run."""
 
     figures: dict[str, object] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
 
 
 def run(seconds: float, reloads: int, upgrades: int) -> Outcome:
-    """Do all of it for so long."""
+    """Run everything for this long."""
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="echod-") as name, _started(Path(name)) as echod:
         operator = Operator(echod, Path(name))
@@ -119,7 +119,7 @@ def run(seconds: float, reloads: int, upgrades: int) -> Outcome:
 
 
 class Operator:
-    """Reloads and upgrades, and looks at what the daemon uses."""
+    """Requests reloads and upgrades, and samples the daemon's resources."""
 
     def __init__(self, echod: Daemon, directory: Path) -> None:
         self.findings: list[str] = []
@@ -129,7 +129,7 @@ class Operator:
         self._echod, self._directory = echod, directory
 
     def warm_up(self) -> None:
-        """Let everything happen once: what is opened or imported by the first of a kind is no leak."""
+        """Do everything once: what the first operation opens or imports is no leak."""
         with connect(self._echod.port) as client:
             ask(client, b"hello\n")
         for number in range(BAD_EVERY):
@@ -138,7 +138,7 @@ class Operator:
         self.applied = self.refused = self.upgrades = 0
 
     def run(self, seconds: float, reloads: int, upgrades: int) -> None:
-        """So many of each, evenly, but the upgrades in bursts."""
+        """Spread the reloads evenly, and the upgrades in bursts."""
         began_at = time.monotonic()
         bursts = -(-upgrades // BURST)
         for number in range(reloads):
@@ -159,7 +159,7 @@ class Operator:
         )
 
     def windows(self) -> Iterator[list[Sample]]:
-        """The samples between two bursts of upgrades, without the first quarter, in which memory grows to its size."""
+        """Return the samples between bursts of upgrades, without the first quarter, in which memory still grows."""
         for window in range(self._bursts + 1):
             samples = [sample for sample in self.samples if sample.window == window]
             yield samples[len(samples) // 4 :]
@@ -199,7 +199,7 @@ class Operator:
 
 
 class _Load:
-    """A load generator, and what it has counted in the end."""
+    """A load generator, and its final counts."""
 
     def __init__(self, workload: Workload, echod: Daemon, directory: Path, seconds: float) -> None:
         self._workload = workload
@@ -213,7 +213,7 @@ class _Load:
         )
 
     def finish(self) -> list[str]:
-        """Wait for its end; return what it complains about."""
+        """Wait for the end, and return the complaints."""
         output = self._process.communicate(timeout=self._seconds + DEADLINE_S)[0]
         if self._process.returncode:
             return [f"{self._workload.about}: see what the load says"]
@@ -226,7 +226,7 @@ class _Load:
 
     @property
     def resets(self) -> int:
-        """How many of them were reset: all but the last ones, which ended with the process."""
+        """The number of resets, without those at the end of the process."""
         return self.connections - self._workload.connections if self._workload.mode == "churn-reset" else 0
 
     @property
@@ -239,7 +239,7 @@ class _Load:
 
 
 def write_configuration(directory: Path, number: int, *, is_bad: bool) -> None:
-    """A configuration, unlike the one before it; a listener comes and goes."""
+    """Write a configuration that differs from the previous one, also in its listeners."""
     lines = [
         "[[listen]]\naddress = '127.0.0.1:0'",
         f"[[listen]]\naddress = 'unix:{directory}/clients'" if number % 2 else "",
@@ -253,7 +253,7 @@ def write_configuration(directory: Path, number: int, *, is_bad: bool) -> None:
 
 @contextlib.contextmanager
 def _started(directory: Path) -> Iterator[Daemon]:
-    """The daemon; of its log all but the event of each connection."""
+    """Start the daemon, with a log without the event of each connection."""
     write_configuration(directory, 0, is_bad=False)
     sieve = subprocess.Popen(
         ["grep", "--line-buffered", "--invert-match", '"event": *"connection closed"'],
@@ -301,7 +301,7 @@ def _compare(expected: Event, counted: Event) -> list[str]:
 
 
 def _slope(samples: list[Sample]) -> float | None:
-    """By how many bytes memory grows with each connection; None if there were too few."""
+    """Return the growth of memory in bytes per connection; None if there were too few connections."""
     if len(samples) < 10 or samples[-1].accepted - samples[0].accepted < ENOUGH_CONNECTIONS:
         return None
     accepted, rss_bytes = [sample.accepted for sample in samples], [sample.rss_bytes for sample in samples]

@@ -1,7 +1,7 @@
-"""Clients that do what no client should, chosen by a seed; each holds what it received against what it was owed.
+"""Misbehaving clients, chosen by a seed; each checks what it received against what it was owed.
 
-The same seed means the same clients with the same choices; how many visits they make in a given time is the machine's
-business. A visit can be told by the seed, the number of its client and its own.
+The same seed gives the same clients and choices; the number of visits depends on the machine. A visit is identified by
+the seed, the number of its client and its own number.
 """
 
 import asyncio
@@ -17,21 +17,21 @@ from dataclasses import dataclass, field
 from tests.support.daemon import DEADLINE_S
 
 GONE_WITH_A_RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER: close(2) sends RST."""
+"""SO_LINGER with a timeout of 0: close(2) sends RST."""
 
 IP_MINTTL = 21  # linux/in.h
 ERROR = re.compile(rb"ERROR [a-z]")
-"""What no reply can look like."""
+"""The beginning of an error line, which no reply can have."""
 
 LATE_S = 10.0
-"""How late a timeout may be, seen from a client on a busy machine."""
+"""How late a timeout may be seen by a client on a busy machine, in seconds."""
 
 WORDS = "straße ŉ ΐ ﬃ ς ǆ i̇ 𐐨 😀 plain words, many \0 \x1c \x85 \u2028 \r \t ERROR error".split(" ")  # noqa: SIM905
 
 
 @dataclass(slots=True)
 class Rules:
-    """What the daemon is told: every value that a setting may have during the play."""
+    """Every value that a setting of the daemon may have during the test."""
 
     line_bytes: Sequence[int]
     idle_s: Sequence[float]
@@ -41,10 +41,10 @@ class Rules:
     may_refuse: bool = False
     """Whether listeners come and go."""
     is_over: bool = False
-    """A drain may begin at any moment, or has begun: from now on a client may be owed less than it hoped for."""
+    """A drain may have begun: a client may receive fewer replies from now on."""
 
     def allow(self, error: bytes, line: bytes, *, is_whole: bool, is_first: bool) -> bool:
-        """Whether a client may be told so instead of a reply to `line`, or to what it has sent of it."""
+        """Return whether this error is allowed in place of a reply to `line`, or to a partial line."""
         words = error.decode().removeprefix("ERROR ")
         if words == "invalid utf-8":
             return is_whole and reply(line) is None
@@ -56,7 +56,7 @@ class Rules:
 
 
 def reply(line: bytes) -> bytes | None:
-    """What a line is answered, without the LF; None if it can't be."""
+    """Return the reply to a line without the LF; None if the line is invalid."""
     try:
         return line.decode().strip().upper().encode()
     except UnicodeDecodeError:
@@ -64,7 +64,7 @@ def reply(line: bytes) -> bytes | None:
 
 
 class Client:
-    """One connection, in full control of its socket; afterwards `complaint` tells what was wrong with the daemon."""
+    """A connection that controls its socket itself; at the end, `complaint` describes what was wrong."""
 
     def __init__(self, rng: random.Random, rules: Rules) -> None:
         self.rng = rng
@@ -76,16 +76,16 @@ class Client:
         self.peer = ""
         """Its name in the log of the daemon."""
         self.is_well_behaved = False
-        """It has ended its stream, and read all there was: everything must have been answered."""
+        """The client has ended its stream and read everything, so every line must have been answered."""
         self.is_cut = False
-        """It has been cut off, or may be: a torn reply may be the last it gets."""
+        """The client has been or may be aborted, so the last reply may be torn."""
         self._has_ended = False
         self._listening: asyncio.Task[None] | None = None
         self._heard = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     async def connect(self, address: str, *, receive_buffer: int | None = None) -> None:
-        """Raises OSError."""
+        """Connect; raises OSError."""
         self.began = self._loop.time()
         path = address.removeprefix("unix:")
         self.is_tcp = path == address
@@ -113,12 +113,12 @@ class Client:
             try:
                 await self._loop.sock_sendall(self.socket, chunk)
             except OSError:
-                self.is_cut = True  # the error is told once, here: what is read afterwards ends like any stream
+                self.is_cut = True  # the error is reported only once, here; reading ends normally
                 return
-            await asyncio.sleep(0)  # sock_sendall doesn't wait for anybody while the kernel takes all
+            await asyncio.sleep(0)  # sock_sendall doesn't yield while the kernel accepts everything
 
     def listen(self, *, pause_s: float = 0.0, chunk_bytes: int = 65_536) -> None:
-        """Read from now on, beside whatever else is done."""
+        """Read in the background from now on."""
         self._listening = self._loop.create_task(self._listen(pause_s, chunk_bytes))
 
     async def _listen(self, pause_s: float, chunk_bytes: int) -> None:
@@ -138,13 +138,13 @@ class Client:
             self.socket.shutdown(how)
 
     async def finish(self) -> None:
-        """End the stream and read to the end of the other side's."""
+        """End the stream, and read to the end of the daemon's."""
         self._has_ended = self.is_well_behaved = True
         self.shut(socket.SHUT_WR)
         await self.end()
 
     async def end(self, *, within_s: float = DEADLINE_S) -> float:
-        """Wait for the end of the stream: how long that took. Raises TimeoutError."""
+        """Wait for the end of the stream, and return the time it took. Raises TimeoutError."""
         if not self._listening:
             self.listen()
         assert self._listening
@@ -153,13 +153,13 @@ class Client:
         return self._loop.time() - began
 
     async def hear(self, count: int) -> None:
-        """Wait until so many bytes have been received, or the end has come."""
+        """Wait until this many bytes have been received, or the stream has ended."""
         while len(self.received) < count and not self.ending:
             self._heard.clear()
             await self._heard.wait()
 
     def vanish(self) -> None:
-        """Never acknowledge anything again, as if the cable was cut: packets from a TTL below 255 are dropped."""
+        """Drop all packets from now on, as if the cable was cut: those with a TTL below 255 are ignored."""
         if self.is_tcp:
             self.socket.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 255)
 
@@ -176,11 +176,11 @@ class Client:
 
     @property
     def replies(self) -> int:
-        """Replies received whole, error lines not counted."""
+        """The number of complete replies, without error lines."""
         return sum(not ERROR.match(line) for line in bytes(self.received).split(b"\n")[:-1])
 
     def complaint(self) -> str:
-        """What was wrong with what was received, "" if nothing."""
+        """Return what was wrong with the received data; "" if nothing was."""
         *lines, rest = bytes(self.sent).split(b"\n")
         if rest and self._has_ended:
             lines.append(rest)
@@ -224,7 +224,7 @@ def lines(rng: random.Random, count: int) -> bytes:
 
 
 async def asks_politely(client: Client) -> None:
-    """Pipelines, with or without an end to the last line, in any chunks: everything is answered."""
+    """Pipeline lines in random chunks, the last one perhaps unterminated: all are answered."""
     client.listen()
     for _ in range(client.rng.randint(1, 6)):
         await client.send(lines(client.rng, client.rng.randint(1, 200)), chunk_bytes=client.rng.randint(1, 2000))
@@ -233,7 +233,7 @@ async def asks_politely(client: Client) -> None:
 
 
 async def asks_and_waits(client: Client) -> None:
-    """A line, its reply, the next line."""
+    """Send a line, read its reply, and send the next one."""
     client.listen()
     for _ in range(client.rng.randint(1, 30)):
         line = text(client.rng, 6)
@@ -243,14 +243,14 @@ async def asks_and_waits(client: Client) -> None:
 
 
 async def reads_slowly(client: Client) -> None:
-    """Takes its replies a little at a time, but takes them: it is owed them all."""
+    """Read slowly but steadily: all replies arrive."""
     client.listen(pause_s=0.005, chunk_bytes=client.rng.randint(2000, 20_000))
     await client.send(lines(client.rng, 20) * client.rng.randint(1, 100))
     await client.finish()
 
 
 async def sends_noise(client: Client) -> None:
-    """Binary, or text with a few bytes that aren't."""
+    """Send binary data, or text with a few invalid bytes."""
     if client.rng.random() < 0.5:
         noise = bytearray(client.rng.randbytes(client.rng.randint(1, 100_000)))
     else:
@@ -263,7 +263,7 @@ async def sends_noise(client: Client) -> None:
 
 
 async def cuts_a_character(client: Client) -> None:
-    """A multi-byte character cut anywhere, before LF or the end of the stream, split over two writes."""
+    """Truncate a multi-byte character before LF or the end of the stream, split over two writes."""
     whole = client.rng.choice("éß€ΐ😀𐐨").encode()
     torn = b"before " + whole[: client.rng.randint(1, len(whole))]
     place = client.rng.randint(0, len(torn))
@@ -275,7 +275,7 @@ async def cuts_a_character(client: Client) -> None:
 
 
 async def never_ends_a_line(client: Client) -> None:
-    """Sends a line that is longer than any limit, and goes on with it whatever it is told."""
+    """Send a line longer than any limit, and continue after the error."""
     client.listen()
     longest = max(client.rules.line_bytes)
     await client.send(lines(client.rng, 2) + b"z" * longest, chunk_bytes=client.rng.randint(1000, longest))
@@ -286,7 +286,7 @@ async def never_ends_a_line(client: Client) -> None:
 
 
 async def drips(client: Client) -> None:
-    """A line a byte at a time: told of it, never early."""
+    """Send a line byte by byte: the timeout is reported, never early."""
     client.listen()
     while not client.received and not client.ending:
         await client.send(b"z")
@@ -295,7 +295,7 @@ async def drips(client: Client) -> None:
 
 
 async def falls_silent(client: Client) -> None:
-    """Nothing at all, or nothing more after a few lines: told of it, never early; and then it doesn't leave."""
+    """Fall silent, at once or after a few lines: the timeout is reported, never early. Then stay connected."""
     client.listen()
     await client.send(lines(client.rng, client.rng.randint(0, 3)))
     with contextlib.suppress(TimeoutError):
@@ -305,7 +305,7 @@ async def falls_silent(client: Client) -> None:
 
 
 async def leaves_a_line_unfinished(client: Client) -> None:
-    """Half a line, and then nothing."""
+    """Send a partial line and nothing more."""
     client.listen()
     await client.send(lines(client.rng, 2) + b"half a line")
     with contextlib.suppress(TimeoutError):
@@ -314,7 +314,7 @@ async def leaves_a_line_unfinished(client: Client) -> None:
 
 
 def _assert_in_time(client: Client, words: bytes, limits_s: Sequence[float]) -> None:
-    """The client was told so, unless it was turned away or the play is over; not before the time in the message."""
+    """Assert that the client got this error not too early, unless it was rejected or the test is over."""
     seconds = client._loop.time() - client.began
     told = bytes(client.received).split(b"\n")[-2:-1]
     if client.rules.is_over or told in [[f"ERROR {each}".encode()] for each in client.rules.rejections]:
@@ -339,14 +339,14 @@ async def resets_while_written_to(client: Client) -> None:
 
 
 async def leaves_while_written_to(client: Client) -> None:
-    """Closes with replies unread, which resets."""
+    """Close with unread replies, which resets the connection."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(client.rng.uniform(0.05, 0.3)):
             await client.send(lines(client.rng, 50) * 200)
 
 
 async def never_reads(client: Client) -> None:
-    """Sends until nothing more is taken: cut off in the end, and what it got until then is right."""
+    """Send until the kernel accepts no more: the client is aborted, and what it received is right."""
     client.is_cut = True
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(max(client.rules.write_s) + client.rng.uniform(0, 2)):
@@ -356,7 +356,7 @@ async def never_reads(client: Client) -> None:
 
 
 async def vanishes(client: Client) -> None:
-    """The cable is cut: with nothing, half a line, or replies under way."""
+    """Cut the cable: with nothing, a partial line, or replies in flight."""
     client.listen()
     await client.send(lines(client.rng, client.rng.randint(0, 3)))
     client.vanish()
@@ -365,7 +365,7 @@ async def vanishes(client: Client) -> None:
 
 
 async def is_deaf(client: Client) -> None:
-    """Shut for reading, which the daemon can't know; the kernel takes the replies for it."""
+    """Shut the socket for reading, unseen by the daemon; the kernel accepts and drops the replies."""
     client.shut(socket.SHUT_RD)
     for _ in range(client.rng.randint(1, 10)):
         await client.send(lines(client.rng, 20))
@@ -373,7 +373,7 @@ async def is_deaf(client: Client) -> None:
 
 
 async def is_urgent(client: Client) -> None:
-    """One byte out of band, which is none of the stream's."""
+    """Send one byte out of band, which is not part of the stream."""
     client.listen()
     await client.send(lines(client.rng, 3))
     if client.is_tcp:
@@ -384,7 +384,7 @@ async def is_urgent(client: Client) -> None:
 
 
 async def speaks_after_the_farewell(client: Client) -> None:
-    """A bad line, and then good ones that nobody answers."""
+    """Send an invalid line, then valid ones, which are not answered."""
     client.listen()
     await client.send(lines(client.rng, 2) + b"\xff\n" + lines(client.rng, 2))
     with contextlib.suppress(TimeoutError):
@@ -417,12 +417,12 @@ HOSTILE: Sequence[Behaviour] = (
     speaks_after_the_farewell,
 )
 HURRIED = (asks_politely, asks_and_waits, resets_at_once, sends_noise)
-"""What comes in bursts."""
+"""The behaviours that occur in bursts."""
 
 
 @dataclass(slots=True)
 class Crowd:
-    """Clients that visit again and again, each with its own choices; what they saw is told by its fields."""
+    """Clients that connect repeatedly, each with its own choices; the fields are the results."""
 
     seed: str
     rules: Rules
@@ -433,15 +433,15 @@ class Crowd:
     connected: int = 0
     refused: int = 0
     heard: list[tuple[str, int]] = field(default_factory=list)
-    """Of each client that was let in: its name in the log, and how many replies it got."""
+    """For each accepted client: its name in the log, and the number of its replies."""
     _is_over: bool = False
 
     async def play(self, clients: int) -> None:
-        """Visit with so many clients at once, until `leave`."""
+        """Run this many clients at once until `leave`."""
         await asyncio.gather(*(self._come_and_go(number) for number in range(clients)))
 
     def leave(self) -> None:
-        """Let each client end the visit that it is making, and come no more."""
+        """Let each client finish its current visit, and start no other."""
         self._is_over = True
 
     async def _come_and_go(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Mixes of attackers, drawn by a seed, against what must hold whatever is done to echod.
+"""Random mixes of attackers, chosen by a seed, against the properties that echod must keep under attack.
 
 `python -m tests.faults.mixes --seeds 1-10 --seconds 60` plays so long with each seed, in rounds of ten seconds: a
 daemon, some kinds of attackers at once, and a stop amid them. `--only bare_lf --attackers 200` has one kind, and
@@ -30,12 +30,12 @@ from tests.support.report import row
 
 ROUND_S = 10.0
 STOP_MARGIN_S = 1.5
-"""What a stop may take beyond its lame duck and its drain."""
+"""Time that a stop may take beyond the lame duck and the drain, in seconds."""
 
 PER_ADDRESS = 8
 SIGNALS = ("usr1_storm", "hup_storm")
 STARVED = 0.3
-"""The share of time waiting for a CPU from which on being late is not the daemon's doing."""
+"""Above this share of time waiting for a CPU, lateness is attributed to the machine."""
 
 LAST_CLIENTS = 5
 LAST_CLIENT = "127.0.0.4"
@@ -48,26 +48,26 @@ TABLE = {
     "never_reader": (20, 200, 1000),
     "usr1_storm": (20, 200, 1000),
 }
-"""Kinds, and how many attackers. The admin endpoint takes eight at once: more push each other out."""
+"""Kinds and numbers of attackers. The admin endpoint serves eight at once, and closes the oldest for more."""
 
 
 @dataclass(slots=True)
 class Round:
-    """What is played, and what came of it."""
+    """A round: its attackers and its results."""
 
     name: str
     attacks: list[Attack]
     again: str = ""
-    """How to play it again."""
+    """The command that repeats the round."""
     open_files: int = 20_000
     is_pinned: bool = True
-    """Whether the daemon has one core only; else its threads may run beside each other, on the attackers' core too."""
+    """Whether the daemon has only one core; otherwise its threads also run on the core of the attackers."""
     drain_s: float = 3.0
     lame_duck_s: float = 0.0
     seconds: float = ROUND_S
     findings: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
-    """Findings about time: they count on a machine that let the daemon run."""
+    """Findings about time, which count only if the daemon got enough CPU."""
     starved_share: float = 0.0
     figures: dict[str, object] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class Round:
 
     @property
     def outcome(self) -> str:
-        """What came of it, in lines: the figures, each finding, and how to play it again."""
+        """The results as lines: the figures, each finding, and the command that repeats the round."""
         lines = [row(self.figures, " "), *(f"FOUND {finding:.500}" for finding in self.counted)]
         if self.late and self.starved_share > STARVED:
             lines.append(f"not counted, for the machine was busy: {'; '.join(self.late)}")
@@ -86,12 +86,12 @@ class Round:
 
     @property
     def counted(self) -> list[str]:
-        """Every finding that is echod's doing."""
+        """Every finding that echod is responsible for."""
         return [*self.findings, *(self.late if self.starved_share <= STARVED else [])]
 
 
 def drawn(seed: str, number: int, seconds: float = ROUND_S) -> Round:
-    """The round of that number with the seed."""
+    """Return the round with this number and seed."""
     rng = random.Random(f"{seed}: round {number}")
     attacks = []
     for kind in rng.sample(KINDS, rng.randint(2, 5)):
@@ -110,14 +110,14 @@ def drawn(seed: str, number: int, seconds: float = ROUND_S) -> Round:
 
 
 def alone(kind: str, number: int, rate: float | None = None, seconds: float = ROUND_S) -> Round:
-    """A round with attackers of one kind; those that are known by their rate have five steps a second each.
+    """Return a round with attackers of one kind; kinds with a rate take five steps a second each.
 
-    But a thousand who send signals send as many as one can.
+    A thousand senders of signals send as many as one can.
     """
     is_known_by_rate = kind == "shut_out" or (kind in SIGNALS and number < 1000)
     own_rate = (5.0 * number if is_known_by_rate else 0.0) if rate is None else rate
     attack = Attack(kind, 1 if kind in SIGNALS else number, own_rate, kind)
-    open_files = 1024 if kind == "shut_out" else 20_000  # few, so that who is being rejected can fill them
+    open_files = 1024 if kind == "shut_out" else 20_000  # few, so that clients being rejected can fill them
     return Round(
         name=f"{kind} alone",
         attacks=[attack] if number else [],
@@ -128,7 +128,7 @@ def alone(kind: str, number: int, rate: float | None = None, seconds: float = RO
 
 
 def play(it: Round) -> Round:
-    """Play the round; its findings and figures are filled afterwards."""
+    """Play the round, and fill in its findings and figures."""
     core = cores()
     with tempfile.TemporaryDirectory(prefix="echod-") as name, contextlib.ExitStack() as playing:
         directory = Path(name)
@@ -184,7 +184,7 @@ def play(it: Round) -> Round:
 
 
 def _stop(echod: Daemon, port: int, it: Round) -> float:
-    """Stop it; return how long that took. Who has sent a line before it has begun is answered."""
+    """Stop the daemon, and return the time it took. Lines sent before the stop must be answered."""
     with contextlib.ExitStack() as last:
         clients = [last.enter_context(socket.socket()) for _ in range(LAST_CLIENTS)]
         for client in clients:
@@ -225,7 +225,7 @@ def _rest(client: socket.socket) -> str:
 
 @contextlib.contextmanager
 def _started(directory: Path, it: Round) -> Iterator[Daemon]:
-    """The daemon on its core, its log without those events that attackers could flood the reader with."""
+    """Start the daemon on its core, without the log events that an attack would flood."""
     lines = [
         "[[listen]]\naddress = '127.0.0.1:0'",
         "[[listen]]\naddress = '127.0.0.1:0'\nproxy_protocol = true",
@@ -266,7 +266,7 @@ def _started(directory: Path, it: Round) -> Iterator[Daemon]:
     hurry(reader)
     hurry(sieve.pid)
     with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, echod.pid, -10)  # before whatever else this machine does
+        os.setpriority(os.PRIO_PROCESS, echod.pid, -10)  # with priority over other processes
     with echod, sieve:
         echod.wait_for("ready")
         yield echod
@@ -293,7 +293,7 @@ def _rounds(options: argparse.Namespace) -> Iterator[Round]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Play as the arguments say; return the exit status."""
+    """Play the rounds that the arguments ask for, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.mixes", description=__doc__)
     parser.add_argument("--seeds", default="1", help="such as 1-10 or 3,7")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to play with each seed")

@@ -1,4 +1,4 @@
-"""A running daemon against a small model of it: clients, reloads, upgrades and signals in any order.
+"""A running daemon compared with a small model: clients, reloads, upgrades and signals in any order.
 
 Hypothesis chooses the order. The model is what the documentation says: which replies a client gets, and what is
 counted. Each step waits until the statistics agree with it. `python -m tests.faults.model --minutes 60` looks for an
@@ -41,16 +41,16 @@ STEPS = 40
 EXAMPLES_AT_ONCE = 5
 DRAIN_S, QUIET_S = 0.5, 0.05
 AGREE_S = 5.0
-"""How long the statistics may take to agree with the model: they are asked all the time, so the loop turns."""
+"""Longest time until the statistics agree with the model, while they are polled."""
 
 CLIENTS = 12
-"""More are not connected at once by a step."""
+"""The most clients that one step connects."""
 
 GONE_WITH_A_RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER: close(2) sends RST."""
+"""SO_LINGER with a timeout of 0: close(2) sends RST."""
 
 LIMITS = {"connections": (100, 6), "connections_per_address": (3, 0), "line_bytes": (64, 40)}
-"""What a reload changes, and the values."""
+"""The keys that a reload changes, and their values."""
 
 BAD = {
     "conections = 1": "unknown key",
@@ -61,7 +61,7 @@ BAD = {
     "LISTEN 127.0.0.1:{taken}": "already in use",
     "LISTEN unix:{directory}/in-the-way": "the file exists and is not a socket",
 }
-"""What can be wrong with a configuration, and what is said of it."""
+"""Invalid configurations, and their errors."""
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 WAYS = ("TCP", "unix", "PROXY, version 1", "PROXY, version 2")
@@ -69,7 +69,7 @@ WAYS = ("TCP", "unix", "PROXY, version 1", "PROXY, version 2")
 PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
 
 ERRORS = {b"ERROR line longer": "line too long", b"ERROR invalid utf-8": "invalid utf-8"}
-"""How an error line begins, and how it is counted."""
+"""The beginning of each error line, and the reason it is counted as."""
 
 pieces = st.sampled_from([each.encode() for each in (*CASED, *SPACES, *OTHERS, "word")])
 texts = st.lists(pieces | st.just(b"\n"), max_size=12).map(b"".join)
@@ -79,11 +79,11 @@ limits = st.fixed_dictionaries({name: st.sampled_from(values) for name, values i
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A client, and what the daemon must know of it."""
+    """A client, and what the daemon should know about it."""
 
     socket: socket.socket
     host: str
-    """Its address, "" if it has none."""
+    """The address of the client, "" if it has none."""
     unfinished: bytes = b""
     lines: int = 0
     bytes_in: int = 0
@@ -95,7 +95,7 @@ class Client:
 
 @dataclass(slots=True)
 class Counts:
-    """What is in the statistics of a daemon, but for what its open connections have carried."""
+    """The expected statistics of a daemon, without the traffic of open connections."""
 
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
@@ -128,7 +128,7 @@ class Counts:
 
     @staticmethod
     def found(stats: Event) -> Event:
-        """The same of the daemon's own statistics; reasons that never were are left out."""
+        """Extract the same counts from the statistics of the daemon; reasons with 0 are left out."""
         connections, reloads = stats["connections"], stats["reloads"]
         return {
             "open": connections["open"],
@@ -159,7 +159,7 @@ with_clients = precondition(lambda self: self.clients)
 
 
 class Model(RuleBasedStateMachine):
-    """A daemon, and the next one after each stop."""
+    """The model of a daemon, which starts another one after each stop."""
 
     @initialize()
     def begin(self) -> None:
@@ -169,7 +169,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.is_stopped)
     @rule()
     def start_again(self) -> None:
-        """Start the next one."""
+        """Start another daemon."""
         self._start()
 
     def _start(self) -> None:
@@ -214,10 +214,10 @@ class Model(RuleBasedStateMachine):
     @while_running
     @rule(arrivals=st.lists(st.tuples(st.sampled_from(HOSTS), st.sampled_from(WAYS)), min_size=1, max_size=4))
     def connect(self, arrivals: list[tuple[str, str]]) -> None:
-        """Connect, by TCP or a Unix socket, or as a balancer does for a client."""
+        """Connect by TCP, by a Unix socket, or with a PROXY header."""
         for host, way in arrivals:
             self._connect(host, way)
-            self.the_statistics_agree()  # whom a limit lets in depends on who is there
+            self.the_statistics_agree()  # a limit depends on the clients that are connected
 
     def _connect(self, host: str, way: str) -> None:
         if len(self.clients) >= CLIENTS or (way == "unix" and not self.has_unix):
@@ -241,7 +241,7 @@ class Model(RuleBasedStateMachine):
             self.clients.append(Client(sock, host))
 
     def _rejection(self, host: str) -> tuple[str, str] | None:
-        """Why one client more from there is rejected: how that is counted, and what it is told."""
+        """Return why another client from this address is rejected: the counter and the error line."""
         if len(self.clients) >= self.limits["connections"]:
             return "limit", "too many connections"
         limit = self.limits["connections_per_address"]
@@ -252,7 +252,7 @@ class Model(RuleBasedStateMachine):
     @while_running
     @rule(garbage=st.sampled_from([b"GET / HTTP/1.1\r\n\r\n", b"PROXY TCP9 \r\n", b"\xff"]))
     def connect_without_a_header(self, garbage: bytes) -> None:
-        """Connect where a PROXY header is due, and send none."""
+        """Connect to a listener that expects a PROXY header, and send none."""
         if len(self.clients) >= self.limits["connections"]:
             return
         with socket.create_connection(("127.0.0.2", self.proxy_port), DEADLINE_S) as sock:
@@ -263,19 +263,19 @@ class Model(RuleBasedStateMachine):
     @with_clients
     @rule(index=indexes, text=texts, end=st.sampled_from([b"\n", b""]))
     def send(self, index: int, text: bytes, end: bytes) -> None:
-        """Send lines, with or without an end to the last one."""
+        """Send lines, the last one perhaps unterminated."""
         self._send(self._pick(index), [text + end])
 
     @with_clients
     @rule(index=indexes, texts=st.lists(texts, min_size=2, max_size=6))
     def send_in_parts(self, index: int, texts: list[bytes]) -> None:
-        """Send lines that are cut anywhere, in several writes."""
+        """Send lines in several writes, cut at random places."""
         self._send(self._pick(index), texts)
 
     @with_clients
     @rule(index=indexes, text=texts, character=st.sampled_from(["ß", "ΐ", "😀"]), place=st.integers(1, 3))
     def send_a_cut_character(self, index: int, text: bytes, character: str, place: int) -> None:
-        """Cut a character over two writes."""
+        """Split a character over two writes."""
         cut = character.encode()
         self._send(self._pick(index), [text + cut[:place], cut[place:] + b"\n"])
 
@@ -288,13 +288,13 @@ class Model(RuleBasedStateMachine):
     @with_clients
     @rule(index=indexes, excess=st.integers(0, 2), end=st.sampled_from([b"\n", b"", b"\nmore\n"]))
     def send_a_long_line(self, index: int, excess: int, end: bytes) -> None:
-        """Send a line of just the limit, or longer."""
+        """Send a line of exactly the limit, or longer."""
         self._send(self._pick(index), [b"\n" + b"z" * (self.limits["line_bytes"] + excess) + end])
 
     @with_clients
     @rule(index=indexes, before=texts, broken=st.sampled_from(BROKEN), more=st.booleans())
     def send_invalid_utf_8(self, index: int, before: bytes, broken: bytes, more: bool) -> None:
-        """Send what is not UTF-8; what is sent after the half-close is not answered."""
+        """Send invalid UTF-8; lines after the half-close are not answered."""
         client = self._pick(index)
         self._send(client, [before + broken + b"\n"], afterwards=b"more\n" if more else b"")
 
@@ -312,7 +312,7 @@ class Model(RuleBasedStateMachine):
     @with_clients
     @rule(index=indexes)
     def reset(self, index: int) -> None:
-        """Reset the connection; on a Unix socket, which knows no reset, end it without waiting for a last reply."""
+        """Reset the connection; on a Unix socket, which has no reset, close it without reading."""
         client = self._pick(index)
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, GONE_WITH_A_RESET)
         if client.host:
@@ -326,7 +326,7 @@ class Model(RuleBasedStateMachine):
     @while_running
     @rule(limits=limits, has_unix=st.booleans(), by_signal=st.booleans())
     def reload(self, limits: dict[str, int], has_unix: bool, by_signal: bool) -> None:
-        """Change limits and listeners, by signal or by the admin endpoint."""
+        """Change limits and listeners by a reload, requested by signal or at the admin endpoint."""
         due = {f"limits.{name}" for name, value in limits.items() if value != self.limits[name]}
         due |= {"listen"} if has_unix != self.has_unix else set()
         self.limits, self.has_unix, self.is_good = limits, has_unix, True
@@ -338,7 +338,7 @@ class Model(RuleBasedStateMachine):
     @while_running
     @rule(fault=st.sampled_from(sorted(BAD)), by_signal=st.booleans())
     def reload_badly(self, fault: str, by_signal: bool) -> None:
-        """Reload a configuration that is wrong: nothing changes but what is counted."""
+        """Reload an invalid configuration: only the counters change."""
         self.is_good = False
         self._write(fault)
         self.counts.refused += 1
@@ -348,7 +348,7 @@ class Model(RuleBasedStateMachine):
     @while_running
     @rule()
     def upgrade(self) -> None:
-        """Replace the program, which is refused where the configuration is wrong."""
+        """Upgrade the program, which is refused while the configuration is invalid."""
         known = len(self.echod.events)
         self.echod.send(signal.SIGUSR2)
         if self.is_good:
@@ -360,13 +360,13 @@ class Model(RuleBasedStateMachine):
     @while_running
     @rule()
     def dump(self) -> None:
-        """Ask for the statistics by signal: they are those of the admin endpoint."""
+        """Request a stats dump by signal: it agrees with the admin endpoint."""
         assert Counts.found(self.echod.stats()) == self.counts.expected(self.clients)
 
     @while_running
     @rule(page=st.sampled_from(["/healthz", "/readyz", "/metrics"]))
     def check_health(self, page: str) -> None:
-        """Ask the admin endpoint for a page."""
+        """Request a page from the admin endpoint."""
         self._get(page)
 
     @while_running
@@ -382,7 +382,7 @@ class Model(RuleBasedStateMachine):
         return self.clients[index % len(self.clients)]
 
     def _due(self, client: Client, chunk: bytes, *, is_ended: bool = False) -> tuple[bytes, str]:
-        """What a client is due for a chunk, and why it is left then, if it is; both are counted."""
+        """Count and return what a client is owed for a chunk, and why it is closed after it, if it is."""
         text = client.unfinished + chunk
         reply = reference(text, self.limits["line_bytes"], is_ended=is_ended)
         last = reply.rpartition(b"\n")[0].rpartition(b"\n")[2]
@@ -394,7 +394,7 @@ class Model(RuleBasedStateMachine):
         return reply, reason
 
     def _send(self, client: Client, chunks: list[bytes], *, afterwards: bytes = b"") -> None:
-        """Send the chunks, each after the replies to the one before, until the client is left for what it sends."""
+        """Send each chunk after the replies to the previous one, until the client is closed for an error."""
         for chunk in chunks:
             client.socket.sendall(chunk)
             reply, reason = self._due(client, chunk)
@@ -424,7 +424,7 @@ class Model(RuleBasedStateMachine):
         self.ended[reason, *client.traffic()] += 1
 
     def _stop(self) -> None:
-        """Stop it: complete lines are answered, everyone sees the end of the stream, every count is right."""
+        """Stop the daemon; assert that lines are answered, streams end cleanly, and all counts are right."""
         self.is_stopped = True
         for client in self.clients:
             if not client.unfinished:
@@ -452,7 +452,7 @@ class Model(RuleBasedStateMachine):
         return self.directory / "echod.toml"
 
     def _write(self, fault: str = "") -> None:
-        """Write a configuration, as a whole: half a file would be another one."""
+        """Write a configuration atomically, because a partial file would be another configuration."""
         addresses = ["127.0.0.1:0", *([f"unix:{self.directory}/clients"] if self.has_unix else [])]
         fault = fault.format(taken=self.taken_port, directory=self.directory)
         if fault.startswith("LISTEN "):
@@ -474,7 +474,7 @@ class Model(RuleBasedStateMachine):
             self._file.unlink()
 
     def _reload(self, event: str, count: int, status: int, *, by_signal: bool) -> Event:
-        """Reload and return what is told of it; the event of that name comes for the `count`th time then."""
+        """Reload and return the event with this name, which occurs for the `count`th time."""
         answer: Event = {}
         if by_signal:
             self.echod.send(signal.SIGHUP)
@@ -501,7 +501,7 @@ class Model(RuleBasedStateMachine):
 
 
 def _header(way: str, host: str) -> bytes:
-    """What a balancer sends first (haproxy.org/download/2.6/doc/proxy-protocol.txt)."""
+    """Return a PROXY header (haproxy.org/download/2.6/doc/proxy-protocol.txt)."""
     match way:
         case "PROXY, version 1":
             return f"PROXY TCP4 {host} 127.0.0.1 1000 2000\r\n".encode()
@@ -513,7 +513,7 @@ def _header(way: str, host: str) -> bytes:
 
 
 def explore(seconds: float, seed: str, phases: Sequence[hypothesis.Phase] = PHASES) -> int:
-    """Try orders of steps for so long; return how many. Raises what is wrong, hypothesis tells the steps."""
+    """Try orders of steps for this long, and return their number. Raises the error; hypothesis prints the steps."""
     end, examples = time.monotonic() + seconds, 0
     rng = random.Random(seed)
     settings = hypothesis.settings(
@@ -533,7 +533,7 @@ def explore(seconds: float, seed: str, phases: Sequence[hypothesis.Phase] = PHAS
 
 
 def main() -> None:
-    """Explore as the arguments say."""
+    """Explore for the time that the arguments ask for."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.model", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", default="1", help="any text")

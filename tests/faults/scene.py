@@ -1,4 +1,4 @@
-"""A daemon under a fault: what it uses of the machine, and what a bystander sees, before and during."""
+"""Measurements of a daemon under attack: its resources and the round trips of a bystander, before and during it."""
 
 import contextlib
 import os
@@ -11,23 +11,23 @@ from tests.faults.bystander import RoundTrips, bystanding
 from tests.support.daemon import DEADLINE_S, Daemon, Event, ask, connect, settled
 
 BEFORE_S = 1.5
-"""How long the bystander is watched for comparison."""
+"""Time for which the bystander is measured for comparison, in seconds."""
 
 SAMPLE_S = 0.05
 
 STARVED = 0.1
-"""The share of time waiting for a CPU from which on a daemon's slowness isn't its own."""
+"""Above this share of time waiting for a CPU, slowness is attributed to the machine."""
 
 Figures = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process uses of the machine."""
+    """The resources that a process uses."""
 
     cpu_s: float
     starved_s: float
-    """How long its main thread wanted a CPU and got none (sched-stats.rst)."""
+    """Time that the main thread waited for a CPU, in seconds (sched-stats.rst)."""
     rss_bytes: int
     descriptors: int
 
@@ -44,7 +44,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Scene:
-    """The figures of a fault: filled while it lasts, complete after the `with`."""
+    """The figures of an attack, complete after the `with`."""
 
     name: str
     before: RoundTrips
@@ -52,21 +52,21 @@ class Scene:
     during: RoundTrips | None = None
     duration_s: float = 0.0
     cpu_share: float = 0.0
-    """Of one core, while it lasted."""
+    """The share of one core that the daemon used."""
     starved_share: float = 0.0
-    """Of that time, in which others had the CPU that the daemon wanted."""
+    """The share of time in which the daemon waited for a CPU."""
     peak_rss_bytes: int = 0
     peak_descriptors: int = 0
     notes: Figures = field(default_factory=dict)
-    """What else the table should show: what was counted, what clients saw."""
+    """Further columns of the report."""
 
     @property
     def grown_bytes(self) -> int:
-        """Resident memory at the peak, less what it was before."""
+        """Growth of the resident memory up to its peak, in bytes."""
         return self.peak_rss_bytes - self.usage_before.rss_bytes
 
     def assert_bystander_unaffected(self, *, slack_ms: float = 25.0) -> None:
-        """Half of the round trips as before, 99 of 100 within `slack_ms` more: two cores are shared with the attack.
+        """Assert that the median round trip is as before, and the 99th percentile at most `slack_ms` longer.
 
         As before is give or take a time slice or two of a busy neighbour, 4 ms each. On a machine that hardly let the
         daemon run, round trips say nothing about it.
@@ -78,7 +78,7 @@ class Scene:
         assert self.during.p99_ms <= 5 * self.before.p99_ms + slack_ms, (self.before, self.during)
 
     def row(self) -> Figures:
-        """The figures as a row of the report."""
+        """Return the figures as a row of the report."""
         assert self.during
         return {
             "fault": self.name,
@@ -96,9 +96,9 @@ class Scene:
 
 @contextlib.contextmanager
 def scene(name: str, echod: Daemon) -> Iterator[Scene]:
-    """Watch a daemon and a bystander for a while, then while the body of the `with` does its worst."""
+    """Measure a daemon and a bystander at rest, then during the body of the `with`."""
     with bystanding(echod.port) as bystander:
-        time.sleep(BEFORE_S)  # the span that is measured
+        time.sleep(BEFORE_S)  # the measured period
         it = Scene(name, bystander.figures(), Usage.of(echod.pid))
         is_over = threading.Event()
         sampler = threading.Thread(target=_sample, args=(it, echod.pid, is_over))
@@ -117,20 +117,20 @@ def scene(name: str, echod: Daemon) -> Iterator[Scene]:
 
 
 def acquainted(echod: Daemon) -> Event:
-    """The statistics after a first client, for which the loop opens a descriptor of its own and keeps it."""
+    """Return the statistics after a first client, for which the loop opens a descriptor that it keeps."""
     with connect(echod.port) as client:
         assert ask(client, b"hello\n") == b"HELLO\n"
     return settled(echod, 0)
 
 
 def closed_since(before: Event, after: Event) -> dict[str, int]:
-    """How many clients were closed in between, for each reason that there was."""
+    """Return the number of clients closed in between, by reason."""
     old, new = before["connections"]["closed"], after["connections"]["closed"]
     return {reason: count - old[reason] for reason, count in new.items() if count > old[reason]}
 
 
 def left_alone(echod: Daemon, before: Event) -> Event:
-    """The statistics once nobody is connected: the descriptors are those of `before`, every client is counted."""
+    """Return the statistics once no client is connected; assert that no descriptor has leaked and all are counted."""
     end = time.monotonic() + DEADLINE_S
     while (stats := echod.stats())["connections"]["open"] or stats["open_files"] > before["open_files"]:
         assert time.monotonic() < end, f"{stats}, and before {before}"
@@ -142,7 +142,7 @@ def left_alone(echod: Daemon, before: Event) -> Event:
 
 
 def assert_adds_up(stats: Event) -> None:
-    """A client that was accepted is connected, or closed for one reason."""
+    """Assert that every accepted client is either open or closed for one reason."""
     connections = stats["connections"]
     assert connections["accepted"] == connections["open"] + sum(connections["closed"].values()), stats
 

@@ -1,4 +1,4 @@
-"""Floods of the admin endpoint, which strangers may reach where it is on TCP."""
+"""Floods of the admin endpoint over TCP."""
 
 import contextlib
 import multiprocessing
@@ -18,10 +18,10 @@ from tests.support.daemon import DEADLINE_S, Daemon, connect, serving
 FLOOD_S = 4.0
 
 PROBE_S = 1.0
-"""How long a health check may take."""
+"""Longest time of a health check, in seconds."""
 
 SHARE = 0.25
-"""Of a core that echod may take while its admin endpoint is attacked: a fifth, and what the bystander costs."""
+"""Share of a core that echod may use while its admin endpoint is attacked: a fifth, and the cost of the bystander."""
 
 WAVE = 300
 ASKING = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -30,7 +30,7 @@ ASKING = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("name", "sent"), [("silent", b""), ("asking", ASKING)])
 def test_a_flood_of_the_endpoint(name: str, sent: bytes, report: Callable[[Figures], None]) -> None:
-    """A thousand connections a second, silent or asking: clients are served, and so is a health check among them."""
+    """With a thousand connections a second, silent or asking, clients and health checks are served."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod:
         port = _admin_port(echod)
         flood = multiprocessing.get_context("spawn").Process(target=_flood, args=(port, sent))
@@ -66,7 +66,7 @@ ATTACKS = [
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("kind", "attackers"), ATTACKS)
 def test_the_endpoint_s_share_of_the_loop(kind: str, attackers: int, report: Callable[[Figures], None]) -> None:
-    """However clients behave, the endpoint takes a fifth of the loop, and a health check among them is answered."""
+    """The endpoint uses a fifth of the loop at most, however its clients behave, and answers health checks."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod:
         port = _admin_port(echod)
         with contextlib.ExitStack() as attackers_there:
@@ -89,7 +89,7 @@ def test_the_endpoint_s_share_of_the_loop(kind: str, attackers: int, report: Cal
 
 @pytest.mark.parametrize("kind", ["scrapes", "says_nothing"])
 def test_one_address_shuts_nobody_else_out(kind: str) -> None:
-    """200 clients of one address leave those of another one their places: each of their scrapes is answered."""
+    """While one address opens 200 connections, each scrape from another address is answered."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod:
         port = _admin_port(echod)
         with attack(kind, 200, port, source="127.0.0.2"):
@@ -103,7 +103,7 @@ def test_one_address_shuts_nobody_else_out(kind: str) -> None:
 
 
 def test_a_flood_over_tcp_leaves_the_unix_socket_alone(tmp_path: Path) -> None:
-    """While strangers flood the endpoint over TCP, echod's own user asks and reloads as ever."""
+    """While the endpoint is flooded over TCP, it works over the Unix socket."""
     runtime = {"RUNTIME_DIRECTORY": str(tmp_path)}
     with serving("--set", "admin.listen=127.0.0.1:0", environment=runtime) as echod:
         with attack("scrapes", 100, _admin_port(echod)), attack("connects", 100, _admin_port(echod)):
@@ -121,7 +121,7 @@ def test_a_flood_over_tcp_leaves_the_unix_socket_alone(tmp_path: Path) -> None:
 
 
 def test_a_stop_amid_a_flood() -> None:
-    """Attackers of the endpoint don't hold a stop up."""
+    """Attackers of the endpoint do not delay a stop."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod, attack("streams_a_body", 50, _admin_port(echod)):
         wait_until_answered(_admin_port(echod))
         began = time.monotonic()
@@ -130,7 +130,7 @@ def test_a_stop_amid_a_flood() -> None:
 
 
 def wait_until_answered(port: int) -> None:
-    """Return when a request amid the others was answered."""
+    """Wait until a request during the flood was answered."""
     assert _probe_s(port) < DEADLINE_S
 
 
@@ -139,7 +139,7 @@ def _admin_port(echod: Daemon) -> int:
 
 
 def _probe_s(port: int) -> float:
-    """How long a health check takes; retried, as those that matter are."""
+    """Return the time of a health check, with retries, as a balancer makes them."""
     began = time.monotonic()
     received = b""
     while not received and time.monotonic() - began < 10:
@@ -156,7 +156,7 @@ def _open(echod: Daemon) -> int:
 
 
 def _flood(port: int, sent: bytes) -> None:
-    """WAVE connections at once, and as many again a moment later: a thousand a second."""
+    """Open a thousand connections a second, WAVE at once."""
     end = time.monotonic() + FLOOD_S
     while time.monotonic() < end:
         with contextlib.ExitStack() as wave:

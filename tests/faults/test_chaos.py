@@ -1,4 +1,4 @@
-"""Everything at once, by a seed: reloads good and bad, signals, clients of every kind, and a stop amid all that."""
+"""Valid and invalid reloads, signals, clients of every kind and a stop, all at once, chosen by a seed."""
 
 import asyncio
 import os
@@ -21,11 +21,11 @@ from tests.support.clients import Pipeliner, pipeline
 from tests.support.daemon import DEADLINE_S, Daemon
 
 SECONDS = 20
-"""How long a play lasts before the stop."""
+"""Time before the stop, in seconds."""
 
 CLIENTS = 30
 PIPELINERS = 2
-"""Clients that talk from the beginning to the stop: so many on TCP, and on a Unix socket that comes and goes."""
+"""Clients that send from the beginning to the stop, on TCP and on a Unix socket that reloads add and remove."""
 
 LINE_BYTES = (1000, 20_000, 65_536)
 IDLE_S = (3, 5)
@@ -43,12 +43,12 @@ FAULTS = {
     "listen unix:{directory}/in-the-way": "the file exists and is not a socket",
     "log.file = '/no/such/folder/log'": "no such file or directory",
 }
-"""What can be wrong with a configuration ("": there is none), and what is said of it."""
+"""Invalid configurations ("": the file is missing), and their errors."""
 
 
 @dataclass(slots=True)
 class Operator:
-    """Changes the configuration file and sends signals, as its random numbers have it."""
+    """Changes the configuration file and sends signals at random."""
 
     rng: random.Random
     directory: Path
@@ -64,7 +64,7 @@ class Operator:
 
     @property
     def extras(self) -> list[str]:
-        """The addresses that come and go."""
+        """The addresses that reloads add and remove."""
         return [f"127.0.0.1:{self.extra_port}", f"unix:{self.directory}/visitors", f"unix:{self.directory}/pipeliners"]
 
     def play(self, seconds: float) -> None:
@@ -72,7 +72,7 @@ class Operator:
         while time.monotonic() < end:
             for _ in range(self.rng.choice([1, 1, 1, 10])):
                 self.rng.choice([self.reload_well, self.reload_badly, self.dump])()
-            time.sleep(self.rng.uniform(0, 0.4))  # the rhythm of the play
+            time.sleep(self.rng.uniform(0, 0.4))  # the pace of the test
 
     def dump(self) -> None:
         self.acts["USR1"] += 1
@@ -92,7 +92,7 @@ class Operator:
         self.send(signal.SIGHUP)
 
     def write(self, fault: str = "", *, log_level: str = "") -> None:
-        """A configuration, as a whole: half a file would be another one."""
+        """Write a configuration atomically, because a partial file would be another configuration."""
         choose = self.rng.choice
         listen = [extra for extra in self.extras if choose([True, False])]
         lines = [
@@ -120,7 +120,7 @@ class Operator:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("company", ["polite", "hostile"])
 def test_chaos(company: str, seed: str, tmp_path: Path, report: Callable[[Figures], None]) -> None:
-    """Reloads, signals, clients and a stop, at random: each client gets what it is owed, every count is right."""
+    """Under random reloads, signals and a stop, each client gets what it is owed, and every count is right."""
     is_polite = company == "polite"
     rules = Rules(LINE_BYTES, IDLE_S, SHORT_S, SHORT_S, REJECTIONS, may_refuse=True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -168,7 +168,7 @@ def _begin(operator: Operator) -> None:
 
 
 def _port_below_the_ephemeral() -> int:
-    """A free port that no client is given for its own end while nobody listens on it."""
+    """Return a free port below the ephemeral range, so that no client is assigned it."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -185,7 +185,7 @@ def _crowd(seed: str, rules: Rules, behaviours: Sequence[Behaviour], address: st
 
 
 async def _clients(crowd: Crowd, unix: str, pipeliners: list[Pipeliner], are_talking: threading.Event) -> None:
-    """The crowd, and pipeliners that talk until their streams end."""
+    """Run the crowd, and pipelining clients until their streams end."""
     for address in (crowd.addresses[0], unix):
         pipeliners += await pipeline(address, PIPELINERS)
     are_talking.set()
@@ -194,8 +194,8 @@ async def _clients(crowd: Crowd, unix: str, pipeliners: list[Pipeliner], are_tal
 
 
 def _stop(operator: Operator, echod: Daemon) -> None:
-    """TERM with a reload under way and more signals behind; the log has told by then that it logs it all again."""
-    for _ in range(2):  # the first verdict may be about an earlier file
+    """Send TERM during a reload, with more signals behind it."""
+    for _ in range(2):  # the first result may be that of an earlier file
         operator.write(log_level="debug")
         echod.reload("reload applied")
     operator.write(log_level="debug")
@@ -239,7 +239,7 @@ def _check_counts(echod: Daemon, operator: Operator, status: int, *, is_all_logg
 
 
 def _check_lines(echod: Daemon, crowd: Crowd, pipeliners: Sequence[Pipeliner]) -> None:
-    """For each client that was let in, the daemon counted as many lines as the client got replies."""
+    """Assert that the daemon counted as many lines for each accepted client as that got replies."""
     heard = Counter(crowd.heard)
     for each in pipeliners:
         name = "unix" if isinstance(each.sockname, str) else "{}:{}".format(*each.sockname)

@@ -1,4 +1,4 @@
-"""Clients that aren't on the same machine: each packet is under way for a while."""
+"""Clients behind a network with a delay."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CAN_LAY_A_WIRE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and shutil
 @pytest.mark.skipif(not CAN_LAY_A_WIRE, reason="needs root, a TUN device, ip and unshare")
 @pytest.mark.parametrize("round_trip_s", [0.02, 0.1, 0.3])
 def test_a_stop_resets_nobody_far_away(round_trip_s: float, report: Callable[[Figures], None]) -> None:
-    """A handshake under way when the stop comes is finished, its client served; the next are refused; none is reset."""
+    """A client whose handshake is in progress at the stop is served; later ones are refused; none is reset."""
     ended = subprocess.run(
         ["unshare", "--net", sys.executable, "-m", "tests.faults.distance", str(round_trip_s / 2)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""A short while of what half an hour shows, see endurance.py."""
+"""A short endurance run, see endurance.py."""
 
 from collections.abc import Callable
 

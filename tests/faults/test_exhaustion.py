@@ -1,4 +1,4 @@
-"""Descriptors and connections used up: who comes then waits or is told, and nobody else notices."""
+"""Exhausted descriptors and connections: new clients wait or are rejected, and others are served."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ ALONE = 50
 LIMIT = 100
 PER_ADDRESS = 20
 DESCRIPTORS = LIMIT + RESERVED_FILES + 1
-"""The fewest that LIMIT and one listener fit under."""
+"""The fewest descriptors that LIMIT connections and one listener fit into."""
 TOLD_AT_ONCE = RESERVED_FILES // 2
 BYSTANDER, CROWD = "127.0.0.1", "127.0.0.2"
 """Addresses of clients."""
@@ -39,7 +39,7 @@ BYSTANDER, CROWD = "127.0.0.1", "127.0.0.2"
 def test_clients_for_whom_no_descriptor_is_left_wait_and_are_served_once_there_is(
     relief: str, report: Callable[[Figures], None]
 ) -> None:
-    """Descriptors exhausted from outside: no spin, no silent close, others served, and recovery without a restart."""
+    """Without a descriptor, new clients wait, others are served, the loop does not spin, and echod recovers."""
     with serving() as echod, contextlib.ExitStack() as clients:
         others = _connected(clients, echod.port, WAITING)
         established = _connected(clients, echod.port, ESTABLISHED)
@@ -79,7 +79,7 @@ def test_clients_for_whom_no_descriptor_is_left_wait_and_are_served_once_there_i
 
 
 def _starve(echod: Daemon, waiting: list[socket.socket], served: list[socket.socket]) -> float:
-    """Let some wait while others are served, for STARVED_S; return the daemon's share of a core meanwhile."""
+    """Let clients wait for STARVED_S while others are served, and return the share of a core used meanwhile."""
     before, began = Usage.of(echod.pid), time.monotonic()
     while (lasted_s := time.monotonic() - began) < STARVED_S:
         _say(served, b"meanwhile\n")
@@ -104,14 +104,14 @@ def _starve(echod: Daemon, waiting: list[socket.socket], served: list[socket.soc
 def test_each_of_2_000_clients_too_many_is_told_and_nobody_else_notices(
     options: dict[str, int], source: str, reason: str, words: str, report: Callable[[Figures], None]
 ) -> None:
-    """At a limit new clients are told at once, all are counted, old ones served, within the descriptors reserved."""
+    """At the limit, new clients are rejected at once within the reserved descriptors; the others are served."""
     command = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--", sys.executable, "-m", "echod")
     with (
         serving(*settings(limits_connections=LIMIT, **options), command=command) as echod,
         contextlib.ExitStack() as clients,
     ):
         with scene(f"{FLOOD} clients more than allowed {reason}", echod) as it:
-            room = PER_ADDRESS if source == CROWD else LIMIT - 1  # which the bystander takes
+            room = PER_ADDRESS if source == CROWD else LIMIT - 1  # the bystander is one of them
             established = _connected(clients, echod.port, room, source)
             _say(established, b"before\n")
             alone = [asyncio.run(_come(echod.port, source)) for _ in range(ALONE)]
@@ -143,9 +143,9 @@ async def _flood(port: int, source: str) -> list[tuple[bytes, float]]:
 
 
 async def _come(port: int, source: str) -> tuple[bytes, float]:
-    """Connect and say a line at once; return what came before the end, and after how many seconds.
+    """Connect and send a line at once; return what was received, and after how many seconds the stream ended.
 
-    A rejected client that makes room for the next one is reset if its line arrives only after that; it has been told.
+    A rejected client that must make room is reset if its line arrives only then; it has received the error.
     """
     began = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
@@ -163,7 +163,7 @@ def _slowest_ms(told: Iterable[tuple[bytes, float]]) -> int:
 
 
 def _connected(clients: contextlib.ExitStack, port: int, count: int, source: str = BYSTANDER) -> list[socket.socket]:
-    """So many clients, to be closed with the stack."""
+    """Connect this many clients, which the stack closes."""
     return [clients.enter_context(_connect_from(source, port)) for _ in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Clients that mean harm, or don't know better: alone, in crowds, and all at once by a seed."""
+"""Hostile clients: of one kind, in crowds, and all kinds at once, chosen by a seed."""
 
 import asyncio
 import random
@@ -18,11 +18,11 @@ from tests.support.reference import INVALID, reference
 
 LINE_BYTES = 65_536
 HELD_BYTES = 240 * 1024
-"""What one client can make the daemon hold, by its documentation."""
+"""Memory that one client can make the daemon hold, according to the documentation."""
 
 
 SLACK_MS = 250.0
-"""The crowds take their share of two cores: what is to be seen is a loop that stands still."""
+"""Generous, because the crowds share the two cores: a blocked loop must still exceed it."""
 
 
 @contextmanager
@@ -39,7 +39,7 @@ FLOOD_LIMIT = 1000
 
 @pytest.mark.timeout(120)
 def test_a_flood_of_6_000_connections_is_served_or_told_one_by_one(report: Callable[[Figures], None]) -> None:
-    """6 000 connections at once, a sixth of them allowed: each is answered or told, none is reset or forgotten."""
+    """Of 6 000 connections at once a sixth is accepted and the rest rejected; none is reset or uncounted."""
     with serving(*settings(limits_connections=FLOOD_LIMIT)) as echod:
         before = acquainted(echod)
         with scene("6 000 connections at once", echod) as it:
@@ -79,7 +79,7 @@ RESETS = 10_000
 
 @pytest.mark.timeout(120)
 def test_10_000_clients_that_reset_at_once_are_counted_and_forgotten(report: Callable[[Figures], None]) -> None:
-    """Connected and reset before or after the accept, with a line or without: each is counted, none is left."""
+    """Clients that reset before or after the accept, with a line or without, are all counted and released."""
     with serving() as echod:
         before = acquainted(echod)
         with scene("10 000 resets right after connect", echod) as it:
@@ -104,7 +104,7 @@ TIMEOUT_S = 2.0
 
 @pytest.mark.timeout(120)
 def test_half_open_peers_are_gone_within_the_timeouts(report: Callable[[Figures], None]) -> None:
-    """Cables cut in every state, and peers that stay after our half-close: each is ended for its reason, in time."""
+    """Peers that vanish in any state or stay after the half-close are closed for the right reason in time."""
     with serving(*settings(timeouts_idle=TIMEOUT_S, timeouts_line=TIMEOUT_S, timeouts_write=TIMEOUT_S)) as echod:
         before = acquainted(echod)
         with ExitStack() as peers:
@@ -133,7 +133,7 @@ def test_half_open_peers_are_gone_within_the_timeouts(report: Callable[[Figures]
 
 
 def _silence(client: socket.socket) -> None:
-    """Cut the cable: nothing arrives or is acknowledged any more."""
+    """Cut the cable: from now on nothing arrives or is acknowledged."""
     client.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 255)
 
 
@@ -165,7 +165,7 @@ LEAVING = 50
 
 @pytest.mark.timeout(120)
 def test_clients_that_close_while_they_are_written_to_leave_nothing(report: Callable[[Figures], None]) -> None:
-    """Stuck with replies unsent, then closed: each is noticed though we don't read from it, and its memory is free."""
+    """Clients that close with pending replies are noticed without reading, and their memory is freed."""
     with serving(*settings(timeouts_write=60)) as echod:
         before = acquainted(echod)
         with scene(f"{LEAVING} clients that close while written to", echod) as it:
@@ -188,10 +188,10 @@ def _each_sends(clients: list[socket.socket], data: bytes) -> None:
 
 
 def _send_until_all_are_stuck(clients: list[socket.socket]) -> None:
-    """Pipeline without reading, until nothing more is taken from anyone."""
+    """Pipeline without reading until no client can send more."""
     for client in clients:
         client.setblocking(False)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # the kernel's memory for TCP is everybody's
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # the kernel's memory for TCP is shared
     while taken := select.select([], clients, [], 0.5)[1]:
         for client in taken:
             client.send(b"no reply is read\n" * 4096)
@@ -204,7 +204,7 @@ ENDLESS = 200
 
 @pytest.mark.timeout(120)
 def test_64_kib_lines_without_end_cost_what_the_limit_says(report: Callable[[Figures], None]) -> None:
-    """Lines of exactly the limit are waited for; one byte more is told; memory is the limit, times the clients."""
+    """Lines of exactly the limit may wait; one byte more is an error; memory is the limit times the clients."""
     with serving() as echod:
         before = acquainted(echod)
         with scene(f"{ENDLESS} lines of 64 KiB without end", echod) as it:
@@ -233,7 +233,7 @@ NOISES = 400
 
 @pytest.mark.timeout(120)
 def test_binary_noise_gets_exactly_what_the_protocol_owes(seed: str, report: Callable[[Figures], None]) -> None:
-    """Any bytes in any chunks: what is whole before the first bad line is answered, then the error; nothing else."""
+    """For any bytes in any chunks, the lines before the first invalid one are answered, then comes the error."""
     rng = random.Random(f"{seed}: noise")
     noises = [_noise(rng) for _ in range(NOISES)]
     with serving() as echod:
@@ -250,7 +250,7 @@ def test_binary_noise_gets_exactly_what_the_protocol_owes(seed: str, report: Cal
 
 
 def _noise(rng: random.Random) -> bytes:
-    """Noise of any length, in a quarter of the cases with bits that make it ASCII, in another with many line ends."""
+    """Return random bytes, in a quarter of the cases only ASCII, in another with many line endings."""
     noise = rng.randbytes(rng.choice([1, 10, 1000, 100_000]))
     match rng.randrange(4):
         case 0:
@@ -267,7 +267,7 @@ def _any_chunks(rng: random.Random, data: bytes) -> list[bytes]:
 
 
 async def _all_say(echod: Daemon, programs: Sequence[list[bytes]]) -> list[bytes]:
-    """What clients receive that send these chunks and end: each chunk is read before the next of its client is sent."""
+    """Return what clients receive for these chunks; each chunk is read before the next one is sent."""
     address = f"127.0.0.1:{echod.port}"
     rules = Rules((), (), (), ())
     clients = [Client(random.Random(), rules) for _ in programs]
@@ -287,7 +287,7 @@ async def _all_say(echod: Daemon, programs: Sequence[list[bytes]]) -> list[bytes
 
 
 async def _pass(barrier: Client) -> None:
-    """A round trip: all that was sent before has been read, for what is ready first is read first."""
+    """Make a round trip, after which everything sent before it has been read."""
     await barrier.send(b"barrier\n")
     await barrier.hear(len(barrier.sent))
 
@@ -297,7 +297,7 @@ CHARACTERS = ("é", "ß", "ŉ", "€", "ΐ", "ﬃ", "😀", "𐐨")
 
 @pytest.mark.timeout(120)
 def test_utf_8_cut_anywhere_is_answered_or_told_by_its_bytes_alone(report: Callable[[Figures], None]) -> None:
-    """Every prefix of multi-byte characters, in every two reads, before LF and before the end of the stream."""
+    """Every prefix of a multi-byte character, in every two reads, is judged by its bytes alone."""
     texts = [
         b"whole\n" + b"pre" + character.encode()[:length] + end
         for character in CHARACTERS
@@ -331,7 +331,7 @@ CLIENTS_LIMIT = 90
 def test_an_hour_of_hostility_in_a_minute(
     seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
-    """Every misbehaviour at once, by a seed: each client gets a correct prefix of what it was owed; nothing is left."""
+    """With every misbehaviour at once, each client gets a correct prefix of what it was owed, and nothing leaks."""
     seconds = 60 if request.config.getoption("--full") else 30
     limits = settings(timeouts_line=1, timeouts_idle=1.5, timeouts_write=1, limits_connections=CLIENTS_LIMIT)
     with serving(*limits) as echod:

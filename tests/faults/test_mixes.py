@@ -1,4 +1,4 @@
-"""Several kinds of attackers at once, drawn by a seed, while everything that must hold is checked."""
+"""Several kinds of attackers at once, chosen by a seed."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ SECONDS = 5.0
 def test_whatever_attackers_do_at_once_others_are_served_in_time(
     number: int, seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
-    """Clients, health checks, signals, the watchdog and a stop amid it are prompt; memory stays in its bound."""
+    """Clients, health checks, signals, the watchdog and a stop stay prompt, and memory stays bounded."""
     it = play(drawn(seed, number, 15.0 if request.config.getoption("--full") else SECONDS))
     report({"mix": str(it), **it.figures})
     assert not it.counted, f"{it}\n{it.outcome}"

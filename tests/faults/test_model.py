@@ -1,4 +1,4 @@
-"""A running daemon against a model of it, in any order of steps, see model.py."""
+"""A running daemon compared with its model in any order of steps, see model.py."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ FULL_S = 90.0
 def test_a_daemon_does_what_the_model_of_it_does_in_any_order(
     seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
-    """Clients, reloads, upgrades, signals, stops: every reply is exact, every count is right after every step."""
+    """After every step every reply and every count agrees with the model."""
     seconds = FULL_S if request.config.getoption("--full") else SECONDS
     examples = explore(seconds, seed, [hypothesis.Phase.generate])  # `python -m tests.faults.model` shortens the steps
     report({"model": f"{examples} orders of {STEPS} steps"})

@@ -1,4 +1,4 @@
-"""Killed and started again: nothing that the dead process left is in the next one's way."""
+"""Restarts after a kill: nothing that the dead process left hinders the next start."""
 
 import asyncio
 import contextlib
@@ -24,17 +24,17 @@ CLIENTS = 16
 SERVED_BETWEEN_KILLS = 100
 OF_EACH = 20
 SLACK_S = 1.0
-"""How much longer than others a start may take on a machine that is shared; what is in its way stays for a minute."""
+"""How much longer a start may take on a busy machine; an obstacle such as TIME_WAIT lasts a minute."""
 
 UNREAD = b"a reply that nobody reads yet\n" * 10_000
 
 STATES = {"01": "ESTABLISHED", "04": "FIN_WAIT1", "05": "FIN_WAIT2", "06": "TIME_WAIT", "0A": "LISTEN"}
-"""As /proc/net/tcp has them (net/tcp_states.h)."""
+"""The states of /proc/net/tcp (net/tcp_states.h)."""
 
 
 @pytest.mark.timeout(120)
 def test_a_port_is_bound_at_once_whatever_its_connections_were(report: Callable[[Figures], None]) -> None:
-    """Kill -9 with clients mid-line, with replies unread, and just gone: the next start takes no longer than any."""
+    """After kill -9 with partial lines, unread replies and closed clients, the next start is not delayed."""
     usual_s = [_start_s("127.0.0.1:0") for _ in range(STARTS)]
     port = free_port()
     restarts_s = []
@@ -62,12 +62,14 @@ def test_a_port_is_bound_at_once_whatever_its_connections_were(report: Callable[
 
 
 def _leave_connections_behind(port: int, clients: contextlib.ExitStack) -> tuple[list[socket.socket], ...]:
-    """Kill a daemon; return its clients that were in the middle of a line, and that hadn't read their replies."""
+    """Kill a daemon, and return its clients with a partial line and with unread replies."""
     with serving("-l", f"127.0.0.1:{port}") as echod:
         for _ in range(OF_EACH):
             with connect(port) as gone:
                 gone.sendall(b"\xff\n")
-                assert read_to_end(gone) == b"ERROR invalid utf-8\n"  # half-closed by echod first: TIME_WAIT is its own
+                assert (
+                    read_to_end(gone) == b"ERROR invalid utf-8\n"
+                )  # half-closed by echod first, so its side is in TIME_WAIT
         mid_line = [clients.enter_context(connect(port)) for _ in range(OF_EACH)]
         assert {ask(client, b"whole\nhalf") for client in mid_line} == {b"WHOLE\n"}
         unread = [clients.enter_context(connect(port, receive_buffer=4096)) for _ in range(OF_EACH)]
@@ -83,7 +85,7 @@ def _leave_connections_behind(port: int, clients: contextlib.ExitStack) -> tuple
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_20_kills_in_a_row_under_load(kind: str, tmp_path: Path, report: Callable[[Figures], None]) -> None:
-    """Clients come and go while echod is killed: each start takes no longer than any, only a kill cuts a client off."""
+    """Under load, no start after a kill is delayed, and clients lose their connection only by the kill."""
     address = f"unix:{tmp_path}/sock" if kind == "unix" else f"127.0.0.1:{free_port()}"
     usual_s = [_start_s(f"unix:{tmp_path}/other" if kind == "unix" else "127.0.0.1:0") for _ in range(STARTS)]
     tally = Tally()
@@ -109,7 +111,7 @@ def test_20_kills_in_a_row_under_load(kind: str, tmp_path: Path, report: Callabl
 
 
 def _kill_under_load(address: str, tally: "Tally", load: "Future[None]") -> float:
-    """Start a daemon, let it serve some clients, kill it; return how long the start took."""
+    """Start a daemon, let it serve some clients and kill it; return the time of the start."""
     began = time.monotonic()
     with serving("-l", address, environment=UNMEASURED) as echod:
         start_s = time.monotonic() - began
@@ -126,7 +128,7 @@ def _kill_under_load(address: str, tally: "Tally", load: "Future[None]") -> floa
 
 @dataclass
 class Tally:
-    """What became of clients that came and went across kills."""
+    """Results of short-lived clients across kills."""
 
     served: int = 0
     refused: int = 0
@@ -169,7 +171,7 @@ async def _ask_and_leave(address: str) -> bytes:
 
 
 def test_a_socket_file_left_by_a_kill_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
-    """What kill -9 leaves is no obstacle; a start on a socket that is served fails, and harms nobody."""
+    """A socket file left by kill -9 is replaced; a start on a served socket fails, without harm to its clients."""
     path = tmp_path / "sock"
     with serving("-l", f"unix:{path}") as killed:
         killed.process.kill()
@@ -189,7 +191,7 @@ def test_a_socket_file_left_by_a_kill_is_replaced_and_a_live_one_is_not(tmp_path
 
 
 def _start_s(address: str) -> float:
-    """How long a start takes, from the process's beginning to `ready`; then it answers a client, and stops."""
+    """Return the time from the start of the process to `ready`; then assert that it serves and stops."""
     began = time.monotonic()
     with serving("-l", address, environment=UNMEASURED) as echod:
         start_s = time.monotonic() - began
@@ -200,6 +202,6 @@ def _start_s(address: str) -> float:
 
 
 def _states(port: int) -> Counter[str]:
-    """How many sockets of the port's own side there are in each state."""
+    """Count the sockets of the port by state."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return Counter(STATES.get(row[3], row[3]) for row in rows if int(row[1].rpartition(":")[2], 16) == port)

@@ -1,4 +1,4 @@
-"""One greedy address, and many clients that hold memory: neither costs the others their service."""
+"""A greedy address, and many clients that hold memory: other clients are served."""
 
 import contextlib
 import signal
@@ -22,11 +22,11 @@ TOLD = b"ERROR too many connections from your address\n"
 HELD_BYTES = 4_000_000
 NEVER_READERS = 150
 LINE = "ΐ".encode() * 32_768 + b"\n"
-"""The longest line, of a character that upper-casing triples."""
+"""The longest line, of a character whose upper case is three times as long."""
 
 
 def _client(stack: contextlib.ExitStack, port: int, host: str, *, is_patient: bool = True) -> socket.socket:
-    """A client from that address; one that is not patient may not be connected yet."""
+    """Connect from this address; without patience the connection may still be in progress."""
     client = stack.enter_context(socket.socket())
     client.bind((host, 0))
     client.settimeout(DEADLINE_S if is_patient else 0)
@@ -38,8 +38,8 @@ def _client(stack: contextlib.ExitStack, port: int, host: str, *, is_patient: bo
 
 @pytest.mark.timeout(120)
 def test_rejected_clients_that_never_leave_keep_nobody_out(report: Callable[[Figures], None]) -> None:
-    """One address opens connections over its limit and closes none: another address is served at once meanwhile."""
-    # So few descriptors are left that 32 rejected clients linger at once.
+    """While one address exceeds its limit and closes nothing, another address is served at once."""
+    # Descriptors remain for 32 rejected clients at once.
     flags = settings(limits_connections=allowed_open_files() - RESERVED_FILES - 2, limits_connections_per_address=5)
     with serving(*flags) as echod, contextlib.ExitStack() as clients:
         waited = []
@@ -66,7 +66,7 @@ def test_rejected_clients_that_never_leave_keep_nobody_out(report: Callable[[Fig
 
 @pytest.mark.timeout(120)
 def test_clients_that_hold_much_are_bounded_together(report: Callable[[Figures], None]) -> None:
-    """Never-readers whose replies treble: together they stay within limits.held_bytes, and a bystander is answered."""
+    """Clients that never read stay within limits.held_bytes together, and a bystander is served."""
     flags = settings(limits_held_bytes=HELD_BYTES, timeouts_write=60)
     with serving(*flags) as echod, contextlib.ExitStack() as clients:
         crowd = [_client(clients, echod.port, GREEDY) for _ in range(NEVER_READERS)]
@@ -86,7 +86,7 @@ def test_clients_that_hold_much_are_bounded_together(report: Callable[[Figures],
 
 
 def _held_at_most(echod: Daemon, crowd: list[socket.socket]) -> int:
-    """Send without reading, for as long again as it takes to exceed the limit; return the most that was held."""
+    """Send without reading for twice as long as it takes to exceed the limit; return the most bytes held."""
     sent = dict.fromkeys(crowd, 0)
     most, began, exceeded_at = 0, time.monotonic(), 0.0
     while not exceeded_at or time.monotonic() < exceeded_at + max(2.0, exceeded_at - began):

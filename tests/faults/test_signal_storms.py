@@ -1,4 +1,4 @@
-"""Signals sent without pause, by whoever may send them: clients, and other signals, must not wait for them."""
+"""Signals sent without a pause delay neither clients nor other signals."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from tests.support.daemon import DEADLINE_S, ask, connect, serving
 STORM_S = 4.0
 
 CLIENTS = 500
-"""Connected meanwhile: each makes a statistics dump dearer."""
+"""Connected clients, which make a stats dump more expensive."""
 
 
 @pytest.mark.timeout(120)
@@ -24,7 +24,7 @@ CLIENTS = 500
 def test_a_storm_of_one_signal(
     number: signal.Signals, event: str, tmp_path: Path, report: Callable[[Figures], None]
 ) -> None:
-    """Clients are served as before, no signal is queued twice, and the last one is followed."""
+    """Clients are served as before, no signal is queued twice, and the last one is handled."""
     file = tmp_path / "echod.toml"
     file.write_text("[[listen]]\naddress = '127.0.0.1:0'\n")
     with serving("-c", str(file)) as echod:
@@ -53,7 +53,7 @@ def test_a_storm_of_one_signal(
 
 
 def test_a_stop_is_followed_at_once_in_a_storm() -> None:
-    """However many USR1 come, TERM begins a drain within a second, and a second one ends it."""
+    """During a storm of USR1, TERM begins a drain within a second, and a second TERM ends it."""
     with serving() as echod, connect(echod.port) as client:
         client.sendall(b"half a line")
         is_over = threading.Event()

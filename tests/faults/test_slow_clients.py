@@ -1,4 +1,4 @@
-"""Clients that take their time: with their lines, or with our replies."""
+"""Slow clients: in sending lines, or in reading replies."""
 
 import asyncio
 import contextlib
@@ -22,15 +22,15 @@ QUIET = 20
 WRITE_S = 5.0
 LINE_BYTES = CHUNK_BYTES = 65_536
 STUCK_BYTES = LINE_BYTES + 3 * CHUNK_BYTES
-"""The most that one client can make us hold: a line begun, and the replies to a chunk, which upper-case may treble."""
+"""The most bytes that one client can make echod hold: a partial line, and the replies to a chunk, tripled."""
 
 GROWING = "\u0390"
-"""Two bytes of UTF-8, six in upper case: nothing grows more."""
+"""Two bytes of UTF-8, six in upper case: the largest growth there is."""
 
 
 @pytest.mark.timeout(120)
 def test_2_000_slow_lorises_are_gone_within_the_line_timeout(report: Callable[[Figures], None]) -> None:
-    """2 000 clients, a byte every second: each is told and gone within the `line` timeout, no bystander harmed."""
+    """2 000 clients that send a byte a second all get the error and are closed within the `line` timeout."""
     with serving(*settings(timeouts_line=LINE_S)) as echod:
         with scene("2 000 slow lorises", echod) as it:
             ends = asyncio.run(_slow_lorises(echod.port))
@@ -50,8 +50,8 @@ async def _slow_lorises(port: int) -> list[tuple[bytes, float]]:
 
 
 async def _slow_loris(port: int, number: int) -> tuple[bytes, float]:
-    """What it received, and how long after its first byte its stream had ended."""
-    await asyncio.sleep(number * 0.0005)  # no flood: that is another fault
+    """Return what the client received, and the time from its first byte to the end of its stream."""
+    await asyncio.sleep(number * 0.0005)  # slowly: floods have tests of their own
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     began = time.monotonic()
     received = asyncio.ensure_future(reader.read())
@@ -75,7 +75,7 @@ async def _slow_loris(port: int, number: int) -> tuple[bytes, float]:
 def test_200_clients_that_never_read_are_cut_off_and_nobody_else_is_harmed(
     lines: str, request: pytest.FixtureRequest, report: Callable[[Figures], None]
 ) -> None:
-    """200 clients pipeline and never read: each costs no more than its share and is cut off at the `write` timeout."""
+    """200 clients that pipeline and never read are bounded in memory and aborted at the `write` timeout."""
     with serving(*settings(timeouts_write=WRITE_S)) as echod, contextlib.ExitStack() as clients:
         quiet = [clients.enter_context(connect(echod.port)) for _ in range(QUIET)]
         assert {ask(client, b"before\n") for client in quiet} == {b"BEFORE\n"}
@@ -105,7 +105,7 @@ def test_200_clients_that_never_read_are_cut_off_and_nobody_else_is_harmed(
 
 @dataclass(frozen=True, slots=True)
 class CutOff:
-    """How a client was cut off: by which error, how long after its first line, and after the last that was taken."""
+    """How a client was aborted: the error, and the time since its first and its last accepted line."""
 
     error: str
     after_s: float
@@ -117,7 +117,7 @@ async def _never_read(port: int, lines: bytes) -> list[CutOff]:
 
 
 async def _send_until_cut_off(port: int, lines: bytes, number: int) -> CutOff:
-    await asyncio.sleep(number * 0.02)  # no flood; but all are stuck before the first one is cut off
+    await asyncio.sleep(number * 0.02)  # slowly; but all are stuck before the first one is aborted
     with connect(port, receive_buffer=1) as client:
         client.setblocking(False)
         began = stuck = time.monotonic()
@@ -132,7 +132,7 @@ async def _send_until_cut_off(port: int, lines: bytes, number: int) -> CutOff:
 
 @pytest.mark.timeout(120)
 def test_lines_cut_where_it_hurts_most_cost_no_more(report: Callable[[Figures], None]) -> None:
-    """A line begun that one read completes, one more behind it: 200 such clients keep within the bound, and again."""
+    """200 clients with the most expensive combination of partial lines stay within the bound, repeatedly."""
     with serving() as echod:
         idle_bytes = _rss_bytes_once_read(echod)
         grown_bytes = [_cut_where_it_hurts_most(echod) - idle_bytes for _ in range(3)]
@@ -146,7 +146,7 @@ def test_lines_cut_where_it_hurts_most_cost_no_more(report: Callable[[Figures], 
 
 
 def _cut_where_it_hurts_most(echod: Daemon) -> int:
-    """Resident memory when nothing more is taken from the clients, before they leave."""
+    """Return the resident memory once the clients can send no more."""
     begun, rest = (GROWING * 32_768).encode(), f"\n{GROWING * 30_000}\n".encode()
     rss_bytes = 0
     with contextlib.ExitStack() as clients:
@@ -155,7 +155,7 @@ def _cut_where_it_hurts_most(echod: Daemon) -> int:
         while echod.stats()["bytes_in"] - before == sent:
             sent += _send_at_once(stuck, begun)
             _rss_bytes_once_read(echod)
-            echod.send(signal.SIGSTOP)  # so that it finds all of it when it reads next
+            echod.send(signal.SIGSTOP)  # so that the next read returns all of it
             sent += _send_at_once(stuck, rest)
             echod.send(signal.SIGCONT)
             rss_bytes = max(rss_bytes, _rss_bytes_once_read(echod))
@@ -164,7 +164,7 @@ def _cut_where_it_hurts_most(echod: Daemon) -> int:
 
 
 def _send_at_once(clients: Iterable[socket.socket], text: bytes) -> int:
-    """Send the text for each client as far as its kernel takes it; return how much that was."""
+    """Send the text for each client as far as the kernel accepts it; return the number of bytes."""
     sent = 0
     for client in clients:
         with contextlib.suppress(BlockingIOError):
@@ -173,7 +173,7 @@ def _send_at_once(clients: Iterable[socket.socket], text: bytes) -> int:
 
 
 def _rss_bytes_once_read(echod: Daemon) -> int:
-    """Resident memory once echod has read what it will."""
+    """Return the resident memory once echod reads no more."""
     seen = [echod.stats()["bytes_in"]]
     while len(seen) < 10 or seen[-10] != seen[-1]:
         seen.append(echod.stats()["bytes_in"])

@@ -1,4 +1,4 @@
-"""A log that nobody takes: its reader is stuck or gone, its disk is full, its directory has vanished."""
+"""A log that can't be written: its reader is stuck or gone, its disk is full, its directory was removed."""
 
 import asyncio
 import contextlib
@@ -24,23 +24,23 @@ from tests.support.daemon import DEADLINE_S, Daemon, Event, connect, send_until_
 pytestmark = pytest.mark.timeout(120)
 
 VISITORS = 8
-"""Clients that come and go, a line of the log each time: from before the fault to the end of the drain."""
+"""Short-lived clients, each of which causes a log line, until the end of the drain."""
 
 ON_THE_WAY = 2000
-"""Lines that pipe, reader and writer can hold between them, and some more: up to 128 KiB each, 190 bytes a line."""
+"""More lines than pipe, reader and writer can hold together: up to 128 KiB each, 190 bytes a line."""
 
 ROOM = 64 * 1024
-"""What is left on a disk that is about to be full."""
+"""Bytes left on a disk that is about to be full."""
 
 DRAIN_S = 2.0
 
 STOP_S = DRAIN_S + 3
-"""A whole drain, then the last half-close 1 s, the log 1 s, and some air."""
+"""Longest stop: a whole drain, the final half-close of 1 s, the log 1 s, and a margin."""
 
 OPTIONS = ("--log-level", "debug", *settings(timeouts_drain=DRAIN_S, timeouts_drain_quiet=1))
 
 WITHOUT_PRIVILEGE = () if os.getuid() else ("setpriv", "--bounding-set=-dac_override")
-"""Permissions hold for root too."""
+"""Whether permissions apply to this user."""
 
 Report = Callable[[Figures], None]
 Reader = subprocess.Popen[bytes]
@@ -48,7 +48,7 @@ Reader = subprocess.Popen[bytes]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A configuration file; whatever it says, echod goes on listening where it does."""
+    """A configuration file, whose listeners never change."""
     file = tmp_path / "echod.toml"
     file.touch()
     return file
@@ -67,19 +67,19 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reading(config: Path) -> Iterator[tuple[Daemon, Reader, Tally]]:
-    """A visited echod whose log goes through a reader that can be stopped and killed."""
+    """An echod with short-lived clients, whose log goes through a reader that can be stopped and killed."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
         with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS, through=reader) as echod:
             try:
                 with visited(echod) as tally:
                     yield echod, reader, tally
             finally:
-                reader.kill()  # whoever waits for the end of the log must not wait for it
+                reader.kill()  # it would keep the log open
 
 
 @contextlib.contextmanager
 def visited(echod: Daemon) -> Iterator[Tally]:
-    """Clients come and go until the port is closed; none of them may have anything to complain of."""
+    """Run short-lived clients until the port is closed, and assert that all are served."""
     tally = Tally()
     thread = threading.Thread(target=asyncio.run, args=(_visit(f"127.0.0.1:{echod.port}", tally),), daemon=True)
     thread.start()
@@ -107,13 +107,13 @@ def _wait_until(claim: Callable[[], object], what: str) -> None:
 
 
 def _stall(reader: Reader, tally: Tally) -> None:
-    """Stop the reader, and wait until its pipe and the queue before it are full."""
+    """Stop the reader, and wait until its pipe and the queue of the writer are full."""
     reader.send_signal(signal.SIGSTOP)
     _wait_for_visits(tally, QUEUED_LINES + ON_THE_WAY)
 
 
 def _stopped(echod: Daemon) -> tuple[int, float]:
-    """Stop it while its log is stuck: its exit status, and how many seconds that took."""
+    """Stop the daemon while its log is stuck; return the exit status and the seconds it took."""
     began = time.monotonic()
     echod.send(signal.SIGTERM)
     return echod.process.wait(DEADLINE_S), time.monotonic() - began
@@ -125,14 +125,14 @@ def _log_to(place: str, config: Path, echod: Daemon) -> None:
 
 
 def _wait_for(event: str, log: Path) -> Event:
-    """The last event of that name in a log file, once there is one."""
+    """Wait for an event with this name in a log file, and return the last one."""
     mark = f'"event":"{event}"'.encode()
     _wait_until(lambda: log.exists() and mark in log.read_bytes().rpartition(b"\n")[0], event)
     return _named(event, _logged(log))[-1]
 
 
 def _logged(log: Path) -> list[Event]:
-    """The events in a log file; what a full disk has torn is left out."""
+    """Return the events in a log file, without lines torn by a full disk."""
     events = []
     for line in log.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
@@ -149,7 +149,7 @@ def _closed(events: list[Event]) -> int:
 
 
 def _unlogged(stats: Event, events: list[Event]) -> int:
-    """How many connections had closed at the time of `stats`, one of the events, without a line before it."""
+    """Return the number of closed connections at the event `stats` that were not logged before it."""
     closed: int = sum(stats["connections"]["closed"].values())
     return closed - _closed(events[: events.index(stats)])
 
@@ -158,7 +158,7 @@ def _unlogged(stats: Event, events: list[Event]) -> int:
 
 
 def test_a_reader_that_stops_and_goes_on(config: Path, report: Report) -> None:
-    """10 000 clients come and go while the log's reader stands still: each line is logged later, or counted as lost."""
+    """While the reader stands still for 10 000 connections, each event is logged later or counted as lost."""
     with reading(config) as (echod, reader, tally):
         with scene("log reader stops, goes on", echod) as it:
             _stall(reader, tally)
@@ -174,7 +174,7 @@ def test_a_reader_that_stops_and_goes_on(config: Path, report: Report) -> None:
 
 
 def test_a_log_turned_away_from_a_stuck_reader(config: Path, tmp_path: Path, report: Report) -> None:
-    """While its reader is stuck the log is sent to a file: it goes there whole, and a stop leaves the reader behind."""
+    """While the reader is stuck, a reload sends the log to a file; a stop does not wait for the reader."""
     log = tmp_path / "log"
     with reading(config) as (echod, reader, tally):
         with scene("log reader stuck, log sent to a file", echod) as it:
@@ -197,7 +197,7 @@ def test_a_log_turned_away_from_a_stuck_reader(config: Path, tmp_path: Path, rep
 
 
 def test_a_reader_that_is_killed(config: Path, tmp_path: Path, report: Report) -> None:
-    """The stuck reader is killed: what it and its pipe held is lost, every other line is logged or counted as lost."""
+    """When the stuck reader is killed, what it held is lost; every other event is logged or counted as lost."""
     log = tmp_path / "log"
     with reading(config) as (echod, reader, tally):
         with scene("log reader stuck, killed", echod) as it:
@@ -221,7 +221,7 @@ def test_a_reader_that_is_killed(config: Path, tmp_path: Path, report: Report) -
 
 @pytest.mark.parametrize("owed", [False, True])
 def test_a_stop_with_a_stuck_reader(owed: bool, config: Path, report: Report) -> None:
-    """With pipe and queue full TERM drains in its time; the exit status still tells whether anyone was cut off."""
+    """With pipe and queue full, TERM drains in time, and the exit status tells whether a client was aborted."""
     with reading(config) as (echod, reader, tally), contextlib.ExitStack() as clients:
         with scene(f"log reader stuck, stop, {'one' if owed else 'nobody'} cut off", echod) as it:
             _stall(reader, tally)
@@ -237,7 +237,7 @@ def test_a_stop_with_a_stuck_reader(owed: bool, config: Path, report: Report) ->
 
 @pytest.mark.parametrize("is_file", [False, True])
 def test_reloads_with_a_stuck_reader_leak_nothing(is_file: bool, config: Path, tmp_path: Path, report: Report) -> None:
-    """60 HUPs, each reopening a log that nobody reads: as many threads and descriptors as before, each is applied."""
+    """60 reloads of a log that nobody reads are all applied, and leak no thread or descriptor."""
     fifo, admin = tmp_path / "fifo", f"unix:{tmp_path}/admin"
     os.mkfifo(fifo)
     reading_end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # and never reads
@@ -267,7 +267,7 @@ def test_reloads_with_a_stuck_reader_leak_nothing(is_file: bool, config: Path, t
 
 
 def _reload(admin: str) -> int:
-    """Have it reload; how many it has applied by then."""
+    """Reload, and return the number of applied reloads."""
     assert http_reload(admin).status == 200
     applied: int = get(admin, "/stats").content["reloads"]["applied"]
     return applied
@@ -289,7 +289,7 @@ def _fill(pipe: str) -> None:
 
 
 def test_a_device_that_takes_nothing(config: Path, report: Report) -> None:
-    """`log.file` is /dev/full: each line is counted as lost until a reload names a better place; a stop is a stop."""
+    """With `log.file` on /dev/full each event is counted as lost, until a reload names another file; a stop works."""
     with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS) as echod, visited(echod) as tally:
         with scene("log to /dev/full", echod) as it:
             _log_to_full(config, echod)
@@ -322,7 +322,7 @@ def _open_files(pid: int) -> set[str]:
 
 
 def test_a_disk_that_fills_up(disk: Path, config: Path, report: Report) -> None:
-    """The log's disk is full for a while: what it took is whole, the rest is counted, and the log goes on."""
+    """While the disk is full events are counted as lost, and complete lines follow once there is room."""
     log, ballast = disk / "log", disk / "ballast"
     with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS) as echod, visited(echod) as tally:
         with open(ballast, "wb") as file:
@@ -352,7 +352,7 @@ def test_a_disk_that_fills_up(disk: Path, config: Path, report: Report) -> None:
 
 @pytest.mark.parametrize("what", ["vanished", "read-only"])
 def test_a_folder_that_can_t_be_reopened_in(what: str, config: Path, tmp_path: Path, report: Report) -> None:
-    """A reload that can't reopen the log is refused; the old file goes on and no line is lost, until all is well."""
+    """A reload that can't reopen the log is refused; the old file is used on, and no event is lost."""
     directory, old = tmp_path / "folder", tmp_path / "old"
     log = directory / "log"
     directory.mkdir()
@@ -380,7 +380,7 @@ def test_a_folder_that_can_t_be_reopened_in(what: str, config: Path, tmp_path: P
 
 @contextlib.contextmanager
 def _spoiled(directory: Path, old: Path, what: str) -> Iterator[str]:
-    """Take the log away, and the way to a new one; the system's words for that."""
+    """Remove the log and its directory; return the expected error."""
     (directory / "log").rename(old)
     if what == "vanished":
         directory.rmdir()

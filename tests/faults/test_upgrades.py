@@ -1,4 +1,4 @@
-"""Live upgrades under load, measured: how long clients wait, and what it takes."""
+"""Live upgrades under load: how long clients wait, and what they cost."""
 
 import asyncio
 import contextlib
@@ -19,12 +19,12 @@ CROWD = 1000
 UNSENT_BYTES = 12_288
 TEXT = b"".join(b"%06d is owed to me, in lower case no more\n" % number for number in range(15_000))
 STUCK_S = 0.5
-"""How long nothing may be taken of anybody before all are taken for stuck."""
+"""Time without progress after which all clients count as stuck."""
 
 
 @pytest.mark.timeout(180)
 def test_50_streams_through_20_upgrades(report: Callable[[Figures], None]) -> None:
-    """Every stream byte-exact, same pid, nobody refused or reset, no descriptor lost; and how long clients waited."""
+    """Every stream is byte-exact, the pid stays, no client is refused or reset; the waiting time is reported."""
     with serving(*settings(timeouts_write=60)) as echod:
         with scene(f"{ROUNDS} upgrades, 50 streams", echod) as it:
             verdicts = asyncio.run(stream_through_upgrades(echod, ROUNDS))
@@ -39,7 +39,7 @@ def test_50_streams_through_20_upgrades(report: Callable[[Figures], None]) -> No
 def test_an_upgrade_with_1_000_connections_that_are_owed_12_kb_each(
     tmp_path: Path, report: Callable[[Figures], None]
 ) -> None:
-    """What each is owed crosses, byte-exact; memory and gap are told."""
+    """The replies owed to each client cross byte-exact; memory and gap are reported."""
     path = str(tmp_path / "sock")
     with serving("-l", f"unix:{path}", *settings(timeouts_write=120)) as echod, contextlib.ExitStack() as clients:
         crowd = [clients.enter_context(_connected(path)) for _ in range(CROWD)]
@@ -61,7 +61,7 @@ def test_an_upgrade_with_1_000_connections_that_are_owed_12_kb_each(
         assert after.descriptors == before.descriptors
         for number, (client, count) in enumerate(zip(crowd, sent, strict=True)):
             client.shutdown(socket.SHUT_WR)
-            lines = _sent_by(number)[:count].upper().splitlines()  # a last line that was cut is answered too
+            lines = _sent_by(number)[:count].upper().splitlines()  # an unterminated last line is answered too
             assert read_to_end(client) == b"".join(line.strip() + b"\n" for line in lines)
 
 
@@ -85,13 +85,13 @@ def _connected(path: str) -> socket.socket:
 
 
 def _sent_by(number: int) -> bytes:
-    """No line is like another, of its own or another's text."""
+    """Return a text in which no line occurs twice, also among clients."""
     start = number * 7
     return TEXT[start : start + 500_000]
 
 
 def _send_until_owed(crowd: list[socket.socket]) -> list[int]:
-    """Send without reading until nothing more is taken of anybody; return how many bytes were of each."""
+    """Send without reading until no client can send more; return the bytes sent by each."""
     sent = [0] * len(crowd)
     for client in crowd:
         client.setblocking(False)

@@ -1,7 +1,7 @@
-"""What must hold of a daemon whatever is done to it, checked all the time from outside.
+"""Continuous checks from outside of what a daemon must do under any attack.
 
-Each check runs in a thread of its own, at a real-time priority where that is allowed. The time in which that thread or
-the daemon wanted a CPU and got none is the machine's business, and is subtracted.
+Each check runs in its own thread, at a real-time priority where that is allowed. The time in which that thread or the
+daemon waited for a CPU is subtracted.
 """
 
 import contextlib
@@ -21,30 +21,30 @@ from tests.faults.scene import assert_adds_up
 from tests.support.daemon import Daemon
 
 FED_S = 2.0
-"""The longest time without a sign of life for the watchdog."""
+"""Longest time without a keep-alive for the watchdog, in seconds."""
 
 WATCHDOG_S = 3.0
-"""What the daemon is told: it gives a sign of life in a third of that."""
+"""The watchdog interval; the daemon sends a keep-alive every third of it."""
 
 ANSWER_S = 1.0
-"""How long anything may take that is asked of it: a line, a visit, a health check, a signal."""
+"""Longest time of a line, a visit, a health check or a signal, in seconds."""
 
 HELD_BYTES = 16 * 1024 * 1024
 """`limits.held_bytes` of the daemon."""
 
 GROWTH_BYTES = HELD_BYTES + HELD_BYTES // 2 + 32 * 1024 * 1024
-"""What its memory may grow by: the bound and what the allocator wastes of it, and what connections and events take."""
+"""Allowed growth of memory: the bound, the waste of the allocator, connections and events."""
 
 GIVE_UP_S = 60.0
 POLL_S = 0.1
 PAUSE_S = 0.002
 TALKER, VISITOR = "127.0.0.2", "127.0.0.3"
-"""Addresses of the clients, whom no limit of an address concerns."""
+"""Addresses of the clients, which no limit per address applies to."""
 
 
 @dataclass(slots=True)
 class Waits:
-    """How long something took, each time."""
+    """The durations of one kind of operation."""
 
     name: str
     limit_s: float
@@ -55,17 +55,17 @@ class Waits:
         return max(self.seconds, default=0.0)
 
     def share_s(self, share: float) -> float:
-        """So many of them, as a share, took no longer."""
+        """Return the quantile of the durations for this share."""
         ordered = sorted(self.seconds) or [0.0]
         return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
 
 
 class WrongError(Exception):
-    """An answer that is wrong."""
+    """An answer was wrong."""
 
 
 class Vigil:
-    """Watches a daemon from `begin` to `end`; `findings` tells what didn't hold."""
+    """Checks a daemon from `begin` to `end`; `findings` lists what was wrong."""
 
     def __init__(self, echod: Daemon, notifications: socket.socket, admin: str, port: int, admin_port: int) -> None:
         self.talk = Waits("a reply", ANSWER_S)
@@ -78,7 +78,7 @@ class Vigil:
         self.findings: list[str] = []
         """What was wrong."""
         self.late: list[str] = []
-        """What was right, but too late."""
+        """Correct answers that came too late."""
         self.growth_bytes = 0
         self._echod = echod
         self._notifications = notifications
@@ -99,17 +99,17 @@ class Vigil:
             thread.start()
 
     def forget(self) -> None:
-        """Let nothing count that has been waited for until now."""
+        """Discard the durations measured until now."""
         for waits in self.waits:
             waits.seconds.clear()
 
     def end(self) -> None:
-        """Check no more; what is being waited for counts with the time until now."""
+        """End the checks; operations in progress count with the time until now."""
         self._is_over.set()
         while any(thread.is_alive() for thread in self._threads):
             for sock in [*self._open]:
                 with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)  # wakes up who waits for it
+                    sock.shutdown(socket.SHUT_RDWR)  # wakes up the thread that waits for it
             for thread in self._threads:
                 thread.join(POLL_S)
         for waits in self.waits:
@@ -120,7 +120,7 @@ class Vigil:
             self.findings.append(f"memory grew by {self.growth_bytes / 1e6:.0f} MB")
 
     def check_log(self) -> None:
-        """Hold the log against what must hold of it; to be called once it is complete."""
+        """Check the complete log."""
         for event in self._echod.events:
             if "exception" in event or event.get("logger"):
                 self.findings.append(f"logged: {json.dumps(event)}")
@@ -146,7 +146,7 @@ class Vigil:
             self._is_over.wait(POLL_S)
 
     def _talk(self) -> None:
-        """One client that has a conversation."""
+        """Send lines and check replies on one connection."""
         with self._connected(TALKER, self._port) as client:
             number = 0
             while not self._is_over.wait(PAUSE_S):
@@ -156,7 +156,7 @@ class Vigil:
                     self._expect(client, b"BYSTANDER %d\n" % number)
 
     def _visit(self) -> None:
-        """Clients that connect, say a line and leave."""
+        """Connect, send a line, read the reply and disconnect."""
         with self._timed(self.visit), self._connected(VISITOR, self._port) as client:
             client.sendall("ist da wer, Straße?\n".encode())
             client.shutdown(socket.SHUT_WR)
@@ -165,7 +165,7 @@ class Vigil:
                 raise WrongError("more than the reply")
 
     def _ask_health(self) -> None:
-        """A health check over TCP; one that is closed without an answer is repeated, as balancers do."""
+        """Make a health check over TCP, repeated if it is closed without an answer, as a balancer does."""
         for page in ("healthz", "readyz"):
             with self._timed(self.health):
                 while not self._get(partial(self._connected, VISITOR, self._admin_port), page):
@@ -272,7 +272,7 @@ class Vigil:
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A moment, from which on it is told how long the daemon, and not the machine, made one wait."""
+    """A moment, from which the time that the daemon took is measured, without the time waiting for a CPU."""
 
     pid: int
     at: float
@@ -295,13 +295,13 @@ class Instant:
 
 
 def _starved_s(pid: int) -> tuple[float, float]:
-    """How long the daemon's main thread and the calling one have wanted a CPU and got none (sched-stats.rst)."""
+    """Return how long the daemon's main thread and this thread have waited for a CPU (sched-stats.rst)."""
     daemon, own = (int(Path(f"/proc/{which}/schedstat").read_text().split()[1]) / 1e9 for which in (pid, "thread-self"))
     return daemon, own
 
 
 def hurry(thread_id: int) -> None:
-    """Let a thread run as soon as it can; without the right to, it waits as the others do."""
+    """Give a thread real-time priority, if that is permitted."""
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(thread_id, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 

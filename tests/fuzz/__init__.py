@@ -1,1 +1,1 @@
-"""Fuzzers look for bytes that echod is wrong about: for seconds as a test, for minutes with `make fuzz`."""
+"""Fuzzing of the protocol, the configuration and addresses: for seconds as a test, for minutes with `make fuzz`."""

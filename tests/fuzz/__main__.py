@@ -1,6 +1,6 @@
-"""Each target under every fuzzer there is, for so many seconds in all: what was tried, reached and found.
+"""Run each target under every fuzzer, for this many seconds in all, and print what was tried, reached and found.
 
-What reaches something new is kept in FOLDER, where the next run begins; so are findings.
+Inputs that reach new code, and findings, are kept in FOLDER, where the next run begins.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ FOUND = "FOUND, see above"
 SHARES = {"protocol": 0.6, "settings": 0.25, "address": 0.15}
 
 GUIDED = 0.75
-"""Of the time, for atheris if it is there: it tries ten times as many inputs, hypothesis likelier ones."""
+"""Share of the time for atheris, if installed: it tries ten times as many inputs, hypothesis likelier ones."""
 
 LONGEST_INPUT = 4096
 
@@ -30,7 +30,7 @@ LATE_S = 60
 
 
 def main(seconds: float) -> int:
-    """Run them all; 0 if nothing was found, else 1."""
+    """Run all targets; return 0 if nothing was found, else 1."""
     guided = GUIDED if importlib.util.find_spec("atheris") else 0
     results = []
     for name, share in SHARES.items():

@@ -1,6 +1,6 @@
-"""Random chunks through the compiled fast path for SECONDS, against the line-by-line reference.
+"""Compare the compiled fast path with the reference for SECONDS on random chunks.
 
-Each chunk is either answered as the reference answers it, or handed on as it is and nothing is sent.
+Each chunk is either answered as the reference answers it, or handed on unchanged with nothing sent.
 """
 
 import random
@@ -17,7 +17,7 @@ NOT_ASCII = [word.encode() for word in CASED] + [b"\xff"]
 
 
 class Client(fastpath.HotPath):
-    """A connection that keeps what the fast path hands on."""
+    """A connection that records what the fast path hands on."""
 
     __slots__ = ("pending", "received")
 
@@ -28,7 +28,7 @@ class Client(fastpath.HotPath):
         self.begin(line_bytes=0)
 
     def begin(self, line_bytes: int) -> None:
-        """Forget what was handed on and counted."""
+        """Reset the records and counters."""
         self.line_bytes = line_bytes
         self.hot_lines = self.bytes_in = self.bytes_out = 0
         self.received: bytes | None = None
@@ -42,7 +42,7 @@ class Client(fastpath.HotPath):
 
 
 def random_chunk(source: random.Random) -> bytes:
-    """Lines of any length, mostly of ASCII and mostly ended."""
+    """Return lines of random length, mostly ASCII and mostly terminated."""
     words = source.choice((ASCII, [b"a"], [b" "], [b"\n"], ASCII + NOT_ASCII))
     feeds = source.choice((0, 1, 8, 64)) * [b"\n"]
     (count,) = source.choices((2, 8, 32, 256, 4096, fastpath.CHUNK_BYTES), weights=(200, 200, 200, 50, 10, 2))
@@ -51,12 +51,12 @@ def random_chunk(source: random.Random) -> bytes:
 
 
 def is_ordinary(chunk: bytes, line_bytes: int) -> bool:
-    """Whether the fast path answers it."""
+    """Return whether the fast path should answer the chunk."""
     return chunk.isascii() and chunk.endswith(b"\n") and max(map(len, chunk.split(b"\n"))) <= line_bytes
 
 
 def everything(sock: socket.socket) -> bytes:
-    """What there is to read now."""
+    """Return everything that can be read now."""
     parts = []
     try:
         while part := sock.recv(1 << 20):
@@ -67,7 +67,7 @@ def everything(sock: socket.socket) -> bytes:
 
 
 def check(client: Client, peer: socket.socket, chunk: bytes, line_bytes: int) -> bool:
-    """Send a chunk, have it read, and look at what came of it; return whether it was answered."""
+    """Send a chunk, let it be read, and check the result; return whether it was answered."""
     client.begin(line_bytes)
     peer.sendall(chunk)
     client.read_now()
@@ -77,14 +77,14 @@ def check(client: Client, peer: socket.socket, chunk: bytes, line_bytes: int) ->
         assert (client.received, replies, counted) == (chunk, b"", (0, 0, 0))
         return False
     assert client.received is None
-    lines = chunk.split(b"\n")[:-1]  # each on its own: the reference takes a time that is quadratic in their number
+    lines = chunk.split(b"\n")[:-1]  # one by one: the reference is quadratic in the number of lines
     assert replies == b"".join(reference(line + b"\n", line_bytes, is_ended=False) for line in lines)
     assert counted == (len(chunk), len(replies), chunk.count(b"\n"))
     return True
 
 
 def main(seconds: float) -> None:
-    """Try chunks until the time is over; print how many."""
+    """Try chunks until the time is over, and print their number."""
     assert fastpath.IS_COMPILED, fastpath.WHY_NOT
     seed = random.randrange(1 << 32)
     print(f"fast path: fuzzing for {seconds:g} s, seed {seed}")
@@ -96,14 +96,14 @@ def main(seconds: float) -> None:
             sock.setblocking(False)
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * fastpath.CHUNK_BYTES)
         client = Client(ours.fileno())
-        # So small that the kernel doesn't take long replies at once.
+        # So small that the kernel does not accept long replies at once.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         assert check(client, theirs, b"a" * (fastpath.CHUNK_BYTES - 1) + b"\n", fastpath.CHUNK_BYTES)
         assert client.pending
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, source.choice((1, 4 * fastpath.CHUNK_BYTES)))
-            client = Client(ours.fileno())  # what one was sent bounds its next read
+            client = Client(ours.fileno())  # the size of a chunk bounds the next read
             answered += check(client, theirs, random_chunk(source), source.choice(LIMITS))
             cut_short += bool(client.pending)
             tried += 1

@@ -1,6 +1,6 @@
 """A target under atheris, which looks for inputs that reach new branches of echod.
 
-The arguments are the target's name and then libFuzzer's: a file alone, such as a finding, is tried once.
+The arguments are the name of the target and those of libFuzzer; a single file, such as a finding, is tried once.
 """
 
 import sys

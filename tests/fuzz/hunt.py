@@ -1,4 +1,4 @@
-"""Hypothesis aimed at a target for some time: it knows what inputs look like, and shrinks what it finds."""
+"""Run hypothesis on a target for some time: it knows the shape of inputs, and shrinks findings."""
 
 import time
 
@@ -9,9 +9,9 @@ from tests.fuzz.targets import MOST_CUTS, TARGETS, pack
 from tests.unit.test_echo import streams, texts
 
 ROUND = settings(
-    max_examples=200,  # then the clock is looked at
+    max_examples=200,  # between two looks at the clock
     deadline=None,
-    derandomize=False,  # in CI too, or each round would try the same
+    derandomize=False,  # in CI too, or each round would try the same inputs
     database=None,
     suppress_health_check=[*HealthCheck],
 )
@@ -23,12 +23,12 @@ def _inputs(name: str) -> st.SearchStrategy[bytes]:
     if name != "protocol":
         return words
     lengths = st.lists(st.integers(0, 20) | st.integers(0, 255), max_size=MOST_CUTS - 1)
-    one_line = texts.map(lambda text: f"{text}\n".encode())  # echod has a way of its own for it
+    one_line = texts.map(lambda text: f"{text}\n".encode())  # echod parses it itself
     return st.builds(pack, st.integers(1, 20) | st.integers(1, 256), lengths, streams | one_line | words)
 
 
 def hunt(name: str, seconds: float) -> int:
-    """Try inputs for that long; how many. Raises what the target raised for the smallest input that makes it."""
+    """Try inputs for this long, and return their number. Raises the error of the smallest failing input."""
     tried = 0
 
     @ROUND

@@ -1,6 +1,6 @@
-"""What the fuzzers aim at: each target takes any bytes, and raises if echod is wrong about them.
+"""Fuzz targets: each takes any bytes, and raises if echod handles them wrongly.
 
-The first bytes of an input say how the others are used, so that a fuzzer that knows nothing of echod can vary that too.
+The first bytes of an input are options, so that a fuzzer can vary them too.
 """
 
 import os
@@ -20,12 +20,12 @@ from tests.support.reference import BROKEN, CASED, LIMIT, OTHERS, SPACES, bytewi
 MOST_CUTS = 16
 
 OPEN_FILES = 1024
-"""So few that the default of connections is lowered, and one that was set may be refused."""
+"""So few descriptors that the default of connections is lowered, and a value that is set may be refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A check, and what is worth trying: words to put together, and whole inputs to begin with."""
+    """A check with a dictionary of words, and seeds to begin with."""
 
     check: Callable[[bytes], None]
     words: Sequence[bytes]
@@ -36,7 +36,7 @@ class Target:
 
 
 def pack(line_bytes: int, lengths: Sequence[int], stream: bytes) -> bytes:
-    """An input of `protocol`: up to 256 bytes a line, fewer than 16 lengths of chunks below 256, and the stream."""
+    """Return an input of `protocol`: the limit of a line, the lengths of chunks, and the stream."""
     return bytes([line_bytes - 1, len(lengths), *lengths]) + stream
 
 
@@ -47,7 +47,7 @@ def _unpack(data: bytes) -> tuple[int, list[bytes]]:
 
 
 def protocol(data: bytes) -> None:
-    """After each chunk the replies are those of the reference, and bytes that come one by one get the same."""
+    """Check that after each chunk, and byte by byte, the replies are those of the reference."""
     line_bytes, chunks = _unpack(data)
     echo = Echo(line_bytes)
     seen = replies = b""
@@ -67,7 +67,7 @@ def protocol(data: bytes) -> None:
 
 
 def settings(data: bytes) -> None:
-    """A file, variables and flags, with NUL between them: valid, and shown so that it reads the same, or a ConfigError.
+    """Check that a file, variables and flags, separated by NUL, round-trip or raise ConfigError.
 
     Each fault is one line that begins with its source.
     """
@@ -103,11 +103,11 @@ def _memory() -> int:
 
 
 def address(data: bytes) -> None:
-    """Any text is an address that is shown so that it reads the same, or a ValueError that says why not."""
+    """Check that any text is an address that round-trips, or raises a ValueError with the reason."""
     try:
         parsed = parse_address(os.fsdecode(data))
     except UnicodeError:
-        raise  # a ValueError, but not one about addresses
+        raise  # a ValueError, but not about addresses
     except ValueError:
         return
     assert parse_address(str(parsed)) == parsed

@@ -1,4 +1,4 @@
-"""Clients that notice everything: what was sent, what came back, and how the stream ended."""
+"""Clients that record what they sent, what they received and how the stream ended."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ WINDOW = 16
 
 
 class Pipeliner(asyncio.Protocol):
-    """Keeps WINDOW lines in flight until its stream ends; then `check` tells whether it could complain."""
+    """Keep WINDOW lines in flight until the stream ends; then `check` compares the replies with the lines."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -49,21 +49,21 @@ class Pipeliner(asyncio.Protocol):
         self._transport.write_eof()
 
     def check(self) -> None:
-        """Lines answered are a prefix of the lines sent, no reply is torn, nobody was reset."""
+        """Assert that the replies answer a prefix of the lines sent, that none is torn, and that there was no reset."""
         assert self.ended.result() is None, f"{self._name}: {self.ended.result()!r}"
         assert self.received == self.sent.upper()[: len(self.received)], f"{self._name}: not a prefix"
         assert not self.received or self.received.endswith(b"\n"), f"{self._name}: torn reply {self.received[-50:]!r}"
 
 
 async def pipeline(address: str, count: int) -> list[Pipeliner]:
-    """So many pipelining clients, connected."""
+    """Connect this many pipelining clients."""
     clients = [Pipeliner(f"client {number}") for number in range(count)]
     await asyncio.gather(*(_connect(client, address) for client in clients))
     return clients
 
 
 async def finished(clients: list[Pipeliner]) -> None:
-    """Let them send no more, and see that every line was answered."""
+    """Let the clients send no more, and assert that every line was answered."""
     for client in clients:
         client.finish()
     await asyncio.wait_for(asyncio.gather(*(client.ended for client in clients)), DEADLINE_S)
@@ -82,7 +82,7 @@ async def _connect(client: Pipeliner, address: str) -> None:
 
 
 async def open_stream(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to an address as echod writes it."""
+    """Connect to an address in the form that echod logs."""
     if address.startswith("unix:"):
         return await asyncio.open_unix_connection(address.removeprefix("unix:"))
     host, _, port = address.rpartition(":")
@@ -91,7 +91,7 @@ async def open_stream(address: str) -> tuple[asyncio.StreamReader, asyncio.Strea
 
 @dataclass
 class Tally:
-    """What became of clients that came and went."""
+    """Results of clients that connect, send one line and leave."""
 
     served: int = 0
     refused: int = 0
@@ -100,7 +100,7 @@ class Tally:
 
 
 async def come_and_go(address: str, tally: Tally) -> None:
-    """Connect, say a line, hear its reply, leave; again and again, until refused or over."""
+    """Connect, send a line, read its reply and disconnect, repeatedly, until refused or over."""
     while not tally.is_over:
         try:
             reader, writer = await open_stream(address)

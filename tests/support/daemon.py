@@ -1,4 +1,4 @@
-"""A real echod process under test: started, watched through its log, and never left behind."""
+"""A real echod process under test, observed through its log and always ended."""
 
 import contextlib
 import json
@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any, Self
 
 DEADLINE_S = 20.0
-"""How long anything may take before a test gives up: generous, for shared machines; nothing waits it out."""
+"""Deadline of every wait in a test, in seconds; generous, for busy machines."""
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("echod"))
 
 UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
-"""Environment of a process whose time is tested: measuring its coverage would come before its first line, and last."""
+"""Environment that turns off coverage in a process whose time is tested."""
 
 Event = dict[str, Any]
 
 
 class Daemon:
-    """One `echod serve`; its log events can be waited for.
+    """An `echod serve` process, and its log events as they arrive.
 
-    `through` is a process that its standard error goes through on the way here, such as `cat`.
+    `through` is a process that standard error is piped through, such as `cat`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Daemon:
             pass_fds=descriptors,
         )
         if through and through.stdin:
-            through.stdin.close()  # now echod's alone: its end is the end of the stream
+            through.stdin.close()  # echod holds the only writing end now
         self._log = through.stdout if through else self.process.stderr
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -74,7 +74,7 @@ class Daemon:
 
     @property
     def ports(self) -> list[int]:
-        """The TCP ports it said it listens on, in their order."""
+        """The TCP ports of the event `ready`, in its order."""
         listen = self.wait_for("ready")["listen"]
         return [int(address.rpartition(":")[2]) for address in listen if not address.startswith("unix:")]
 
@@ -86,7 +86,7 @@ class Daemon:
         self.process.send_signal(number)
 
     def wait_for(self, event: str, *, after: int = 0, **fields: Any) -> Event:
-        """The first event of that name and with these fields, from index `after` on."""
+        """Wait for the first event with this name and these fields, from index `after` on."""
         return self.wait_until(
             lambda: next((found for found in self.events[after:] if _matches(found, event, fields)), None),
             f"no event {event!r} {fields or ''}",
@@ -103,7 +103,7 @@ class Daemon:
         return found
 
     def exit_status(self, deadline_s: float = DEADLINE_S) -> int:
-        """Wait for the end; every line of the log must have been an event, and none about a fault of ours."""
+        """Wait for the exit; assert that the log has only events, and none with an exception."""
         status = self.process.wait(deadline_s)
         self._reader.join(DEADLINE_S)
         assert not self.other_lines, self.other_lines
@@ -115,13 +115,13 @@ class Daemon:
         return self.exit_status()
 
     def stats(self) -> Event:
-        """Ask for a stats dump and return it."""
+        """Request a stats dump and return it."""
         known = len(self.events)
         self.send(signal.SIGUSR1)
         return self.wait_for("stats", after=known)
 
     def reload(self, verdict: str) -> Event:
-        """Ask for a reload and return its verdict: `reload applied` or `reload refused`."""
+        """Request a reload and return the event `reload applied` or `reload refused`."""
         known = len(self.events)
         self.send(signal.SIGHUP)
         return self.wait_for(verdict, after=known)
@@ -148,7 +148,7 @@ def _matches(found: Event, name: str, fields: Mapping[str, Any]) -> bool:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment with warnings as errors and, but for the choice of the path, without echod's own variables."""
+    """Return the environment with warnings as errors and without echod's variables, except ECHOD_FASTPATH."""
     strange = ("ECHOD_", "RUNTIME_DIRECTORY")
     kept = {
         name: value for name, value in os.environ.items() if name == "ECHOD_FASTPATH" or not name.startswith(strange)
@@ -158,7 +158,7 @@ def clean_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(*arguments: str, listen: bool = True, **options: Any) -> Iterator[Daemon]:
-    """An echod that serves, on a free port unless the arguments tell it where, and ends in good order."""
+    """Run an echod on a free port, or where the arguments say; at the end, assert that it stops cleanly."""
     is_told = not listen or any(argument in ("-l", "-c") for argument in arguments)
     with Daemon(*(() if is_told else ("-l", "127.0.0.1:0")), *arguments, **options) as daemon:
         daemon.wait_for("ready")
@@ -168,7 +168,7 @@ def serving(*arguments: str, listen: bool = True, **options: Any) -> Iterator[Da
 
 
 def settings(**values: object) -> list[str]:
-    """Flags that set keys: `settings(timeouts_drain=1)` is `--set timeouts.drain=1`."""
+    """Return flags that set keys: `settings(timeouts_drain=1)` is `--set timeouts.drain=1`."""
     return [part for name, value in values.items() for part in ("--set", f"{name.replace('_', '.', 1)}={value}")]
 
 
@@ -181,14 +181,14 @@ def with_constants(*assignments: str) -> tuple[str, ...]:
 
 
 def settled(echod: Daemon, open_connections: int) -> Event:
-    """The statistics once no more than so many connections are open."""
+    """Return the statistics once at most this many connections are open."""
     while (stats := echod.stats())["connections"]["open"] > open_connections:
         pass
     return stats
 
 
 def leave_descriptors(pid: int, count: int) -> tuple[int, int]:
-    """Let the process open so many more files and no more, through its soft limit; return what its limits were."""
+    """Lower the soft limit so that the process can open `count` more files; return the previous limits."""
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + count, limits[1]))
@@ -196,7 +196,7 @@ def leave_descriptors(pid: int, count: int) -> tuple[int, int]:
 
 
 def free_port() -> int:
-    """A free one below those that the kernel gives to clients: none of them may take it before it is listened on."""
+    """Return a free port below the ephemeral range, so that no client is assigned it before a test listens on it."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.sample(range(lowest // 2, lowest), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -206,7 +206,7 @@ def free_port() -> int:
 
 
 def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
-    """A client connected to 127.0.0.1, with a deadline on everything it does."""
+    """Connect to 127.0.0.1 with a deadline for every operation."""
     client = socket.socket()
     client.settimeout(DEADLINE_S)
     if receive_buffer:
@@ -220,7 +220,7 @@ def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
 
 
 def connect_once_open(port: int) -> socket.socket:
-    """A client of a daemon that is only just starting, or logs nothing: connected as soon as its port is open."""
+    """Connect to a daemon that is starting or logs nothing, as soon as its port is open."""
     end = time.monotonic() + DEADLINE_S
     while True:
         try:
@@ -230,14 +230,14 @@ def connect_once_open(port: int) -> socket.socket:
 
 
 def send_until_stuck(client: socket.socket) -> None:
-    """Pipeline without reading until nothing more is taken, or until the client is cut off for it."""
+    """Send lines without reading until the kernel accepts no more, or until the client is aborted."""
     client.settimeout(0.1)
-    refusals = 0  # in a row: one alone may be the machine that stood still
+    refusals = 0  # in a row: a single one may come from a busy machine
     text = rest = b"no reply is read\n" * 4096
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while refusals < 4:
             try:
-                rest = rest[client.send(rest) :] or text  # where it stopped: a line that was cut goes on
+                rest = rest[client.send(rest) :] or text  # continues in the middle of a line
                 refusals = 0
             except TimeoutError:
                 refusals += 1
@@ -245,7 +245,7 @@ def send_until_stuck(client: socket.socket) -> None:
 
 
 def read_to_end(client: socket.socket) -> bytes:
-    """Everything up to the end of the stream; a reset raises ConnectionResetError."""
+    """Return everything up to the end of the stream; a reset raises ConnectionResetError."""
     received = bytearray()
     while chunk := client.recv(65536):
         received += chunk
@@ -253,7 +253,7 @@ def read_to_end(client: socket.socket) -> bytes:
 
 
 def read_line(client: socket.socket) -> bytes:
-    """One line, byte by byte, so that nothing behind it is taken."""
+    """Return one line, read byte by byte, so that nothing behind it is consumed."""
     line = bytearray()
     while not line.endswith(b"\n") and (byte := client.recv(1)):
         line += byte

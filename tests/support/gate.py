@@ -1,4 +1,4 @@
-"""A gate in the middle of reading the configuration, at which an echod under test waits as long as a test wants."""
+"""A gate that pauses an echod under test while it reads its configuration, for as long as a test needs."""
 
 import os
 from collections.abc import Callable
@@ -18,25 +18,25 @@ def _wait(text, loads=tomllib.loads):
 
 tomllib.loads = _wait
 """
-"""Makes a program stop at the gate."""
+"""Python code that makes a program stop at the gate."""
 
 
 class Gate:
-    """Open until it is shut; the one who comes then stops until it is let through, and others find it open again."""
+    """A gate that is open until `shut`; then the next process stops at it until released, and later ones pass."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
         (directory / "sitecustomize.py").write_text(CODE)
         self._fifo = directory / "gate"
         self.environment = {"PYTHONPATH": str(directory), "TEST_GATE": str(self._fifo)}
-        """Of a process that is to stop at the gate."""
+        """The environment of a process that stops at the gate."""
 
     def shut(self) -> None:
-        """Stop the next one."""
+        """Close the gate for the next process."""
         os.mkfifo(self._fifo)
 
     def wait(self) -> Callable[[], None]:
-        """Return when somebody stands at it; what is returned lets him through."""
-        writer = os.open(self._fifo, os.O_WRONLY)  # returns when it is opened to be read
+        """Wait until a process has stopped at the gate, and return the function that releases it."""
+        writer = os.open(self._fifo, os.O_WRONLY)  # blocks until it is opened for reading
         self._fifo.unlink()
         return lambda: os.close(writer)

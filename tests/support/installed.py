@@ -1,4 +1,4 @@
-"""An echod that is installed more than once, as an upgrade finds it, each with changes of its own."""
+"""Several installed versions of echod with different changes, for tests of upgrades."""
 
 import contextlib
 import shutil
@@ -12,7 +12,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 class Installed:
-    """An echod that is installed twice or thrice, each run by the script `current/bin/echod`."""
+    """Installed copies of echod; the script `current/bin/echod` runs the current one."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -22,13 +22,13 @@ class Installed:
     def serving(
         self, *arguments: str, by: tuple[str, ...] = (), environment: Mapping[str, str] | None = None
     ) -> contextlib.AbstractContextManager[Daemon]:
-        """What is installed now, started through the command `by`, if any; it serves and ends in good order."""
+        """Run the current copy, started by the command `by` if given, as `serving` does."""
         packages = next(path for path in sys.path if path.endswith("site-packages"))
         there = {"PYTHONPATH": f"{self.directory}/current/lib:{packages}", **(environment or {})}
         return serving(*arguments, command=(*by, str(self.directory / "current/bin/echod")), environment=there)
 
     def add(self, name: str, changes: Mapping[str, str] | None = None) -> None:
-        """Install another copy; `changes` appends text to modules, named without the leading `echod.`."""
+        """Install another copy; `changes` maps a module, such as `server.server`, to the text appended to it."""
         shutil.copytree(PROJECT / "echod", self.directory / name / "lib/echod")  # with the bytecode, which stays valid
         for module, text in (changes or {}).items():
             with open(self.directory / name / f"lib/echod/{module.replace('.', '/')}.py", "a") as file:
@@ -42,14 +42,14 @@ class Installed:
         script.chmod(0o755)
 
     def prove_at_once(self) -> None:
-        """Make a preflight of the first one a matter of milliseconds, in which nothing is proven."""
+        """Make the preflight of the first copy succeed at once, without a check."""
         script = self.directory / "one/bin/echod"
         _, rest = script.read_text().split("\n", 1)
         proving = f'[ "$1" = preflight ] && exit 0\nexec {script.parent / "python"} "$0" "$@"'
         script.write_text(f"#!/bin/sh\n''':'\n{proving}\n'''\n{rest}")
 
     def switch(self, name: str) -> None:
-        """Make it the one that is installed now."""
+        """Make this copy the current one."""
         link = self.directory / "next"
         link.symlink_to(name)
         link.rename(self.directory / "current")

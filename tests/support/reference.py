@@ -1,4 +1,4 @@
-"""What the contract says about a stream of bytes, a line at a time: slow, and plain enough to be believed."""
+"""A reference implementation of the protocol, one line at a time: slow, and simple enough to be trusted."""
 
 # ruff: noqa: RUF001 (letters that look alike are what this is about)
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 from echod.protocol.echo import Echo
 
 LIMIT = 12
-"""A limit that short random lines often cross."""
+"""A limit that short random lines often exceed."""
 
 INVALID = b"ERROR invalid utf-8\n"
 
-# Characters whose upper case is longer, context-bound in lower case, unlike their neighbours', or missing; then every
-# kind of white space and what other tools take for the end of a line.
+# Characters whose upper case is longer, depends on context, is irregular or missing; then every kind of white space,
+# and what other tools take for a line ending.
 CASED = ("ß", "ŉ", "ΐ", "ﬃ", "ς", "σ", "Σ", "ı", "i\u0307", "İ", "ǅ", "ǆ", "ᾳ", "\u0345", "ÿ", "µ", "𐐨", "և", "ẞ")
 SPACES = (" ", "\t", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x1f", "\x85", "\xa0", "\u2028", "\u2029", "\u3000")
 OTHERS = ("\0", "a", "Z", "\x7f", "\ufeff", "\u200b", "😀", "ERROR ")
@@ -21,7 +21,7 @@ BROKEN = (b"\xff", b"\x80", b"\xc3", b"\xe2\x80", b"\xf0\x9f\x98", b"\xc0\x8a", 
 
 
 def reference(data: bytes, line_bytes: int, *, is_ended: bool) -> bytes:
-    """The contract, a line at a time: every message before the bad one is answered, then the error, then nothing."""
+    """Return the replies to the data: every message before the bad one is answered, then the error, then nothing."""
     *lines, last = data.split(b"\n")
     too_long = b"ERROR line longer than %d bytes\n" % line_bytes
     replies = b""
@@ -40,7 +40,7 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
 
 
 def receive(echo: Echo, chunk: bytes) -> bytes:
-    """Every reply that the chunk completes, however many turns they take."""
+    """Return every reply that the chunk completes, in as many turns as it takes."""
     replies = echo.receive(chunk)
     while echo.has_more:
         replies += echo.receive_more()
@@ -48,7 +48,7 @@ def receive(echo: Echo, chunk: bytes) -> bytes:
 
 
 def told(chunks: Iterable[bytes], line_bytes: int = LIMIT, *, is_ended: bool = True) -> bytes:
-    """Everything that a client is told who sends these chunks."""
+    """Return everything that a client receives that sends these chunks."""
     echo = Echo(line_bytes)
     replies = b"".join([receive(echo, chunk) for chunk in chunks])
     return replies + echo.finish() if is_ended else replies

@@ -1,4 +1,4 @@
-"""What a suite prints at the end of the run: a line for each thing that it measured."""
+"""The report that a suite prints at the end of the run: a line for each measurement."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,9 +7,9 @@ import pytest
 ROWS = pytest.StashKey[list[str]]()
 
 Report = Callable[..., None]
-"""Takes what was done, and figures by name."""
+"""A function that takes a title, and figures by name."""
 
 
 def row(figures: Mapping[str, object], between: str) -> str:
-    """The figures in a line, each behind its name."""
+    """Return the figures as one line, each behind its name."""
     return " · ".join(f"{name}{between}{value}" for name, value in figures.items())

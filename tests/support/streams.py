@@ -1,4 +1,4 @@
-"""Clients whose streams go through upgrades: fast, slow, in the middle of a line, idle, and passing by."""
+"""Clients whose streams cross upgrades: fast, slow, with a partial line, idle, and short-lived."""
 
 import asyncio
 import contextlib
@@ -14,19 +14,19 @@ from tests.support.daemon import DEADLINE_S, Daemon, Event
 
 
 def upgrade(echod: Daemon, verdict: str = "upgrade done") -> Event:
-    """Ask for an upgrade and return its verdict."""
+    """Request an upgrade and return the event with its result."""
     known = len(echod.events)
     echod.send(signal.SIGUSR2)
     return echod.wait_for(verdict, after=known)
 
 
 def descriptors(echod: Daemon) -> int:
-    """How many it has open."""
+    """Return the number of open descriptors."""
     return len(os.listdir(f"/proc/{echod.pid}/fd"))
 
 
 class Slow:
-    """Is owed 8 MB, more than the kernels hold, and takes it by and by."""
+    """A client that is owed 8 MB, more than the kernel buffers hold, and reads slowly."""
 
     def __init__(self, number: int) -> None:
         self._random = random.Random(number)
@@ -51,7 +51,7 @@ class Slow:
         self._socket.close()
 
     def hurry(self) -> None:
-        """Take the rest as fast as it comes."""
+        """Read the rest at full speed."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self.is_hurried = True
 
@@ -72,7 +72,7 @@ async def _begin_line(port: int, text: bytes) -> tuple[asyncio.StreamReader, asy
 
 @contextlib.asynccontextmanager
 async def passers_by(address: str, count: int) -> AsyncIterator[Tally]:
-    """Clients that come and go all the time; the tally is complete afterwards."""
+    """Run clients that connect and leave repeatedly; the tally is complete afterwards."""
     tally = Tally()
     going = [asyncio.ensure_future(come_and_go(address, tally)) for _ in range(count)]
     yield tally
@@ -81,7 +81,7 @@ async def passers_by(address: str, count: int) -> AsyncIterator[Tally]:
 
 
 async def stream_through_upgrades(echod: Daemon, rounds: int) -> list[Event]:
-    """50 streaming clients and so many upgrades: every stream is byte-exact, nobody is refused or reset meanwhile."""
+    """Assert that 50 streams are byte-exact across the upgrades, with no client refused or reset."""
     port, address = echod.port, f"127.0.0.1:{echod.port}"
     slow = [Slow(number) for number in range(5)]
     slowly = [asyncio.ensure_future(each.run(port)) for each in slow]

@@ -1,4 +1,4 @@
-"""A terminal to run a command in, and what one would see on it: a pty, and as much of a terminal as echod needs."""
+"""A pseudo-terminal to run a command in, with an emulation of its screen."""
 
 import codecs
 import contextlib
@@ -21,7 +21,7 @@ _PIECE = re.compile(r"\x1b\[(?P<argument>[?0-9;]*)(?P<kind>[A-Za-z])|(?P<end>[\r
 
 
 class Screen:
-    """Characters in rows, as a terminal keeps them. A sequence that it doesn't know is an error."""
+    """The characters on the screen, in rows; an unknown escape sequence is an error."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.rows, self.columns = rows, columns
@@ -89,14 +89,14 @@ class Screen:
 
 
 class Terminal:
-    """`echod` in a terminal of its own, as the foreground job of a session."""
+    """An `echod` command in its own terminal, as the foreground job of a session."""
 
     def __init__(self, *arguments: str, rows: int = 24, columns: int = 80, more: Mapping[str, str]) -> None:
         self.screen = Screen(rows, columns)
         self._reader, terminal = pty.openpty()
         self.resize(rows, columns)
         self.process = subprocess.Popen(
-            # A shell between, whose session the terminal belongs to: Ctrl-Z does nothing to a group without one.
+            # A shell in between owns the session: Ctrl-Z has no effect on an orphaned process group.
             [sys.executable, "-c", _SHELL, sys.executable, "-m", "echod", *arguments],
             stdin=terminal,
             stdout=terminal,
@@ -119,7 +119,7 @@ class Terminal:
         os.write(self._reader, key)
 
     def see(self, pattern: str) -> re.Match[str]:
-        """Wait until it can be seen."""
+        """Wait until the screen shows the pattern."""
         self.wait(lambda: bool(re.search(pattern, self.screen.text, re.MULTILINE)), f"no {pattern!r}")
         found = re.search(pattern, self.screen.text, re.MULTILINE)
         assert found
@@ -132,29 +132,29 @@ class Terminal:
             assert is_news, f"{complaint} in\n{self.screen.text}"
 
     def look(self, wait_s: float = 0) -> bool:
-        """See what is new, if anything is."""
+        """Read new output; return whether there was any."""
         readable, _, _ = select.select([self._reader], [], [], wait_s)
         data = self._read() if readable else b""
         self.screen.feed(data)
         return bool(data)
 
     def end(self, number: signal.Signals) -> None:
-        """Send a signal to the command itself."""
+        """Send a signal to the command."""
         os.kill(os.tcgetpgrp(self._reader), number)
 
     def exit_status(self) -> int:
-        """Wait for the end, and see all that is shown until then."""
+        """Read all output up to the exit, and return the status."""
         while data := self._read():
             self.screen.feed(data)
         return self.process.wait(DEADLINE_S)
 
     def _read(self) -> bytes:
-        with contextlib.suppress(OSError):  # Linux: the other side is gone
+        with contextlib.suppress(OSError):  # EIO: the command has exited
             return os.read(self._reader, 65536)
         return b""
 
 
-# A job as a shell starts one: a group of its own in the foreground. A stop of it is told; Enter continues it.
+# Runs a job as a shell does: in its own foreground process group. Prints when the job is stopped; Enter continues it.
 _SHELL = """
 import fcntl, os, signal, struct, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -180,7 +180,7 @@ os._exit(os.waitstatus_to_exitcode(status) % 256)
 
 @contextlib.contextmanager
 def at_terminal(*arguments: str, rows: int = 24, columns: int = 80, **more: str) -> Iterator[Terminal]:
-    """`echod` with these arguments at a terminal; more environment by keywords."""
+    """Run `echod` at a terminal; keywords are added to the environment."""
     terminal = Terminal(*arguments, rows=rows, columns=columns, more=more)
     try:
         yield terminal

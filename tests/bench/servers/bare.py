@@ -1,4 +1,4 @@
-"""The bare uvloop protocol: what echod does to a line, and nothing else that echod does.
+"""The bare uvloop protocol: upper-cases lines, and does nothing else that echod does.
 
 python bare.py PORT
 """
@@ -11,7 +11,7 @@ import uvloop
 
 
 class Upper(asyncio.Protocol):
-    """Answers what is whole of each chunk with one write."""
+    """Answer the complete lines of each chunk with one write."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""

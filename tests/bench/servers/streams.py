@@ -1,4 +1,4 @@
-"""Streams, as the tutorials write it: a task a connection, a line at a time.
+"""asyncio streams as in tutorials: a task per connection, line by line.
 
 python streams.py PORT [uvloop]
 """

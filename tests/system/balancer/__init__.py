@@ -1,1 +1,1 @@
-"""The balancer suite: three echods behind a real HAProxy, configured as docs/scaling.md says."""
+"""Tests with three echods behind a real HAProxy, configured as docs/scaling.md says."""

@@ -1,4 +1,4 @@
-"""Whether there is an HAProxy."""
+"""Skip the suite without HAProxy."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Three echods behind an HAProxy, each with a port for clients and one for the checks."""
+"""Three echods behind an HAProxy, each with a port for clients and one for health checks."""
 
 import contextlib
 import random
@@ -15,11 +15,11 @@ from tests.system.balancer.haproxy import HAProxy, fenced, replaced
 NAMES = ("echo1", "echo2", "echo3")
 
 PORTS = range(20000, 32000)
-"""Below those that the kernel gives to clients, or one of them might hold the port of an echod that restarts."""
+"""Ports below the ephemeral range, so that no client is assigned the port of an echod that restarts."""
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports that nobody listens on."""
+    """Return this many free ports."""
     chosen: list[int] = []
     with contextlib.ExitStack() as held:
         while len(chosen) < count:
@@ -31,7 +31,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Fleet:
-    """The three, by the names that HAProxy has for them; started by the `with` of `balanced`."""
+    """The three echods by the names that HAProxy has for them, started by `balanced`."""
 
     def __init__(self, directory: Path, flags: tuple[str, ...]) -> None:
         self.port, *ports = free_ports(1 + 2 * len(NAMES))
@@ -46,7 +46,7 @@ class Fleet:
         return self._instances[name]
 
     def configuration(self) -> str:
-        """The page's HAProxy with the ports of these; it may not try again where a server refused."""
+        """Return the configuration of the page with these ports, and without retries."""
         changes = {"127.0.0.1:7777": f"127.0.0.1:{self.port}", "retries 3": "retries 0"}
         for number, name in enumerate(NAMES, 1):
             changes[f"127.0.0.1:888{number} port 889{number}"] = (
@@ -55,40 +55,40 @@ class Fleet:
         return replaced(fenced("/etc/haproxy/haproxy.cfg"), changes)
 
     def on_data_ports(self) -> str:
-        """The same, but checks connect to the ports for clients, and that's all they do."""
+        """Return a configuration whose health checks only connect to the ports for clients."""
         configuration = self.configuration()
         changes = {f"port {self.admins[name]}": f"port {self.ports[name]}" for name in NAMES}
         return replaced(configuration, changes | {check_lines(configuration): ""})
 
     def start(self, name: str) -> None:
-        """Serve; returns once it does."""
+        """Start an echod, and return once it serves."""
         addresses = (f"127.0.0.1:{port[name]}" for port in (self.ports, self.admins))
         environment = dict(zip(("ECHOD_LISTEN", "ECHOD_ADMIN_LISTEN"), addresses, strict=True))
         self._instances[name] = Daemon("-c", str(self._file), *self._flags, environment=environment)
         self[name].wait_for("ready")
 
     def leave(self, name: str) -> float:
-        """Tell it to stop; when that was."""
+        """Request a stop, and return the time of the request."""
         began = time.monotonic()
         self[name].send(signal.SIGTERM)
         return began
 
     def restart(self, name: str) -> None:
-        """A stop that nobody is cut off by, and a start."""
+        """Stop an echod, assert that no client was aborted, and start it again."""
         self.leave(name)
         with self[name]:
             assert self[name].exit_status() == 0
         self.start(name)
 
     def end(self) -> None:
-        """End what is still there, at once."""
+        """End what is still running, at once."""
         for instance in self._instances.values():
             with instance:
                 pass
 
 
 def check_lines(configuration: str) -> str:
-    """The lines that say how a server is checked."""
+    """Return the lines about health checks."""
     return "".join(line for line in configuration.splitlines(keepends=True) if re.search(r"\bhttp-?ch(ec)?k\b", line))
 
 
@@ -96,7 +96,7 @@ def check_lines(configuration: str) -> str:
 def balanced(
     directory: Path, *flags: str, configuration: Callable[[Fleet], str] = Fleet.configuration
 ) -> Iterator[tuple[Fleet, HAProxy]]:
-    """Three echods with these flags beside what the page says, and an HAProxy that has found them up."""
+    """Run three echods with these additional flags, and an HAProxy that sees them up."""
     fleet = Fleet(directory, flags)
     try:
         for name in NAMES:

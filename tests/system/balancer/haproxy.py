@@ -1,4 +1,4 @@
-"""A real HAProxy with the configuration of docs/scaling.md: started, asked at its stats socket, never left behind."""
+"""A real HAProxy with the configuration of docs/scaling.md, observed through its stats socket and always ended."""
 
 import csv
 import os
@@ -16,14 +16,14 @@ from tests.support.daemon import DEADLINE_S
 PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
 
 PROGRAM = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-"""Where Debian has it isn't in everybody's PATH."""
+"""Debian's directory of haproxy is not in every PATH."""
 
 POLL_S = 0.005
-"""From one look at the state of a server to the next."""
+"""Interval between two looks at the state of a server, in seconds."""
 
 
 def fenced(name: str) -> str:
-    """The block of docs/scaling.md whose first line begins with `# NAME`."""
+    """Return the block of docs/scaling.md whose first line begins with `# NAME`."""
     (block,) = re.findall(
         rf"^```\w*\n(# {re.escape(name)}\b[^\n]*\n.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -31,7 +31,7 @@ def fenced(name: str) -> str:
 
 
 def replaced(text: str, changes: Mapping[str, str]) -> str:
-    """The text with each change made; what is to be changed must be there, once."""
+    """Return the text with each change; the text to be changed must occur exactly once."""
     for old, new in changes.items():
         assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {text}"
         text = text.replace(old, new)
@@ -39,7 +39,7 @@ def replaced(text: str, changes: Mapping[str, str]) -> str:
 
 
 class HAProxy:
-    """One HAProxy, whose stats socket is beside its configuration."""
+    """An HAProxy process, whose stats socket is beside its configuration."""
 
     def __init__(self, configuration: str, directory: Path) -> None:
         self._socket = directory / "stats"
@@ -55,7 +55,7 @@ class HAProxy:
 
     def __enter__(self) -> Self:
         end = time.monotonic() + DEADLINE_S
-        while not self._socket.exists():  # made before the ports are bound, and answered after
+        while not self._socket.exists():  # created before the ports are bound, answers afterwards
             assert self._process.poll() is None, self._said()
             assert time.monotonic() < end, self._said()
             time.sleep(POLL_S)
@@ -67,7 +67,7 @@ class HAProxy:
         self._log.close()
 
     def servers(self) -> dict[str, dict[str, str]]:
-        """What HAProxy knows of each server: the columns of `show stat`."""
+        """Return the columns of `show stat` for each server."""
         with socket.socket(socket.AF_UNIX) as asking:
             asking.settimeout(DEADLINE_S)
             asking.connect(str(self._socket))
@@ -77,7 +77,7 @@ class HAProxy:
         return {row["svname"]: row for row in rows}
 
     def wait_for(self, server: str, status: str, code: str = "") -> float:
-        """When the server was seen `UP` or `DOWN`, by a check whose answer had that code."""
+        """Wait until the server is `UP` or `DOWN` after a check with this code; return the time."""
         end = time.monotonic() + DEADLINE_S
         while True:
             row = self.servers()[server]

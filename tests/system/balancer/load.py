@@ -1,7 +1,7 @@
-"""Clients that come steadily, every second one silent at first, in a process of their own.
+"""Clients that connect at a fixed rate, every second one silent at first, in a separate process.
 
-As a module it goes on until its standard input ends, and then prints what became of them, as JSON. They come by the
-clock, whatever became of those before them.
+Run as a module, it continues until its standard input ends, and then prints the results as JSON. The rate does not
+depend on the results of earlier clients.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ WRONG = "wrong reply"
 
 @dataclass
 class Load:
-    """What became of them."""
+    """The results of the clients."""
 
     served: int = 0
     silent: int = 0
-    """How many of those served were silent first."""
+    """How many of the served clients were silent at first."""
     slowest_ms: float = 0.0
-    """From the line sent to its reply."""
+    """Time from sending the line to the reply, in seconds."""
     failed: Counter[str] = field(default_factory=Counter)
     is_over: bool = False
 
@@ -38,7 +38,7 @@ class Load:
 
 
 async def visit(port: int, number: int, load: Load) -> None:
-    """Connect, be silent or not, send a line, read the reply and the end of the stream."""
+    """Connect, perhaps pause, send a line, and read the reply and the end of the stream."""
     silent_s = SILENT_S if number % 2 else 0.0
     kind = "silent first" if silent_s else "at once"
     writer = None
@@ -67,7 +67,7 @@ async def visit(port: int, number: int, load: Load) -> None:
 
 
 async def come(port: int, load: Load) -> None:
-    """Let them come, until it is over; then wait for those who are there."""
+    """Start clients until the end; then wait for those that are connected."""
     began = time.monotonic()
     number = 0
     async with asyncio.TaskGroup() as clients:
@@ -88,7 +88,7 @@ async def main(port: int) -> None:
 
 @contextlib.contextmanager
 def coming(port: int) -> Iterator[Load]:
-    """Clients that come while the `with` lasts; what it gives is complete after it."""
+    """Run clients during the `with`; the results are complete after it."""
     load = Load()
     with subprocess.Popen(
         [sys.executable, "-m", "tests.system.balancer.load", str(port)],

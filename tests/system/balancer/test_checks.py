@@ -1,4 +1,4 @@
-"""What HAProxy's checks learn of a drain, and when."""
+"""When HAProxy's health checks notice a drain."""
 
 import subprocess
 from collections.abc import Callable
@@ -16,7 +16,7 @@ LAME_DUCK = settings(timeouts_lame_duck=LAME_DUCK_S)
 
 
 def test_the_configuration_of_the_page_is_sound(tmp_path: Path) -> None:
-    """HAProxy takes it as it stands there, without a warning."""
+    """HAProxy accepts the configuration of the page without a warning."""
     file = tmp_path / "haproxy.cfg"
     file.write_text(fenced("/etc/haproxy/haproxy.cfg"))
     checked = subprocess.run([str(PROGRAM), "-c", "-dW", "-f", str(file)], capture_output=True, text=True)
@@ -24,7 +24,7 @@ def test_the_configuration_of_the_page_is_sound(tmp_path: Path) -> None:
 
 
 def by_tcp_check(fleet: Fleet) -> str:
-    """The page's other way to ask the admin port."""
+    """Return the page's alternative health check of the admin port."""
     configuration = fleet.configuration()
     return replaced(configuration, {check_lines(configuration): fenced("instead of httpchk")})
 
@@ -35,7 +35,7 @@ def by_tcp_check(fleet: Fleet) -> str:
 def test_a_check_of_readyz_knows_before_the_port_closes(
     tmp_path: Path, report: Report, kind: str, configuration: Callable[[Fleet], str], code: str
 ) -> None:
-    """A draining instance is marked down while it still takes clients."""
+    """A draining instance is marked down while it still accepts clients."""
     down_ms = []
     with balanced(tmp_path, *LAME_DUCK, configuration=configuration) as (fleet, haproxy):
         for name in NAMES:
@@ -48,7 +48,7 @@ def test_a_check_of_readyz_knows_before_the_port_closes(
 
 
 def test_a_check_of_the_data_port_knows_too_late(tmp_path: Path, report: Report) -> None:
-    """That it can be connected to says nothing of a drain until it can't: why the checks ask the admin port."""
+    """A check of the data port fails only after the port has closed."""
     down_ms = []
     with balanced(tmp_path, *LAME_DUCK, configuration=Fleet.on_data_ports) as (fleet, haproxy):
         for name in NAMES:

@@ -13,7 +13,7 @@ ROUNDS_WITHOUT = 3
 
 
 def restart_all(fleet: Fleet, haproxy: HAProxy) -> None:
-    """One after the other, the next one once HAProxy has found the one before up."""
+    """Restart one after the other, each once HAProxy sees the previous one up."""
     for name in NAMES:
         fleet.restart(name)
         haproxy.wait_for(name, "UP")
@@ -30,18 +30,18 @@ def figures(load: Load, rounds: int) -> dict[str, object]:
 
 
 def test_a_rolling_restart_fails_nobody(tmp_path: Path, report: Report) -> None:
-    """Each client is answered, though HAProxy tries nothing twice and every second client is silent at first."""
+    """Every client is answered, although HAProxy retries nothing and every second client is silent at first."""
     with balanced(tmp_path) as (fleet, haproxy), coming(fleet.port) as load:
         for _ in range(ROUNDS):
             restart_all(fleet, haproxy)
     report("rolling restart, lame_duck of docs/scaling.md", **figures(load, ROUNDS))
     assert load.failures() == 0, load.failed
     assert min(load.served - load.silent, load.silent) > 100
-    assert load.slowest_ms < 900  # nobody's SYN was lost, and sent again after a second
+    assert load.slowest_ms < 900  # no SYN was lost and retransmitted after a second
 
 
 def test_what_the_lame_duck_is_for(tmp_path: Path, report: Report) -> None:
-    """How many fail without it; even so nobody gets a wrong reply."""
+    """Without a lame duck some clients fail, but none gets a wrong reply."""
     with balanced(tmp_path, *settings(timeouts_lame_duck=0)) as (fleet, haproxy), coming(fleet.port) as load:
         for _ in range(ROUNDS_WITHOUT):
             restart_all(fleet, haproxy)

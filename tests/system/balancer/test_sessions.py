@@ -1,4 +1,4 @@
-"""Long sessions through HAProxy: what a drain and a half-close look like at the other end."""
+"""Long sessions through HAProxy during a drain and after a half-close."""
 
 import asyncio
 import socket
@@ -16,14 +16,14 @@ QUICK = settings(timeouts_lame_duck=0.5, timeouts_drain=DRAIN_S, timeouts_drain_
 
 
 def complaints(haproxy: HAProxy) -> set[tuple[str, str, str]]:
-    """What HAProxy holds against the servers: it hides a server's reset from the client."""
+    """Return the errors that HAProxy counted: it hides a server's reset from the client."""
     servers = haproxy.servers()
     columns = ("econ", "eresp", "srv_abrt")
     return {(name, column, value) for name in NAMES for column in columns if (value := servers[name][column]) != "0"}
 
 
 async def sessions_through_a_drain(fleet: Fleet) -> tuple[list[Pipeliner], list[Pipeliner], Daemon]:
-    """Sessions that pipeline without an end, those whose instance left and the others; and that instance."""
+    """Run pipelining sessions through a drain; return those of the draining instance, the others, and the instance."""
     clients = await pipeline(f"127.0.0.1:{fleet.port}", SESSIONS)
     leaving = fleet[NAMES[0]]
     fleet.leave(NAMES[0])
@@ -40,7 +40,7 @@ async def sessions_through_a_drain(fleet: Fleet) -> tuple[list[Pipeliner], list[
 
 
 def test_a_pipelining_session_gets_every_reply_and_a_clean_end(tmp_path: Path, report: Report) -> None:
-    """What the draining instance answered has reached the client; sessions of the others go on."""
+    """Every reply of the draining instance reaches its client; sessions of the others continue."""
     with balanced(tmp_path, *QUICK) as (fleet, haproxy):
         ended, staying, left = asyncio.run(sessions_through_a_drain(fleet))
         assert not complaints(haproxy)
@@ -62,7 +62,7 @@ def test_a_pipelining_session_gets_every_reply_and_a_clean_end(tmp_path: Path, r
 
 
 def test_an_idle_session_sees_the_end_of_the_stream(tmp_path: Path) -> None:
-    """No reset, no byte too many, once the drain has found it quiet; and it can come back at once."""
+    """An idle session ends without a reset or an extra byte, and the client can reconnect at once."""
     with balanced(tmp_path, *QUICK) as (fleet, haproxy), connect(fleet.port) as idle:
         assert ask(idle, b"hello\n") == b"HELLO\n"
         (name,) = (name for name in NAMES if fleet[name].stats()["connections"]["open"])
@@ -77,7 +77,7 @@ def test_an_idle_session_sees_the_end_of_the_stream(tmp_path: Path) -> None:
 
 
 def test_a_half_close_passes_both_ways(tmp_path: Path) -> None:
-    """The client's: its last line is answered. echod's, after an error: the client may still send, and isn't reset."""
+    """After a client's half-close its last line is answered; after echod's, the client may still send."""
     with balanced(tmp_path) as (fleet, _):
         with connect(fleet.port) as client:
             client.sendall(b"first\nand the last one")
@@ -87,7 +87,7 @@ def test_a_half_close_passes_both_ways(tmp_path: Path) -> None:
 
 
 def _is_read_on(fleet: Fleet) -> bool:
-    """Whether a client is still there that was told its fault; either way it comes to no harm."""
+    """Return whether a client that got an error is still read from; either way it must not be reset."""
     with connect(fleet.port) as client:
         client.sendall(b"\xff\n")
         assert read_to_end(client) == b"ERROR invalid utf-8\n"

@@ -9,7 +9,7 @@ from tests.system.balancer.load import coming
 
 
 def test_an_upgrade_is_nothing_to_the_balancer(tmp_path: Path, report: Report) -> None:
-    """No client fails, and no check: each waits for the moment that the change takes."""
+    """No client and no health check fails during an upgrade."""
     gaps_ms = []
     with balanced(tmp_path) as (fleet, haproxy), coming(fleet.port) as load:
         for name in NAMES:

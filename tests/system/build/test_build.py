@@ -1,4 +1,4 @@
-"""The build of the optional fast path: what a wheel and an sdist hold, and what happens where it can't be compiled."""
+"""The build of the optional fast path: the contents of wheel and sdist, and builds without a compiler."""
 
 import email
 import os
@@ -23,17 +23,17 @@ EXTENSION = f"_fastpath{sysconfig.get_config_var('EXT_SUFFIX')}"
 PURE = f"echod-{__version__}-py3-none-any.whl"
 ADVICE = "(apt-get install gcc libc6-dev python3-dev)"
 
-# Writes "compiled" where a compiler writes its output.
+# A compiler that writes "compiled" as its output.
 COMPILER = """#!/bin/sh
 while [ "$1" != -o ]; do shift; done
 echo compiled >"$2"
 """
 
-pytestmark = pytest.mark.timeout(180)  # a compiler at work, on a machine that may be busy
+pytestmark = pytest.mark.timeout(180)  # compiling takes long on a busy machine
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """The environment here, without what tells a build to be different."""
+    """Return the environment without the variables that change a build."""
     strange = ("CC", "CFLAGS", "LDFLAGS", "SOURCE_DATE_EPOCH", "PYTHONWARNINGS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_") and name not in strange}
     return kept | UNMEASURED | {"HATCH_QUIET": "1"} | dict(more)
@@ -42,7 +42,7 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 def build(
     into: Path, project: Path = PROJECT, target: str = "wheel", more: Mapping[str, str] | None = None
 ) -> tuple[Path, str]:
-    """Build a wheel or an sdist as pip does; return it, and what the build said."""
+    """Build a wheel or an sdist as pip does; return it and the messages of the build."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(into)]
     done = subprocess.run(command, cwd=project, env=environment(more or {}), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def build(
 
 
 def compile_in_place(project: Path, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
-    """Compile it as the Makefile does."""
+    """Compile the fast path as the Makefile does."""
     command = [sys.executable, "tools/build_fastpath.py", *arguments]
     return subprocess.run(command, cwd=project, env=environment(more), capture_output=True, text=True)
 
@@ -77,7 +77,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """What the build needs of the project, to be changed at will."""
+    """A copy of the files that the build needs, which a test may change."""
     copy = tmp_path / "project"
     shutil.copytree(PROJECT / "echod", copy / "echod", ignore=shutil.ignore_patterns("*.so*", "__pycache__"))
     shutil.copytree(PROJECT / "tools", copy / "tools", ignore=shutil.ignore_patterns("__pycache__"))
@@ -108,7 +108,7 @@ def test_a_compiled_wheel_holds_the_extension_and_runs_on_this_platform_alone(co
 
 @needs_compiler
 def test_the_extension_is_hardened(compiled: Path, tmp_path: Path) -> None:
-    """Its relocations are read-only, its stack isn't executable, and it says nothing of where it was built."""
+    """Its relocations are read-only, its stack isn't executable, and it has no path of the build."""
     with zipfile.ZipFile(compiled) as archive:
         extension = archive.extract(f"echod/server/{EXTENSION}", tmp_path)
     for place in (PROJECT, tempfile.gettempdir(), sys.prefix):
@@ -122,7 +122,7 @@ def test_the_extension_is_hardened(compiled: Path, tmp_path: Path) -> None:
 
 @needs_compiler
 def test_an_sdist_holds_the_source_and_builds_the_same_wheel_elsewhere(compiled: Path, tmp_path: Path) -> None:
-    """Nothing compiled or generated is in it; the bytes don't depend on the time or the place of the build."""
+    """It has nothing compiled or generated, and its bytes don't depend on the time or the directory of the build."""
     sdist, _ = build(tmp_path / "sdist", target="sdist")
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
@@ -158,7 +158,7 @@ def test_an_sdist_holds_the_source_and_builds_the_same_wheel_elsewhere(compiled:
 def test_a_wheel_is_pure_where_the_fast_path_cannot_be_compiled(
     more: Mapping[str, str], reason: str, tmp_path: Path
 ) -> None:
-    """For any Python and platform, with a warning of one line that gives the reason."""
+    """The wheel is for any Python and platform, and a one-line warning gives the reason."""
     wheel, said = build(tmp_path / "dist", more=more)
     assert wheel.name == PURE
     with zipfile.ZipFile(wheel) as archive:
@@ -169,7 +169,7 @@ def test_a_wheel_is_pure_where_the_fast_path_cannot_be_compiled(
 
 
 def test_missing_headers_are_a_reason(tmp_path: Path) -> None:
-    """An interpreter of the distribution comes without them."""
+    """Debian's interpreter comes without headers; the reason names them."""
     command = (
         "import runpy, sysconfig; sysconfig.get_path = lambda name: '/nowhere'; "
         "runpy.run_path('tools/build_fastpath.py', run_name='__main__')"
@@ -188,7 +188,7 @@ def test_missing_headers_are_a_reason(tmp_path: Path) -> None:
 
 @needs_headers
 def test_a_strict_build_fails_instead(tmp_path: Path) -> None:
-    """With all that the compiler said; but who doesn't want a fast path gets none."""
+    """The error has the compiler's messages; with ECHOD_FASTPATH=0 there is neither a fast path nor an error."""
     talkative = script(
         tmp_path / "cc", "#!/bin/sh\necho 'In file included from here' >&2; echo 'a.c:1: error: no' >&2; exit 2\n"
     )
@@ -206,7 +206,7 @@ def test_a_strict_build_fails_instead(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["wheel", "sdist"])
 def test_what_was_compiled_in_place_is_never_packed(target: str, project: Path, tmp_path: Path) -> None:
-    """Not even without .gitignore, as in a copy: it may be for another Python."""
+    """A compiled file may be for another Python, so it is left out even without .gitignore."""
     (project / ".gitignore").unlink()
     (project / "echod/server" / EXTENSION).write_text("compiled in place")
     made, _ = build(tmp_path / "dist", project, target, more={"ECHOD_FASTPATH": "0"})
@@ -222,7 +222,7 @@ def test_what_was_compiled_in_place_is_never_packed(target: str, project: Path, 
 
 @needs_headers
 def test_it_is_compiled_beside_its_source_and_again_after_a_change(project: Path, tmp_path: Path) -> None:
-    """And an old one is never left where a new one can't be made."""
+    """If a new one can't be compiled, the old one is removed."""
     extension = project / "echod/server" / EXTENSION
     fake = script(tmp_path / "cc", COMPILER)
     assert compile_in_place(project, CC=fake).stdout == "fast path: compiled\n"

@@ -1,4 +1,4 @@
-"""What a newcomer gets from a clean clone, with a C compiler and without one: `make run`, and a few tests."""
+"""A clean clone, with and without a C compiler: `make run` and a few tests."""
 
 import json
 import os
@@ -17,7 +17,7 @@ COMPILERS = re.compile(r"(.*-)?(cc|gcc|clang|tcc|c89|c99)(-[\d.]+)?")
 
 
 def path_without_compilers(directory: Path) -> str:
-    """A directory with links to every program on PATH that isn't a C compiler."""
+    """Return a directory with links to every program on PATH except C compilers."""
     directory.mkdir()
     for place in os.get_exec_path():
         for program in Path(place).glob("*"):
@@ -29,7 +29,7 @@ def path_without_compilers(directory: Path) -> str:
 
 @contextmanager
 def made(clone: Path, environment: dict[str, str], *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """`make` with these arguments, by the interpreter itself; it is gone afterwards."""
+    """Run `make` with these arguments, and kill it afterwards if it is still running."""
     command = ["make", "--no-print-directory", f"PYTHON={os.path.realpath(sys._base_executable)}", *arguments]  # type: ignore[attr-defined]
     with subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""The engine that the Docker suite runs on, the image."""
+"""Fixtures of the Docker tests: the engine, the image and containers."""
 
 import os
 import shutil
@@ -12,15 +12,15 @@ from tests.system.docker.engine import PROJECT, Container, Engine
 
 
 class Start(Protocol):
-    """`docker run --detach OPTIONS` of the image under test."""
+    """A function that does `docker run --detach OPTIONS` with the image under test."""
 
     def __call__(self, *options: str, command: tuple[str, ...] = (), is_ready: bool = True) -> Container:
-        """Wait until it serves, unless `is_ready` is False."""
+        """Start a container, and wait until it serves unless `is_ready` is False."""
 
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    """An engine, or the reason why there is none."""
+    """The container engine; skips the tests without one."""
     if not shutil.which("docker"):
         pytest.skip("no `docker` command: see CONTRIBUTING")
     engine = Engine()
@@ -37,7 +37,7 @@ def engine() -> Iterator[Engine]:
 
 
 def make_image(directory: object, tag: str) -> str:
-    """`make image` in a directory, as that tag; what the build said."""
+    """Run `make image` in a directory with this tag, and return the messages of the build."""
     command = ["make", "-C", str(directory), "image", f"IMAGE={tag}"]
     environment = os.environ | {"BUILDKIT_PROGRESS": "plain", "MAKEFLAGS": ""}
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -47,7 +47,7 @@ def make_image(directory: object, tag: str) -> str:
 
 @pytest.fixture(scope="session")
 def image(engine: Engine) -> Iterator[str]:
-    """The image, of this directory as it is."""
+    """The image of this work tree."""
     tag = f"echod-test:{os.getpid()}"
     make_image(PROJECT, tag)
     yield tag
@@ -57,7 +57,7 @@ def image(engine: Engine) -> Iterator[str]:
 
 @pytest.fixture
 def start(engine: Engine, image: str) -> Iterator[Start]:
-    """Starts containers; they are gone after the test."""
+    """A function that starts containers, which are removed after the test."""
 
     def run(*options: str, command: tuple[str, ...] = (), is_ready: bool = True) -> Container:
         container = engine.start(image, *options, command=command)

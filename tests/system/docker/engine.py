@@ -1,4 +1,4 @@
-"""A container engine, by its command line as an operator has it, and by its API where the command line is too slow."""
+"""A container engine, used by its command line, or by its API where the command line is too slow."""
 
 import json
 import os
@@ -18,34 +18,34 @@ PORT = 8888
 
 
 class Engine:
-    """Runs `docker`, and cleans up after itself: what a test starts carries a label."""
+    """Runs `docker`, and removes the containers that tests have started, by a label."""
 
     def __init__(self) -> None:
         self.label = f"echod-test={os.getpid()}"
 
     def run(self, *arguments: str, deadline_s: float = 60) -> "subprocess.CompletedProcess[str]":
-        """`docker ARGUMENTS` to its end, whatever its exit status."""
+        """Run `docker ARGUMENTS` and return the result, whatever its exit status."""
         command = ["docker", *arguments]
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=deadline_s)
 
     def __call__(self, *arguments: str, deadline_s: float = 60) -> str:
-        """The output of `docker ARGUMENTS`, which must succeed."""
+        """Return the output of `docker ARGUMENTS`, which must succeed."""
         done = self.run(*arguments, deadline_s=deadline_s)
         assert done.returncode == 0, f"docker {arguments}: {done.returncode}: {done.stderr[-3000:]}"
         return done.stdout.strip()
 
     def inspect(self, what: str) -> dict[str, Any]:
-        """Everything about a container or an image."""
+        """Return the description of a container or an image."""
         (found,) = json.loads(self("inspect", what))
         assert isinstance(found, dict)
         return found
 
     def start(self, image: str, *options: str, command: tuple[str, ...] = ()) -> "Container":
-        """`docker run --detach OPTIONS IMAGE COMMAND`."""
+        """Run `docker run --detach OPTIONS IMAGE COMMAND`."""
         return Container(self, self("run", "--detach", "--label", self.label, *options, image, *command))
 
     def create(self, image: str) -> "Container":
-        """A container that is ready to be started over the API, without a health check."""
+        """Create a container without a health check, to be started over the API."""
         settings = {"Image": image, "Labels": dict([self.label.split("=")]), "Healthcheck": {"Test": ["NONE"]}}
         status, made = self.call("POST", "/containers/create", settings)
         assert status == 201, made
@@ -59,12 +59,12 @@ class Engine:
     # -- the API -------------------------------------------------------------------------------------------------------
 
     def socket_path(self) -> str | None:
-        """Where the engine's API answers; None if that isn't a Unix socket of this machine."""
+        """Return the Unix socket of the engine's API; None if there is none on this machine."""
         host = os.environ.get("DOCKER_HOST") or self("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
         return host.removeprefix("unix://") if host.startswith("unix://") else None
 
     def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        """A request to the API: its status and its document."""
+        """Send a request to the API; return the status and the document."""
         connection = _Connection(self.socket_path() or "")
         try:
             text, headers = ("", {}) if body is None else (json.dumps(body), {"Content-Type": "application/json"})
@@ -90,7 +90,7 @@ class _Connection(HTTPConnection):
 
 
 class Container:
-    """One container; its log events can be waited for."""
+    """A container, and its log events as they arrive."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
@@ -108,7 +108,7 @@ class Container:
 
     @cached_property
     def host(self) -> str:
-        """Its own address, which this machine reaches without a proxy in between."""
+        """The address of the container, which this machine reaches without a proxy."""
         networks = self._engine.inspect(self.name)["NetworkSettings"]["Networks"]
         return str(next(iter(networks.values()))["IPAddress"])
 
@@ -117,7 +117,7 @@ class Container:
         return f"{self.host}:{PORT}"
 
     def connect(self, *, receive_buffer: int | None = None) -> socket.socket:
-        """A client with a deadline on everything it does."""
+        """Connect a client with a deadline for every operation."""
         client = socket.socket()
         client.settimeout(DEADLINE_S)
         if receive_buffer:
@@ -126,7 +126,7 @@ class Container:
         return client
 
     def wait_until(self, look: Callable[[], Any], complaint: str) -> Any:
-        """The first thing found that isn't nothing."""
+        """Wait until the function returns something true, and return that."""
         end = time.monotonic() + DEADLINE_S
         while not (found := look()):
             assert time.monotonic() < end, f"{complaint}: {self.state} {self.logs()}"
@@ -142,20 +142,20 @@ class Container:
         return [event for event in found if event["event"] == name]
 
     def wait_for(self, name: str) -> Event:
-        """The first event of that name."""
+        """Wait for the first event with this name."""
         event: Event = self.wait_until(lambda: self.events(name), f"no event {name!r}")[0]
         return event
 
     def kill(self, signal: str) -> None:
-        """`docker kill -s SIGNAL`."""
+        """Run `docker kill -s SIGNAL`."""
         self._engine("kill", "--signal", signal, self.name)
 
     def ask(self, verb: str) -> int:
-        """Ask the API for it, such as `start` or `kill?signal=HUP`; the status of the answer."""
+        """Request an action, such as `start` or `kill?signal=HUP`, from the API; return the status."""
         return self._engine.call("POST", f"/containers/{self.name}/{verb}")[0]
 
     def stop(self) -> float:
-        """`docker stop`; how many seconds it took."""
+        """Run `docker stop`, and return the seconds it took."""
         began = time.monotonic()
         self._engine("stop", self.name)
         return time.monotonic() - began
@@ -165,7 +165,7 @@ class Container:
         return int(self._engine("wait", self.name))
 
     def memory_bytes(self) -> int:
-        """What is charged to it, as `docker stats` has it."""
+        """Return the memory of the container, as `docker stats` shows it."""
         _, stats = self._engine.call("GET", f"/containers/{self.name}/stats?stream=false&one-shot=true")
         memory = stats["memory_stats"]
         return int(memory["usage"] - memory["stats"].get("inactive_file", 0))

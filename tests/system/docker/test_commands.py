@@ -30,26 +30,26 @@ from tests.system.docker.engine import Engine
 def test_a_command_and_its_exit_status(
     engine: Engine, image: str, *, options: tuple[str, ...], command: tuple[str, ...], status: int, words: str
 ) -> None:
-    """Through `docker run`, unchanged."""
+    """`docker run` returns output and exit status unchanged."""
     done = engine.run("run", "--rm", *options, image, *command)
     assert done.returncode == status, done.stderr
     assert words in done.stdout + done.stderr
 
 
 def test_ping_another_container(start: Start, engine: Engine, image: str) -> None:
-    """The image is the canary's client too."""
+    """`echod ping` in one container measures another."""
     done = engine("run", "--rm", image, "ping", "-c", "3", "-i", "0.01", start().address)
     assert "3 round trips, 3 answered correctly, 0% loss" in done
 
 
 def test_config_prints_the_defaults(engine: Engine, image: str) -> None:
-    """A file to start from, and one that clients outside of the container are served with."""
+    """The printed defaults are a valid file, and serve clients outside of the container."""
     default = loader.defaults({"ECHOD_DEFAULT_LISTEN": "0.0.0.0:8888,[::]:8888"})
     assert engine("run", "--rm", image, "config") == toml.render(default, with_comments=True).strip()
 
 
 def test_a_mounted_file_says_where_to_listen(start: Start, open_path: Path) -> None:
-    """If it says so; the environment still wins."""
+    """A mounted file can set the address; the environment wins over it."""
     (open_path / "echod.toml").write_text('[[listen]]\naddress = "0.0.0.0:7777"\n')
     mounted = ("--volume", f"{open_path}:/etc/echod:ro", "--env", "ECHOD_CONFIG=/etc/echod/echod.toml")
     assert start(*mounted).wait_for("ready")["listen"] == ["0.0.0.0:7777"]
@@ -71,7 +71,7 @@ NO_IPV6 = {
 
 
 def test_all_addresses_are_those_that_there_can_be(start: Start, engine: Engine, image: str, tmp_path: Path) -> None:
-    """A kernel without IPv6 is served on IPv4; who asks for IPv6 there is told why not."""
+    """Without IPv6 in the kernel echod listens on IPv4; an explicit IPv6 address is an error with the reason."""
     profile = tmp_path / "no-ipv6.json"
     profile.write_text(json.dumps(NO_IPV6))
     without = ("--security-opt", f"seccomp={profile}")
@@ -82,7 +82,7 @@ def test_all_addresses_are_those_that_there_can_be(start: Start, engine: Engine,
 
 
 def test_a_client_that_was_cut_off_shows_in_the_exit_status(start: Start, report: Report) -> None:
-    """3, as without a container."""
+    """An aborted client gives exit status 3, as without a container."""
     container = start("--env", "ECHOD_TIMEOUTS_DRAIN=1")
     with container.connect() as client:
         send_until_stuck(client)

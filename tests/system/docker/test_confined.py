@@ -1,4 +1,4 @@
-"""It runs with nothing: a file system that it can't write to, no capability, another user, little memory."""
+"""Confinement: a read-only file system, no capability, any user, little memory."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ FOLDERS = ("/", "/etc", "/opt/echod", "/run", "/tmp", "/usr/local/lib", "/var/tm
 
 
 async def _crowd(container: Container) -> tuple[int, int]:
-    """The memory with nobody there, and with so many clients that have each been answered."""
+    """Return the memory without clients, and with this many clients after a reply to each."""
     alone = container.memory_bytes()
     streams = await asyncio.gather(*(open_stream(container.address) for _ in range(CONNECTIONS)))
     for _, writer in streams:
@@ -28,7 +28,7 @@ async def _crowd(container: Container) -> tuple[int, int]:
 
 
 def test_it_serves_a_thousand_clients_in_64_megabytes_as_any_user(start: Start, report: Report) -> None:
-    """Read-only, without a capability, as a user that the image has never heard of."""
+    """It runs read-only, without a capability, as a user that the image does not know."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4 * CONNECTIONS)), hard))
     container = start(*CONFINED, "--user", "12345:12345", "--memory", "64m")
@@ -50,7 +50,7 @@ def test_it_serves_a_thousand_clients_in_64_megabytes_as_any_user(start: Start, 
 
 
 def test_it_can_do_nothing_but_answer(start: Start, engine: Engine, report: Report) -> None:
-    """No capability, no new privileges, a seccomp filter, and not a file in its place that it could write to."""
+    """The process has no capability, no new privileges, a seccomp filter, and no writable file."""
     container = start(*CONFINED)
     script = f"""if 1:
         import json, os
@@ -67,7 +67,7 @@ def test_it_can_do_nothing_but_answer(start: Start, engine: Engine, report: Repo
 
 
 def test_the_limit_of_open_files_is_kept(engine: Engine, image: str) -> None:
-    """The default of connections is lowered to what fits, with a warning; one that was set is refused."""
+    """The default of connections is lowered to fit, with a warning; a value that was set is an error."""
     few = ("run", "--rm", "--ulimit", "nofile=1024:1024")
     done = engine.run(*few, image, "check")
     assert "connections = 958\n" in done.stdout

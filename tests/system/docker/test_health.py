@@ -1,4 +1,4 @@
-"""The health check is a round trip as a client makes it, so it tells what a client would find."""
+"""The health check is a round trip of a client."""
 
 import time
 
@@ -7,11 +7,11 @@ from tests.system.docker.conftest import Start
 
 HEALTHY_S = 2
 TRIES = 6
-"""Until one is in time: the machine may be busy with something else. Asked at the usual interval, none would be."""
+"""Attempts, because the machine may be busy; at the default interval none would be in time."""
 
 
 def seconds_until_healthy(start: Start) -> float:
-    """From `docker run` on."""
+    """Return the time from `docker run` on."""
     began = time.monotonic()
     container = start(is_ready=False)
     container.wait_until(lambda: container.health == "healthy", "not healthy")
@@ -19,7 +19,7 @@ def seconds_until_healthy(start: Start) -> float:
 
 
 def test_it_is_healthy_within_two_seconds(start: Start, report: Report) -> None:
-    """From `docker run` on, with the image's own intervals."""
+    """With the intervals of the image, it is healthy two seconds after `docker run`."""
     seconds = [seconds_until_healthy(start)]
     while seconds[-1] > HEALTHY_S and len(seconds) < TRIES:
         seconds.append(seconds_until_healthy(start))
@@ -28,7 +28,7 @@ def test_it_is_healthy_within_two_seconds(start: Start, report: Report) -> None:
 
 
 def test_it_is_unhealthy_when_the_loop_is_stuck(start: Start, report: Report) -> None:
-    """Process 1 is stopped; the check still runs, and says what it missed."""
+    """With process 1 stopped, the health check fails and reports the missing reply."""
     container = start("--health-interval", "1s")
     container.wait_until(lambda: container.health == "healthy", "not healthy")
     container.kill("STOP")
@@ -51,7 +51,7 @@ def test_it_is_unhealthy_when_the_loop_is_stuck(start: Start, report: Report) ->
 
 
 def test_it_can_be_told_where_echod_listens(start: Start) -> None:
-    """As docs/docker.md says: another address, and another command that asks there."""
+    """The health check can use another address, as docs/docker.md says."""
     there = ("--env", "ECHOD_LISTEN=0.0.0.0:7777", "--health-cmd", "echod ping -c 1 -W 1 127.0.0.1:7777")
     container = start(*there)
     container.wait_until(lambda: container.health == "healthy", "not healthy")

@@ -1,4 +1,4 @@
-"""What is in the image, how it is built, and what it says about itself."""
+"""The contents, the build and the metadata of the image."""
 
 import io
 import json
@@ -24,15 +24,15 @@ COMPILERS = ("cc", "gcc", "g++", "clang", "ld", "as", "strip", "make", "pip", "p
 
 
 def layers(engine: Engine, image: str) -> list[tuple[str, int]]:
-    """The layers that the image adds to its base, the last one first: what made it, and its bytes."""
+    """Return the layers that the image adds to its base, the last one first: the instruction, and the bytes."""
     history = engine("history", "--no-trunc", "--human=false", "--format", "{{.Size}} {{.CreatedBy}}", image)
-    rows = re.findall(r"^\d+ .*$", history, re.MULTILINE)  # and not the further lines of one
+    rows = re.findall(r"^\d+ .*$", history, re.MULTILINE)  # only the first line of an instruction
     ours = next(number for number, row in enumerate(rows) if FIRST_OF_OURS in row) + 1
     return [(text, int(size)) for size, text in (row.split(" ", 1) for row in rows[:ours]) if size != "0"]
 
 
 def added(engine: Engine, image: str, count: int) -> list[str]:
-    """The files in the last so many layers of the image."""
+    """Return the files in the last `count` layers of the image."""
     saved = subprocess.run(["docker", "save", image], capture_output=True, check=True, timeout=120).stdout
     with tarfile.open(fileobj=io.BytesIO(saved)) as archive:
         (manifest,) = json.load(_member(archive, "manifest.json"))
@@ -50,7 +50,7 @@ def _member(archive: tarfile.TarFile, name: str) -> Any:
 
 
 def steps(output: str) -> dict[str, bool]:
-    """Every step of a build, by its instruction, and whether it was taken from the cache."""
+    """Return each step of a build by its instruction, and whether it came from the cache."""
     titles = dict(re.findall(r"^(#\d+) \[(.+)\]? ?.*$", output, re.MULTILINE))
     found = {}
     for number in titles:
@@ -63,7 +63,7 @@ def steps(output: str) -> dict[str, bool]:
 def test_a_clean_clone_builds_and_a_change_of_the_source_installs_no_dependency_again(
     engine: Engine, image: str, tmp_path: Path, report: Report
 ) -> None:
-    """The second build takes from the cache all but what the source goes into; the image is small."""
+    """A second build repeats only the steps that depend on the source; the image is small."""
     clone, tag, changed = tmp_path / "echod", f"{image}-clone", f"{image}-changed"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(PROJECT), str(clone)], check=True)
     try:
@@ -90,7 +90,7 @@ def test_a_clean_clone_builds_and_a_change_of_the_source_installs_no_dependency_
 
 
 def test_nothing_is_added_that_is_not_needed_to_run(engine: Engine, image: str, report: Report) -> None:
-    """To the base come echod's environment and bytecode of the standard library; pip goes."""
+    """The image adds echod's environment and the bytecode of the standard library, and removes pip."""
     files = added(engine, image, len(layers(engine, image)))
     gone = [name for name in files if "/.wh." in name]
     program = [name for name in files if name.startswith("opt/echod/") and name not in gone]
@@ -111,7 +111,7 @@ def test_nothing_is_added_that_is_not_needed_to_run(engine: Engine, image: str, 
 
 
 def test_the_fast_path_is_compiled_and_stripped(engine: Engine, image: str) -> None:
-    """Its file has no table of symbols."""
+    """The extension has no symbol table."""
     look = """if True:
         from echod.server import _fastpath, fastpath
         print(fastpath.IS_COMPILED, b".symtab" in open(_fastpath.__file__, "rb").read())"""
@@ -119,7 +119,7 @@ def test_the_fast_path_is_compiled_and_stripped(engine: Engine, image: str) -> N
 
 
 def test_no_start_compiles_anything(start: Start, engine: Engine, image: str) -> None:
-    """Every module that echod imports has its bytecode, in all that it does: serve, reload, tell, ask, check."""
+    """Every module that any command of echod imports has bytecode."""
     is_told = ("--env", "PYTHONVERBOSE=1", "--env", "ECHOD_ADMIN_LISTEN=127.0.0.1:8889")
     serving = start(*is_told)
     with serving.connect() as client:
@@ -144,7 +144,7 @@ def test_no_start_compiles_anything(start: Start, engine: Engine, image: str) ->
 
 
 def test_the_image_says_what_it_is(engine: Engine, image: str) -> None:
-    """Labels, a user that is a number and not root, signals by their names, and no shell in between."""
+    """The image has labels, a numeric user other than root, and an entry point without a shell."""
     about = engine.inspect(image)["Config"]
     labels = {
         name.removeprefix("org.opencontainers.image."): value

@@ -1,4 +1,4 @@
-"""Whoever reads the log can't stop the echo."""
+"""A stuck reader of the log does not stop the echo."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SLOW_S = 0.5
 
 
 def stats(container: Container) -> dict[str, Any]:
-    """What it says of itself, which needs no log."""
+    """Return the statistics from the admin endpoint, which needs no log."""
     connection = HTTPConnection(container.host, ADMIN_PORT, timeout=DEADLINE_S)
     connection.request("GET", "/stats")
     found: dict[str, Any] = json.load(connection.getresponse())
@@ -28,7 +28,7 @@ def stats(container: Container) -> dict[str, Any]:
 
 
 def _fill_the_log(container: Container) -> int:
-    """Short connections, a line of log each, until some of it was lost: nobody reads any more. How many it took."""
+    """Make short connections until log events are lost; return the number of connections."""
     count = 0
     end = time.monotonic() + 3 * DEADLINE_S
     while not stats(container)["log_dropped"]:
@@ -42,7 +42,7 @@ def _fill_the_log(container: Container) -> int:
 
 
 def _round_trips(container: Container) -> list[float]:
-    """How long each took, in seconds, over one connection."""
+    """Return the durations of round trips over one connection, in seconds."""
     seconds = []
     with container.connect() as client:
         for _ in range(ROUND_TRIPS):
@@ -54,7 +54,7 @@ def _round_trips(container: Container) -> list[float]:
 
 
 def test_a_log_reader_that_has_stopped_does_not_stop_the_echo(engine: Engine, image: str, report: Report) -> None:
-    """The client of an attached `docker run` is stopped, so the engine's copying is, so the log's pipe is full."""
+    """With the client of an attached `docker run` stopped, the pipe of the log fills up, and echod serves on."""
     name = f"echod-log-{os.getpid()}"
     options = ("--name", name, "--label", engine.label, "--env", f"ECHOD_ADMIN_LISTEN=0.0.0.0:{ADMIN_PORT}")
     reader = subprocess.Popen(["docker", "run", *options, image], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -68,7 +68,7 @@ def test_a_log_reader_that_has_stopped_does_not_stop_the_echo(engine: Engine, im
         during = _round_trips(container)
         dropped = stats(container)["log_dropped"]
     finally:
-        reader.send_signal(signal.SIGCONT)  # first of all, for an engine can hang on it
+        reader.send_signal(signal.SIGCONT)  # first, because an engine can hang on it
     seconds = container.stop()
     assert reader.wait(DEADLINE_S) == 0
     engine("rm", name)

@@ -1,4 +1,4 @@
-"""`docker kill -s` reaches echod, and the answer is in `docker logs`."""
+"""Signals of `docker kill -s`, and their results in `docker logs`."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ ANSWERS = {"HUP": "reload applied", "USR1": "stats", "USR2": "upgrade started"}
 
 
 def mounted(directory: Path) -> tuple[str, ...]:
-    """Options that mount the directory and say where the file is."""
+    """Return the options that mount the directory and name the file."""
     return ("--volume", f"{directory}:/etc/echod:ro", "--env", f"ECHOD_CONFIG={FILE}")
 
 
 def assert_limit(container: Container, connections: int) -> None:
-    """So many clients are served, and one more is told that there are too many."""
+    """Assert that this many clients are served, and one more is rejected."""
     clients = [container.connect() for _ in range(connections + 1)]
     try:
         for client in clients[:-1]:
@@ -30,7 +30,7 @@ def assert_limit(container: Container, connections: int) -> None:
 
 
 def test_hup_reads_the_mounted_file_again_and_refuses_a_bad_one(start: Start, open_path: Path, report: Report) -> None:
-    """A changed file is in force without a restart; with a bad one the old configuration serves on."""
+    """HUP applies a changed file without a restart; an invalid one is refused and changes nothing."""
     file = open_path / "echod.toml"
     file.write_text("[limits]\nconnections = 3\n")
     container = start(*mounted(open_path))
@@ -54,7 +54,7 @@ def test_hup_reads_the_mounted_file_again_and_refuses_a_bad_one(start: Start, op
 
 
 def test_usr1_shows_the_statistics_in_the_log(start: Start, report: Report) -> None:
-    """One event, whose figures add up."""
+    """USR1 logs one event with consistent statistics."""
     container = start("--env", "ECHOD_LOG_LEVEL=error", is_ready=False)
     container.wait_until(lambda: container.health == "healthy", "not healthy")
     with container.connect() as client:
@@ -69,7 +69,7 @@ def test_usr1_shows_the_statistics_in_the_log(start: Start, report: Report) -> N
 
 
 def test_signals_that_come_with_the_start_are_kept(start: Start, engine: Engine, image: str, report: Report) -> None:
-    """Each is sent as soon as the container runs, and acted on once echod serves."""
+    """Signals sent as soon as the container runs are handled once echod serves."""
     containers = [engine.create(image) for _ in range(STARTS)]
     kept = 0
     for container in containers:
@@ -79,5 +79,5 @@ def test_signals_that_come_with_the_start_are_kept(start: Start, engine: Engine,
         container.stop()
         kept += sum(bool(container.events(event)) for event in ANSWERS.values())
     sent = STARTS * len(ANSWERS)
-    assert kept >= sent - len(ANSWERS)  # one start may be unlucky, see test_stop.py
+    assert kept >= sent - len(ANSWERS)  # one start may lose them, see test_stop.py
     report("3 signals sent with the start", sent=sent, acted_on_once_it_serves=kept)

@@ -1,4 +1,4 @@
-"""`docker stop` drains, well inside its ten seconds, and no moment of the start is too early for it."""
+"""`docker stop` drains well within its ten seconds, at any moment from the start on."""
 
 import asyncio
 import socket
@@ -19,19 +19,19 @@ from tests.system.docker.engine import Container, Engine
 
 KILLED = 137
 UNLUCKY = 5
-"""How many of a hundred stops may come in the moment that nobody can close, between the start of env(1) and its first
-system calls: a millisecond, more where processors are scarce. A plain entry point misses 15 and more."""
+"""How many of a hundred stops may hit the unavoidable moment between the start of env(1) and its first system calls: a
+millisecond, more on a busy machine. A plain entry point loses 15 and more."""
 
 NOT_YET_OURS = 2
-"""Exit status of the runtime's own process, if the stop comes before that has become env(1)."""
+"""Exit status of the container runtime, if the stop comes before it has executed env(1)."""
 GRACE_S = 10
 IDLE_STOPS = 3
 OWED = b"".join(b"%06d is owed to me, and not a byte of it may be missing\n" % number for number in range(120_000))
-"""7 MB, more than the kernels' buffers hold."""
+"""7 MB, more than the kernel buffers hold."""
 
 
 def test_an_idle_container_stops_within_a_second(start: Start, report: Report) -> None:
-    """With exit status 0, every time."""
+    """Each stop of an idle container takes less than a second, with exit status 0."""
     containers = [start() for _ in range(IDLE_STOPS)]
     seconds = [container.stop() for container in containers]
     assert [container.state["ExitCode"] for container in containers] == [0] * IDLE_STOPS
@@ -40,7 +40,7 @@ def test_an_idle_container_stops_within_a_second(start: Start, report: Report) -
 
 
 async def _until_ended(address: str, count: int, stop: threading.Thread) -> list[Pipeliner]:
-    """Clients that pipeline without an end, until the stop has ended them."""
+    """Run pipelining clients until the stop ends them."""
     clients = await pipeline(address, count)
     await asyncio.to_thread(stop.start)
     await asyncio.gather(*(client.ended for client in clients))
@@ -48,15 +48,15 @@ async def _until_ended(address: str, count: int, stop: threading.Thread) -> list
 
 
 def _owing(container: Container) -> socket.socket:
-    """A client that has sent all it has to say, of which echod can't have answered all: it reads nothing."""
+    """Connect a client that sends 7 MB and reads nothing, so that replies are pending."""
     client = container.connect(receive_buffer=65536)
     threading.Thread(target=client.sendall, args=(OWED,), daemon=True).start()
     return client
 
 
 def test_a_stop_under_load_delivers_every_reply_that_is_owed(start: Start, report: Report) -> None:
-    """50 clients that pipeline without an end are ended at a line, 5 that are owed 7 MB each get all of it."""
-    container = start("--no-healthcheck")  # it would be one more client
+    """50 pipelining clients end at a line boundary, and 5 clients that are owed 7 MB each get all of it."""
+    container = start("--no-healthcheck")  # it would count as a client
     seconds: list[float] = []
     stop = threading.Thread(target=lambda: seconds.append(container.stop()))
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
@@ -87,7 +87,7 @@ def test_a_stop_under_load_delivers_every_reply_that_is_owed(start: Start, repor
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a container that was told to stop so long after it was told to start."""
+    """The result of a stop at this time after the start."""
 
     after_ms: int
     was_running: bool
@@ -100,12 +100,12 @@ class Outcome:
 
 
 def start_and_stop(engine: Engine, image: str, after_ms: int) -> Outcome:
-    """Over the API; a stop that comes before the container runs does nothing, so it is stopped afterwards."""
+    """Start and stop a container over the API; a stop before it runs has no effect and is repeated."""
     container = engine.create(image)
     with ThreadPoolExecutor() as pool:
         began = time.monotonic()
         starting = pool.submit(container.ask, "start")
-        time.sleep(max(0.0, began + after_ms / 1000 - time.monotonic()))  # the moment that is tried
+        time.sleep(max(0.0, began + after_ms / 1000 - time.monotonic()))  # the moment under test
         began = time.monotonic()
         status = container.ask(f"stop?t={GRACE_S}")
         seconds = time.monotonic() - began
@@ -118,7 +118,7 @@ def start_and_stop(engine: Engine, image: str, after_ms: int) -> Outcome:
 
 
 def test_a_stop_at_any_moment_of_the_start_is_never_waited_out(engine: Engine, image: str, report: Report) -> None:
-    """In steps of 10 ms for a second: exit status 0, and not 137 after the ten seconds."""
+    """At each 10 ms of the first second, a stop gives exit status 0 and not 137 after ten seconds."""
     with ThreadPoolExecutor(3) as pool:
         outcomes = list(pool.map(partial(start_and_stop, engine, image), range(0, 1000, 10)))
     running = [outcome for outcome in outcomes if outcome.was_running]

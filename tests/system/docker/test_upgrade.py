@@ -1,4 +1,4 @@
-"""A live upgrade in a container: another program as process 1, and the engine has nothing to notice."""
+"""A live upgrade in a container, which replaces process 1 unnoticed by the engine."""
 
 import asyncio
 import statistics
@@ -16,7 +16,7 @@ PACKAGE = "/opt/echod/lib/python3*/site-packages/echod"
 
 
 def upgrade(container: Container, verdict: str = "upgrade done") -> dict[str, Any]:
-    """Ask for an upgrade as an operator does, and return its verdict."""
+    """Request an upgrade as an operator does, and return the event with its result."""
     known = len(container.events(verdict))
     container.kill("USR2")
     found: dict[str, Any] = container.wait_until(lambda: container.events(verdict)[known:], f"no {verdict}")[0]
@@ -24,7 +24,7 @@ def upgrade(container: Container, verdict: str = "upgrade done") -> dict[str, An
 
 
 def test_10_upgrades_are_nothing_to_the_engine(start: Start, report: Report) -> None:
-    """Confined as it is meant to be: process 1 goes on, no restart, healthy, and every stream is byte-exact."""
+    """In a confined container, upgrades cause no restart and no failed health check, and streams are byte-exact."""
     container = start(*CONFINED)
     container.wait_until(lambda: container.health == "healthy", "not healthy")
     before = {name: container.state[name] for name in ("Pid", "StartedAt")}
@@ -50,7 +50,7 @@ async def _stream_through_upgrades(container: Container) -> list[float]:
 
 
 def test_from_one_version_to_another(start: Start, engine: Engine) -> None:
-    """What is installed in the container takes the place of what runs; a broken one doesn't, and the log says why."""
+    """An upgrade runs the installed version; a broken version is refused, with the reason in the log."""
     container = start()
 
     def change(module: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`make install` and `make uninstall`: the installed files, and that none is left."""
+"""`make install` and `make uninstall`: what they create, and that nothing remains."""
 
 import fcntl
 import importlib.util
@@ -22,19 +22,19 @@ from tests.support.daemon import Daemon, ask, connect
 PROJECT = Path(__file__).parents[3]
 UNITS = ("echod.service", "echod@.service", "echod.socket")
 
-pytestmark = pytest.mark.timeout(300)  # packages are installed: that takes as long as the index and the disk take
+pytestmark = pytest.mark.timeout(300)  # installing packages takes long on a busy machine
 
 HIDDEN = ("/home/", "/root/", "/tmp/")
 
 
 def _is_fit(python: str) -> bool:
-    """Whether a service could read this Python, and it can create a venv."""
+    """Return whether a service can read this Python, and it can create a virtual environment."""
     needs = "import sys, ensurepip, venv; assert sys.version_info >= (3, 11)"
     return not python.startswith(HIDDEN) and not subprocess.run([python, "-c", needs], capture_output=True).returncode
 
 
 def system_python() -> str:
-    """A Python that is installed for all users; the one that runs the tests may not be."""
+    """Return a Python that every user can run, unlike perhaps the one that runs the tests."""
     others = sorted(map(str, Path("/usr/bin").glob("python3.[0-9][0-9]")))
     fit = (python for python in [os.path.realpath(sys._base_executable), *others] if _is_fit(python))  # type: ignore[attr-defined]
     return next(fit, "") or pytest.skip(
@@ -56,7 +56,7 @@ def tree(root: Path) -> set[str]:
 
 
 class Installation:
-    """echod below a DESTDIR, as for a package, on a system with other files in the same directories."""
+    """An installation below a DESTDIR, as a packager makes it, beside files of others."""
 
     OTHERS = frozenset({"opt", "opt/tools", "opt/tools/bin", "opt/tools/bin/other"})
 
@@ -75,7 +75,7 @@ class Installation:
 
 @pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    """One installation for all tests in all processes, which only read it."""
+    """An installation shared by all tests and processes, which only read it."""
     directory = tmp_path_factory.getbasetemp()
     directory = directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
     it = Installation(directory / "installation")
@@ -89,7 +89,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 
 
 def test_the_installed_program_serves(installation: Installation) -> None:
-    """The program runs without this checkout and its environment."""
+    """The installed program serves without this checkout or its environment."""
     python = str(installation.program / "bin/python")
     about = subprocess.run(
         [python, installation.root / "opt/tools/bin/echod", "--version"], capture_output=True, text=True, cwd="/"
@@ -107,7 +107,7 @@ def test_the_installed_program_serves(installation: Installation) -> None:
 
 
 def test_the_fast_path_is_compiled_where_it_can_be(installation: Installation) -> None:
-    """It is compiled if there is a compiler and the headers of that Python; otherwise echod runs in Python."""
+    """With a compiler and the headers of that Python the fast path is compiled, otherwise echod runs in Python."""
     has_headers = "import os, sysconfig; print(os.path.exists(sysconfig.get_path('include') + '/Python.h'))"
     asked = subprocess.run([system_python(), "-c", has_headers], capture_output=True, text=True, check=True)
     look = "from echod.server import fastpath; print(fastpath.IS_COMPILED)"
@@ -120,7 +120,7 @@ def test_the_fast_path_is_compiled_where_it_can_be(installation: Installation) -
 
 
 def test_what_is_installed_believes_to_be_where_it_will_be(installation: Installation) -> None:
-    """No file names DESTDIR; script and link lead to the final place; every module is compiled, by its final name."""
+    """No file contains DESTDIR; scripts, links and bytecode name the final place."""
     for path in installation.root.rglob("*"):
         if path.is_file():
             assert str(installation.root).encode() not in path.read_bytes(), path
@@ -135,7 +135,7 @@ def test_what_is_installed_believes_to_be_where_it_will_be(installation: Install
 
 
 def test_everybody_may_read_what_is_installed(installation: Installation) -> None:
-    """Every file is readable for the service, whatever the umask of the installing user is."""
+    """Other users can read everything, whatever the umask of the installing user."""
     for name in tree(installation.root) - Installation.OTHERS:
         mode = (installation.root / name).lstat().st_mode
         assert mode & stat.S_IROTH, name
@@ -143,14 +143,14 @@ def test_everybody_may_read_what_is_installed(installation: Installation) -> Non
 
 
 def test_only_the_pinned_packages_are_installed(installation: Installation) -> None:
-    """Only echod and the packages of run.lock are installed, in their exact versions, without pip."""
+    """Echod and the packages of run.lock are installed in their exact versions, without pip."""
     pinned = re.findall(r"^([a-z0-9-]+)==(\S+)", (PROJECT / "requirements/run.lock").read_text(), re.MULTILINE)
     found = [path.name.removesuffix(".dist-info") for path in installation.program.rglob("*.dist-info")]
     assert sorted(found) == sorted([f"{n.replace('-', '_')}-{v}" for n, v in pinned] + [f"echod-{__version__}"])
 
 
 def test_the_units_name_the_place_where_the_program_is(installation: Installation) -> None:
-    """The units name the chosen prefix, and none of them /usr/local."""
+    """With another prefix, no unit contains /usr/local."""
     for unit in UNITS:
         text = (installation.root / "opt/tools/lib/systemd/system" / unit).read_text()
         assert "/usr/local" not in text
@@ -177,7 +177,7 @@ def test_a_second_install_keeps_the_configuration_and_so_does_uninstall_if_it_wa
 
 
 def test_uninstall_removes_exactly_what_install_made(installation: Installation, tmp_path: Path) -> None:
-    """Files of others stay, with their directories; a second uninstall says that there is nothing."""
+    """Files of others stay with their directories; a second uninstall fails with advice."""
     it = installation.copy(tmp_path / "root")
     it.make("uninstall")
     assert tree(it.root) == Installation.OTHERS
@@ -195,7 +195,7 @@ def test_uninstall_removes_exactly_what_install_made(installation: Installation,
     ],
 )
 def test_what_no_service_could_run_is_refused(arguments: tuple[str, ...], advice: str, tmp_path: Path) -> None:
-    """It is refused with advice, and nothing is created."""
+    """A prefix or a Python that a service can't use is refused with advice, and nothing is created."""
     done = make("install", f"DESTDIR={tmp_path}", f"PYTHON={system_python()}", *arguments, check=False)
     assert done.returncode != 0
     assert advice in done.stderr
@@ -203,7 +203,7 @@ def test_what_no_service_could_run_is_refused(arguments: tuple[str, ...], advice
 
 
 def test_a_python_in_a_home_directory_is_refused(tmp_path: Path) -> None:
-    """A Python below /home is refused, because the units hide it from the service."""
+    """The units hide home directories from the service, so an interpreter there is refused."""
     python = tmp_path / "python3"
     shutil.copy(system_python(), python)
     done = make("install", f"DESTDIR={tmp_path}/root", f"PYTHON={python}", check=False)
@@ -217,19 +217,19 @@ def test_a_python_in_a_home_directory_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tool() -> ModuleType:
-    """Import tools/install.py, which is not in a package."""
+    """The module tools/install.py."""
     spec = importlib.util.spec_from_file_location("install", PROJECT / "tools/install.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look for themselves there
+    sys.modules[spec.name] = module  # where its dataclasses look it up
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Provide a `systemctl` that lists these units as running."""
+    """A function that fakes a `systemctl` with these units running."""
 
     def runs(*units: str) -> None:
         lines = "".join(f"{unit} loaded active running echod, answers\\n" for unit in units)
@@ -262,7 +262,7 @@ def test_what_comes_after_an_installation(
     says: tuple[str, ...],
     says_not: tuple[str, ...],
 ) -> None:
-    """After a first installation the service is to be enabled; a running one is upgraded in place, or restarted."""
+    """The advice is to enable a first installation, and to upgrade or restart a running service."""
     systemd(*units)
     told = tool.next_steps(tool.running_units())
     assert all(each in told for each in says)
@@ -279,7 +279,7 @@ def test_an_uninstall_tells_of_a_service_that_runs_still(
     destdir: str,
     is_told: bool,
 ) -> None:
-    """Uninstall names services that still run without their files; with DESTDIR there are none."""
+    """An uninstall names a service that is still running, except below a DESTDIR."""
     systemd("echod.service", "echod.socket")
     places = [f"--{name}=/nowhere" for name in ("prefix", "sysconfdir", "unitdir", "mandir")]
     monkeypatch.setattr(sys, "argv", ["install.py", "uninstall", f"--destdir={destdir}", *places])
@@ -289,7 +289,7 @@ def test_an_uninstall_tells_of_a_service_that_runs_still(
 
 
 def test_without_systemd_nothing_runs(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing systemctl is no error."""
+    """Without systemctl no unit is running."""
     monkeypatch.setenv("PATH", "/nowhere")
     assert tool.running_units() == []
 
@@ -298,7 +298,7 @@ def test_without_systemd_nothing_runs(tool: ModuleType, monkeypatch: pytest.Monk
 
 
 def test_the_shipped_configuration_is_the_defaults_commented_out() -> None:
-    """It sets nothing, shows every key with its default, and removing the "#" changes nothing."""
+    """The shipped file sets nothing, and shows every key with its default behind a "#"."""
     shipped = PROJECT / "systemd/echod.toml"
     assert loader.load(str(shipped), {}, (), 1 << 20).config == Config()
     defaults = toml.render(Config(), with_comments=True)
@@ -308,7 +308,7 @@ def test_the_shipped_configuration_is_the_defaults_commented_out() -> None:
 
 
 def test_the_template_is_the_service_but_for_the_instance() -> None:
-    """What is said twice is said alike."""
+    """The template unit has the same settings as the service."""
     service, template = (
         (PROJECT / f"systemd/{unit}").read_text().partition("[Unit]")[2].splitlines() for unit in UNITS[:2]
     )
@@ -321,7 +321,7 @@ def test_the_template_is_the_service_but_for_the_instance() -> None:
 
 
 def test_the_stop_timeout_is_above_the_drain() -> None:
-    """With the second of the last half-close after it."""
+    """TimeoutStopSec exceeds the drain and the second of the last half-close."""
     service = (PROJECT / "systemd/echod.service").read_text()
     (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", service, re.MULTILINE)
     assert int(seconds) > Config().timeouts.drain + 1

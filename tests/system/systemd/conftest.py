@@ -1,4 +1,4 @@
-"""The machine that the systemd suite runs on, with echod installed as an operator would."""
+"""Fixtures of the systemd tests: a disposable machine with echod installed."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ PREFIX = "ECHOD_TEST_MACHINE"
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """The machine, with `make install` done on it, without a network."""
+    """The machine after `make install` without a network."""
     if not (prefix := os.environ.get(PREFIX)):
         pytest.skip(
             f"{PREFIX} is not set: the command prefix that runs a command on a disposable machine, see CONTRIBUTING"
@@ -31,7 +31,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 @pytest.fixture
 def machine(installed: Machine) -> Iterator[Machine]:
-    """The machine, with everything as it was installed and nothing started."""
+    """The machine in the state after the installation, with nothing started."""
     installed("sh", "-c", RESET)
     yield installed
     installed("sh", "-c", RESET)

@@ -1,4 +1,4 @@
-"""Clients that run on the machine under test, with nothing but its own python3.
+"""Clients that run on the machine under test, and need only its python3.
 
 `python3 -m tests.system.systemd.load VERB ...` prints one JSON document a line. Verbs that continue print the next
 document for each line on standard input, and end with it.
@@ -18,7 +18,7 @@ from tests.support.clients import pipeline
 from tests.support.daemon import DEADLINE_S, ask, read_to_end, send_until_stuck
 
 PAUSE_S = 0.005
-"""Between two clients of a stream, and between two tries of one that is waiting."""
+"""Pause between two clients of a stream, and between two attempts, in seconds."""
 
 
 def say(document: object) -> None:
@@ -26,7 +26,7 @@ def say(document: object) -> None:
 
 
 def connected(address: str) -> socket.socket:
-    """A client with a deadline on everything it does; `address` is host:port or a path."""
+    """Connect with a deadline for every operation; `address` is host:port or a path."""
     client = socket.socket(socket.AF_UNIX if address.startswith("/") else socket.AF_INET)
     client.settimeout(DEADLINE_S)
     host, _, port = address.rpartition(":")
@@ -39,7 +39,7 @@ def connected(address: str) -> socket.socket:
 
 
 async def told() -> bool:
-    """Wait for a line on standard input; False at its end."""
+    """Wait for a line on standard input; return False at its end."""
     return bool(await asyncio.to_thread(sys.stdin.readline))
 
 
@@ -47,7 +47,7 @@ async def told() -> bool:
 
 
 def say_line(address: str, length: str) -> None:
-    """Send a line of so many bytes and say how its reply begins."""
+    """Send a line of this many bytes, and print the beginning of the reply."""
     with connected(address) as client:
         say({"reply": ask(client, b"x" * int(length) + b"\n")[:60].decode()})
 
@@ -63,7 +63,7 @@ def start_and_ask(unit: str, address: str) -> None:
 
 
 def until_served(address: str) -> None:
-    """Try until a reply comes; say how long that took."""
+    """Try until a reply comes, and print the time it took."""
     began = time.monotonic()
     while True:
         with contextlib.suppress(OSError), connected(address) as client:
@@ -76,9 +76,9 @@ def until_served(address: str) -> None:
 
 
 def freeze(address: str) -> None:
-    """Make the event loop stuck, then wait until somebody serves again."""
+    """Block the event loop, then wait until clients are served again."""
     with connected(address) as client:
-        client.sendall("freeze ü\n".encode())  # not ASCII: the code in Python answers it
+        client.sendall("freeze ü\n".encode())  # not ASCII, so the Python code answers it
         until_served(address)
 
 
@@ -86,7 +86,7 @@ def freeze(address: str) -> None:
 
 
 def hold(address: str) -> None:
-    """Take a port, until standard input ends."""
+    """Hold a port until standard input ends."""
     host, _, port = address.rpartition(":")
     with socket.create_server((host, int(port))):
         say("held")
@@ -94,7 +94,7 @@ def hold(address: str) -> None:
 
 
 def never_read(address: str) -> None:
-    """Send until nothing more is taken and never read, until standard input ends."""
+    """Send until the kernel accepts no more, and never read, until standard input ends."""
     with connected(address) as client:
         send_until_stuck(client)
         say("stuck")
@@ -102,7 +102,7 @@ def never_read(address: str) -> None:
 
 
 def unfinished(address: str) -> None:
-    """Begin a line and read to the end of the stream; at a line of input end the line first."""
+    """Send a partial line and read to the end of the stream; a line of input completes it."""
     with connected(address) as client:
         client.sendall(b"first\nseco")
         assert client.recv(100) == b"FIRST\n"
@@ -113,7 +113,7 @@ def unfinished(address: str) -> None:
 
 
 async def busy(address: str, count: str) -> None:
-    """So many pipelining clients: how many have ended, how many lines were answered, and what is wrong."""
+    """Run pipelining clients; print how many have ended, the number of replies, and errors."""
     clients = await pipeline(address, int(count))
     while True:
         ended = [client for client in clients if client.ended.done()]
@@ -130,7 +130,7 @@ async def busy(address: str, count: str) -> None:
 
 
 async def owed(address: str, count: str, lines: str) -> None:
-    """So many clients that send everything at once and read only when told to: what each has got at its end."""
+    """Run clients that send everything at once and read later; print what each has received."""
     text = b"".join(
         b"%08d is owed to me, and not a byte of it may be missing\n" % number for number in range(int(lines))
     )
@@ -139,7 +139,7 @@ async def owed(address: str, count: str, lines: str) -> None:
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(text)
-        await asyncio.sleep(0.3)  # the kernels' buffers fill up
+        await asyncio.sleep(0.3)  # the kernel buffers fill up
 
         async def rest() -> str:
             try:
@@ -163,7 +163,7 @@ async def owed(address: str, count: str, lines: str) -> None:
 
 @dataclass
 class Stream:
-    """What became of clients that came and went."""
+    """Results of clients that connect, send one line and leave."""
 
     served: int = 0
     refused: int = 0
@@ -171,7 +171,7 @@ class Stream:
     complaints: list[str] = field(default_factory=list)
     slowest_ms: float = 0.0
     windows_ms: list[float] = field(default_factory=list)
-    """From a refusal after a served client to the next client served, one after the other."""
+    """Times from a refusal after a served client to the next served client, in seconds."""
     is_over: bool = False
     shut_since: float = 0.0
 
@@ -188,7 +188,7 @@ class Stream:
 
 
 async def stream(address: str, workers: str) -> None:
-    """Clients that connect, say a line, hear its reply and leave, so many at once, until standard input ends."""
+    """Run short-lived clients, this many at once, until standard input ends."""
     it = Stream()
     going = asyncio.gather(*(_come_and_go(address, it) for _ in range(int(workers))))
     say("streaming")

@@ -1,4 +1,4 @@
-"""A disposable machine booted by systemd, reached by a command prefix: whatever follows it is run there as root."""
+"""A disposable machine booted by systemd; a command with a prefix runs on it as root."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from tests.support.daemon import DEADLINE_S
 
 PROJECT = Path(__file__).parents[3]
 THERE = "/opt/echod-test"
-"""Where the project is on the machine."""
+"""The directory of the project on the machine."""
 
 PARTS = ("echod", "tests", "systemd", "tools", "requirements", "docs")
 FILES = ("Makefile", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
@@ -34,7 +34,7 @@ cp {THERE}/systemd/echod.toml {CONFIG}
 
 
 class Load:
-    """Clients on the machine, that go on until left; each answer is a JSON document."""
+    """Clients on the machine that run until ended; each answer is a JSON document."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
@@ -59,12 +59,12 @@ class Load:
         return self._process.stdin
 
     def next(self) -> Any:
-        """What it says next."""
+        """Return the next document."""
         assert self._process.stdout
         return json.loads(self._process.stdout.readline())
 
     def tell(self) -> None:
-        """Ask for the next document."""
+        """Request the next document."""
         self._stdin.write("\n")
         self._stdin.flush()
 
@@ -73,13 +73,13 @@ class Load:
         return self.next()
 
     def finish(self) -> Any:
-        """End it and return what it says last."""
+        """End the clients, and return the last document."""
         self._stdin.close()
         return self.next()
 
 
 class Machine:
-    """Runs commands on the machine, and knows where echod is on it."""
+    """Runs commands on the machine."""
 
     def __init__(self, prefix: list[str]) -> None:
         self._prefix = prefix
@@ -87,7 +87,7 @@ class Machine:
     def run(
         self, *command: str, data: bytes | None = None, deadline_s: float = 120
     ) -> "subprocess.CompletedProcess[str]":
-        """Run it to its end, whatever its exit status."""
+        """Run a command and return the result, whatever its exit status."""
         done = subprocess.run(
             [*self._prefix, *command],
             input=data,
@@ -98,7 +98,7 @@ class Machine:
         return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     def __call__(self, *command: str, data: bytes | None = None, deadline_s: float = 120) -> str:
-        """Run it, and return its output; it must succeed."""
+        """Run a command, which must succeed, and return its output."""
         done = self.run(*command, data=data, deadline_s=deadline_s)
         assert done.returncode == 0, f"{command}: {done.returncode}: {done.stdout[-3000:]} {done.stderr[-3000:]}"
         return done.stdout
@@ -136,16 +136,16 @@ class Machine:
         return self.run("systemctl", *arguments)
 
     def show(self, unit: str, *properties: str) -> dict[str, str]:
-        """Properties of a unit."""
+        """Return properties of a unit."""
         lines = self("systemctl", "show", unit, *(f"--property={name}" for name in properties)).splitlines()
         return dict(line.split("=", 1) for line in lines)
 
     def status(self, unit: str) -> str:
-        """What `systemctl status` says to the operator."""
+        """Return the output of `systemctl status`."""
         return self.systemctl("status", "--no-pager", "--full", unit).stdout
 
     def wait_for(self, look: Callable[[], Any], complaint: str) -> Any:
-        """The first thing found that isn't nothing."""
+        """Wait until the function returns something true, and return that."""
         end = time.monotonic() + DEADLINE_S
         while not (found := look()):
             assert time.monotonic() < end, complaint
@@ -153,16 +153,16 @@ class Machine:
         return found
 
     def cursor(self) -> str:
-        """The present end of the journal."""
+        """Return the current end of the journal."""
         return self("journalctl", "--quiet", "--lines=0", "--show-cursor").split("cursor: ")[1].strip()
 
     def journal(self, unit: str, cursor: str) -> list[str]:
-        """The lines of a unit since then, those of systemd about it too."""
+        """Return the journal of a unit since then, with systemd's messages about it."""
         arguments = ("--quiet", "--no-pager", "--output=cat", f"--after-cursor={cursor}", f"--unit={unit}")
         return self("journalctl", *arguments).splitlines()
 
     def events(self, unit: str, name: str, cursor: str) -> list[dict[str, Any]]:
-        """The log events of that name since then."""
+        """Return the log events with this name since then."""
         lines = (line for line in self.journal(unit, cursor) if line.startswith("{"))
         return [event for event in map(json.loads, lines) if event["event"] == name]
 
@@ -176,7 +176,7 @@ class Machine:
 
     @contextlib.contextmanager
     def load(self, verb: str, *arguments: object) -> Iterator[Load]:
-        """Clients on the machine, see load.py."""
+        """Start clients on the machine, see load.py."""
         process = subprocess.Popen(
             [*self._prefix, *_python("load", verb, *arguments)],
             stdin=subprocess.PIPE,
@@ -187,7 +187,7 @@ class Machine:
             yield it
 
     def ask(self, verb: str, *arguments: object) -> dict[str, Any]:
-        """What a client on the machine says."""
+        """Run a client on the machine, and return its answer."""
         answer: dict[str, Any] = json.loads(self(*_python("load", verb, *arguments)))
         return answer
 
@@ -201,7 +201,7 @@ def _unless_made(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 def download_wheels(directory: Path, python: str) -> None:
-    """What `make install` needs, for that Python (3.13), from the package index that this machine uses."""
+    """Download the wheels that `make install` needs for this Python version, such as 3.13."""
     locks = [part for name in ("build", "run") for part in ("-r", str(PROJECT / f"requirements/{name}.lock"))]
     pip, wheels = (sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check"), ("--only-binary=:all:",)
     subprocess.run(

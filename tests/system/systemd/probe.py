@@ -1,4 +1,4 @@
-"""What a process can do: each attempt and how it ended, as JSON. For the sandbox, and outside of it to compare."""
+"""Print what a process may do as JSON: each attempt and its result, inside and outside of the sandbox."""
 
 import ctypes
 import json
@@ -61,7 +61,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
 
 
 def outcome(attempt: Callable[[], object]) -> str:
-    """`done`, or why not; in a process of its own, for it may end in another user or namespace."""
+    """Return `done` or the error of an attempt, made in a separate process, which may change user or namespace."""
     reader, writer = os.pipe()
     if os.fork() == 0:
         try:

@@ -1,4 +1,4 @@
-"""What is stuck or killed comes back."""
+"""Recovery of a service that is stuck or killed."""
 
 import time
 
@@ -11,7 +11,7 @@ WATCHDOG_S = 3
 
 
 def test_a_stuck_loop_is_killed_by_the_watchdog_and_replaced(machine: Machine, report: Report) -> None:
-    """The journal shows where it was stuck; the next one serves."""
+    """The journal shows the stack of the stuck loop, and the next process serves."""
     machine.drop_in(
         "echod.service",
         f"[Service]\nWatchdogSec={WATCHDOG_S}\nEnvironment=PYTHONPATH={THERE}/tests/system/systemd/stuck\n",
@@ -55,7 +55,7 @@ def test_a_killed_process_is_replaced(machine: Machine, report: Report, with_soc
 
 
 def _wait_until_replaced(machine: Machine) -> None:
-    """Wait for the next process: the one that is killed may answer a last client.
+    """Wait for the next process; the killed one may answer a last client.
 
     Behind the watchdog's SIGABRT systemd sends SIGCONT: the main thread of a stopped process goes on for the
     milliseconds in which another writes the stacks, and serves who waits in the backlog.

@@ -1,4 +1,4 @@
-"""Instances of the template: those that share a port, and those behind a balancer."""
+"""Instances of the template unit: sharing a port, and behind a balancer."""
 
 import json
 
@@ -11,7 +11,7 @@ CLIENTS = 60
 
 
 def test_three_instances_share_the_port_and_one_can_go(machine: Machine, report: Report) -> None:
-    """Each has clients; stopping one ends those of it at a line and none of the others'."""
+    """Stopping one instance ends its clients at a line boundary, and none of the others'."""
     machine.configure(f"[[listen]]\naddress = '{ADDRESS}'\nreuse_port = true\n[timeouts]\ndrain = 2\n")
     machine("systemctl", "start", *INSTANCES)
     assert {machine.show(unit, "ActiveState")["ActiveState"] for unit in INSTANCES} == {"active"}
@@ -45,7 +45,7 @@ def test_three_instances_share_the_port_and_one_can_go(machine: Machine, report:
 
 
 def test_instances_with_ports_of_their_own(machine: Machine, report: Report) -> None:
-    """As docs/scaling.md says: each has its two ports, can be reloaded, and is given the time to leave."""
+    """Instances configured as docs/scaling.md says have two ports each, reload, and get the time to stop."""
     drop_in = fenced("/etc/systemd/system/echod@.service.d/override.conf")
     machine.configure("[timeouts]\nlame_duck = 4\n")
     machine.drop_in("echod@.service", f"{drop_in}TimeoutStopSec=2\n")

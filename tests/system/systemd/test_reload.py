@@ -1,4 +1,4 @@
-"""`systemctl reload` tells the truth: it returns with the new configuration in force, or fails with nothing changed."""
+"""`systemctl reload` returns with the new configuration in force, or fails with nothing changed."""
 
 import json
 import time
@@ -12,18 +12,18 @@ ADMIN = "unix:/run/echod/admin"
 
 
 def limited(line_bytes: int, *, listen: str = "") -> str:
-    """A configuration that shows whether it is in force, by the length of line that it allows."""
+    """Return a configuration with this limit of a line, which shows whether it is in force."""
     return f"{listen}[limits]\nline_bytes = {line_bytes}\n"
 
 
 def in_force(machine: Machine, line_bytes: int) -> bool:
-    """Whether a line one byte longer is refused with that limit."""
+    """Return whether a line one byte longer than this limit is an error."""
     reply = machine.ask("say_line", ADDRESS, line_bytes + 1)["reply"]
     return bool(reply == f"ERROR line longer than {line_bytes} bytes\n")
 
 
 def test_20_good_reloads_are_in_force_when_they_return(machine: Machine, report: Report) -> None:
-    """The next line meets the new limit; the process and its connections stay."""
+    """After each reload the next line meets the new limit; the process and its connections stay."""
     machine("systemctl", "start", "echod")
     before = machine.show("echod", "MainPID")
     took = []
@@ -46,7 +46,7 @@ def test_20_good_reloads_are_in_force_when_they_return(machine: Machine, report:
 
 
 def test_20_bad_reloads_fail_with_the_fault_and_change_nothing(machine: Machine, report: Report) -> None:
-    """A bad file and a taken port in turn: non-zero, the fault in the status, the old configuration serves on."""
+    """An invalid file or a port in use fails the reload, with the error in the status and nothing changed."""
     machine.configure(limited(99))
     machine("systemctl", "start", "echod")
     before = machine.show("echod", "MainPID", "NRestarts")
@@ -80,7 +80,7 @@ def test_20_bad_reloads_fail_with_the_fault_and_change_nothing(machine: Machine,
 
 
 def test_what_needs_a_restart_is_in_the_status_until_then(machine: Machine) -> None:
-    """A reload that can't put a key in force succeeds, and says which."""
+    """A reload that leaves a key to a restart succeeds, and the status names the key."""
     listen = f"[[listen]]\naddress = '{ADDRESS}'\n"
     machine.configure(listen)
     machine("systemctl", "start", "echod")

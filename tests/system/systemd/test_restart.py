@@ -1,4 +1,4 @@
-"""`systemctl restart` under a stream of short connections: with the socket unit nobody notices; without, how long."""
+"""`systemctl restart` under a stream of short connections, with and without the socket unit."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ PATIENCE_MS = 1000
 
 @pytest.mark.parametrize("with_socket", [True, False], ids=["with the socket unit", "without"])
 def test_20_restarts_under_a_stream_of_short_connections(machine: Machine, report: Report, with_socket: bool) -> None:
-    """Nobody is reset; with the socket unit nobody is refused or kept waiting a second either."""
+    """No client is reset; with the socket unit none is refused or delayed by a second either."""
     if with_socket:
         machine("systemctl", "start", "echod.socket")
     machine("systemctl", "start", "echod")
@@ -37,7 +37,7 @@ def test_20_restarts_under_a_stream_of_short_connections(machine: Machine, repor
     assert result["served"] > 10 * ROUNDS
     if with_socket:
         assert result["refused"] == 0
-        # Where the machine is so busy that a restart takes that long, whoever came first waits for all of it.
+        # On a machine so busy that a restart takes that long, the first client waits for all of it.
         assert result["slowest_ms"] < max(PATIENCE_MS, 1100 * max(took) + 300)
     else:
         assert result["refused"] > 0, "what the socket unit is for wasn't seen"

@@ -1,4 +1,4 @@
-"""What the unit files allow echod, by systemd's own judgement and by trying."""
+"""The sandbox of the unit files, as systemd rates it and in practice."""
 
 import json
 import re
@@ -20,13 +20,13 @@ def exposure(machine: Machine, unit: str) -> float:
 
 @pytest.mark.parametrize("unit", ["echod.service", "echod@.service", "echod.socket"])
 def test_verify_has_nothing_to_say(machine: Machine, unit: str) -> None:
-    """Not even about a key that this systemd doesn't know: it returns 0 then, but says so."""
+    """`systemd-analyze verify` prints nothing, not even about unknown keys, for which it returns 0."""
     done = machine.run("systemd-analyze", "verify", unit.replace("@", "@1"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_exposure(machine: Machine, report: Report) -> None:
-    """1.1 as shipped, 0.9 with the address filter that the unit shows."""
+    """The exposure level is 1.1 as shipped, and 0.9 with the address filter that the unit shows."""
     machine("systemctl", "start", "echod", "echod.socket", "--no-block")
     shipped = exposure(machine, "echod.service")
     machine.drop_in("echod.service", FILTER)
@@ -39,7 +39,7 @@ def test_exposure(machine: Machine, report: Report) -> None:
 def test_from_inside_nothing_can_be_written_no_privilege_gained_no_packet_seen(
     machine: Machine, report: Report
 ) -> None:
-    """Every attempt succeeds outside of the sandbox, and fails in it."""
+    """Every attempt succeeds outside of the sandbox, and fails inside."""
     outside = json.loads(machine("python3", f"{THERE}/tests/system/systemd/probe.py"))["attempts"]
     assert set(outside.values()) == {"done"}, outside
     machine.drop_in(

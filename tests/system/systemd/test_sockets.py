@@ -1,4 +1,4 @@
-"""Socket units: which sockets echod serves, under which names, and the drop-in of docs/systemd.md."""
+"""Socket units: the sockets that echod serves, their names, and the drop-in of docs/systemd.md."""
 
 from tests.support.report import Report
 from tests.system.systemd.machine import ADDRESS, Machine
@@ -18,7 +18,7 @@ def listening(machine: Machine, cursor: str) -> list[str]:
 
 
 def test_several_sockets_under_names_and_one_of_its_own(machine: Machine, report: Report) -> None:
-    """An entry takes the socket of its name or of its address, one more is bound, and the rest is served too."""
+    """An entry takes the socket with its name or address, one more is bound, and the rest is served with defaults."""
     machine.write("/run/systemd/system/echod-other.socket", OTHER)
     machine.drop_in("echod.socket", "[Socket]\nListenStream=7777\n")
     machine.configure("[[listen]]\naddress = 'systemd:echod'\n[[listen]]\naddress = '127.0.0.1:9999'\n")
@@ -40,7 +40,7 @@ def test_several_sockets_under_names_and_one_of_its_own(machine: Machine, report
 
 
 def test_the_documented_drop_in_allows_a_low_port_and_a_log_file(machine: Machine) -> None:
-    """The drop-in is read from the installed documentation, so the page shows what is tested."""
+    """The drop-in comes from the installed documentation, so the page shows what is tested."""
     page = machine("cat", "/usr/local/share/doc/echod/docs/systemd.md")
     machine.drop_in("echod.service", page.partition("```ini\n")[2].partition("```")[0])
     machine.configure("[[listen]]\naddress = '127.0.0.1:7'\n[log]\nfile = '/var/log/echod/echod.log'\n")
@@ -50,7 +50,7 @@ def test_the_documented_drop_in_allows_a_low_port_and_a_log_file(machine: Machin
 
 
 def test_a_service_that_cannot_start_is_not_started_for_ever_by_its_socket(machine: Machine, report: Report) -> None:
-    """A bad configuration with a client that waits: the starts end, and a start by hand says why."""
+    """With an invalid configuration and a waiting client the starts end, and a manual start shows the error."""
     machine.drop_in("echod.service", "[Unit]\nStartLimitBurst=5\n")
     machine.configure("[limits]\nconnections = 0\n")
     cursor = machine.cursor()

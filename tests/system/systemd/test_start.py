@@ -1,4 +1,4 @@
-"""`systemctl start` tells the truth: it returns when clients are served, and a failure has its reason in the status."""
+"""`systemctl start` returns when clients are served, and a failure has its reason in the status."""
 
 import statistics
 
@@ -12,7 +12,7 @@ ROUNDS = 5
 
 @pytest.mark.parametrize("unit", ["echod.service", "echod.socket"])
 def test_start_returns_when_clients_are_served(machine: Machine, report: Report, unit: str) -> None:
-    """A client that connects as soon as `systemctl start` has returned is answered, every time."""
+    """A client that connects as soon as `systemctl start` has returned is answered."""
     answers = []
     for _ in range(ROUNDS):
         answers.append(machine.ask("start_and_ask", unit, ADDRESS))
@@ -28,7 +28,7 @@ def test_start_returns_when_clients_are_served(machine: Machine, report: Report,
 
 
 def test_start_fails_with_every_fault_of_the_configuration(machine: Machine, report: Report) -> None:
-    """Not tried again; the status has the key and the value of each fault."""
+    """An invalid configuration is not retried; the status has the key and the value of each error."""
     machine.configure("[limits]\nconnections = 0\nline_byte = 5\n")
     assert machine.systemctl("start", "echod").returncode != 0
     status = machine.status("echod")
@@ -40,7 +40,7 @@ def test_start_fails_with_every_fault_of_the_configuration(machine: Machine, rep
 
 
 def test_start_fails_with_the_port_that_is_taken_and_goes_on_trying(machine: Machine, report: Report) -> None:
-    """The status names the port; once it is free the service comes up by itself."""
+    """The status names the port; once it is free, the service starts by itself."""
     with machine.load("hold", ADDRESS) as holder:
         assert holder.next() == "held"
         assert machine.systemctl("start", "echod").returncode != 0

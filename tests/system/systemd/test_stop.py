@@ -1,4 +1,4 @@
-"""`systemctl stop` tells the truth: it returns when every client has what it is owed, or was cut off."""
+"""`systemctl stop` returns when every client has what it is owed, or was aborted."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ DRAIN_S = 3
 
 
 def stop(machine: Machine) -> float:
-    """Stop the service; how long that took."""
+    """Stop the service, and return the time it took."""
     began = time.monotonic()
     machine("systemctl", "stop", "echod")
     return time.monotonic() - began
@@ -23,7 +23,7 @@ def assert_stopped_in_good_order(machine: Machine) -> None:
 
 
 def test_stop_under_load_delivers_every_reply_that_is_owed(machine: Machine, report: Report) -> None:
-    """20 clients with 20 MB of replies waiting get all of them; 20 that never stop asking end at a line, unharmed."""
+    """20 clients with 20 MB of pending replies get all of them; 20 pipelining clients end at a line boundary."""
     machine.configure(f"[timeouts]\ndrain = {DRAIN_S}\n")
     machine("systemctl", "start", "echod")
     cursor = machine.cursor()
@@ -55,7 +55,7 @@ def test_stop_under_load_delivers_every_reply_that_is_owed(machine: Machine, rep
 
 
 def test_a_client_that_never_reads_is_cut_off_and_the_unit_has_not_failed(machine: Machine, report: Report) -> None:
-    """At the deadline; exit status 3 is a success to systemd."""
+    """A client that never reads is aborted at the deadline; systemd counts exit status 3 as success."""
     machine.configure(f"[timeouts]\ndrain = {DRAIN_S}\n")
     machine("systemctl", "start", "echod")
     cursor = machine.cursor()
@@ -69,7 +69,7 @@ def test_a_client_that_never_reads_is_cut_off_and_the_unit_has_not_failed(machin
 
 
 def test_a_drain_longer_than_the_stop_timeout_asks_for_the_time_it_needs(machine: Machine, report: Report) -> None:
-    """Drain 6 s, TimeoutStopSec=2: systemd waits for the client's line, because the drain goes on."""
+    """With a drain of 6 s and TimeoutStopSec=2, systemd waits for the drain, which extends the timeout."""
     machine.configure("[timeouts]\ndrain = 6\n")
     machine.drop_in("echod.service", "[Service]\nTimeoutStopSec=2\n")
     machine("systemctl", "start", "echod")

@@ -1,4 +1,4 @@
-"""A live upgrade under systemd: another program, the same main process, and systemd has nothing to notice."""
+"""A live upgrade under systemd, which keeps the main process and goes unnoticed."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ PACKAGE = "/usr/local/lib/echod/lib/python3*/site-packages/echod"
 
 
 def upgrade(machine: Machine, verdict: str = "upgrade done") -> dict[str, Any]:
-    """Ask for an upgrade as an operator does, and return its verdict."""
+    """Request an upgrade as an operator does, and return the event with its result."""
     cursor = machine.cursor()
     machine("systemctl", "kill", "--signal=USR2", "--kill-whom=main", "echod")
     found: dict[str, Any] = machine.wait_for(lambda: machine.events("echod", verdict, cursor), f"no {verdict}")[0]
@@ -25,7 +25,7 @@ def upgrade(machine: Machine, verdict: str = "upgrade done") -> dict[str, Any]:
 
 @pytest.fixture
 def another(machine: Machine) -> Iterator[Machine]:
-    """The machine, whose installed echod may be changed."""
+    """The machine, with a copy of echod that a test may change."""
     machine("sh", "-c", f"cp -a {PACKAGE} /opt/echod-saved")
     yield machine
     machine("sh", "-c", f"set -- {PACKAGE}; rm -rf $1; mv /opt/echod-saved $1")
@@ -33,7 +33,7 @@ def another(machine: Machine) -> Iterator[Machine]:
 
 @pytest.mark.parametrize("with_socket", [True, False], ids=["with the socket unit", "without"])
 def test_10_upgrades_are_nothing_to_systemd(machine: Machine, report: Report, with_socket: bool) -> None:
-    """Same MainPID, no restart, nobody refused or reset, the watchdog fed, sockets kept, reload and stop as before."""
+    """Upgrades keep MainPID, connections and sockets, feed the watchdog, and leave reload and stop working."""
     machine.drop_in("echod.service", f"[Service]\nWatchdogSec={WATCHDOG_S}\n")
     machine.configure("[timeouts]\ndrain = 1\n")
     if with_socket:
@@ -49,7 +49,7 @@ def test_10_upgrades_are_nothing_to_systemd(machine: Machine, report: Report, wi
         assert (busy.next()["ended"], begun.next(), passing.next()) == (0, "begun", "streaming")
         gaps = [upgrade(machine)["gap_ms"] for _ in range(ROUNDS)]
         while time.monotonic() < began + 2 * WATCHDOG_S:
-            time.sleep(0.1)  # a watchdog that isn't fed would have bitten
+            time.sleep(0.1)  # without a keep-alive the watchdog would have acted
         machine("systemctl", "reload", "echod")
         after = busy.ask()
         assert (after["ended"], after["complaints"]) == (0, [])
@@ -75,7 +75,7 @@ def test_10_upgrades_are_nothing_to_systemd(machine: Machine, report: Report, wi
 
 
 def test_from_one_version_to_another(another: Machine) -> None:
-    """What is installed over it takes the place of what runs; a broken one doesn't, and the journal says why."""
+    """An upgrade runs the installed version; a broken version is refused, with the reason in the journal."""
     another("systemctl", "start", "echod")
     first = another.stats("echod")["version"]
     with another.load("unfinished", ADDRESS) as begun:

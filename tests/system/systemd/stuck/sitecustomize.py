@@ -1,6 +1,6 @@
-"""On PYTHONPATH it makes an echod whose event loop can be stuck on purpose: a line "freeze" stops it for an hour.
+"""On PYTHONPATH, it changes echod so that the line "freeze" blocks its event loop for an hour.
 
-Python imports this before the program; a thread waits for the program to have come far enough.
+Python imports this module before the program; a thread waits until the program has imported the protocol.
 """
 
 import signal
@@ -12,7 +12,7 @@ NEVER_S = 3600.0
 
 
 def arm() -> None:
-    """Wait until the protocol is there, then change it. Signals stay for the program to handle."""
+    """Wait until the protocol is imported, then change it. The program handles the signals."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     while not hasattr(module := sys.modules.get("echod.protocol.echo"), "Echo"):
         time.sleep(0.02)
