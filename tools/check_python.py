@@ -1,7 +1,7 @@
-"""Tell whether this Python can run echod: `PYTHON tools/check_python.py PYTHON`, where PYTHON is its name in messages.
+"""Check whether this Python can run echod: `PYTHON tools/check_python.py PYTHON`; the argument is its name in messages.
 
-Prints the interpreter below any virtual environment, then its release, or says what is missing and exits with 1.
-Every Python runs it, so that an old one is told to be old.
+Print the interpreter below any virtual environment and its release, or say what is missing and exit with 1. The syntax
+is that of every Python, so that an old one reports its version instead of a syntax error.
 """
 
 import os
