@@ -50,7 +50,7 @@ def made(clone: Path, environment: dict[str, str], *arguments: str) -> Iterator[
 
 @pytest.mark.parametrize("has_compiler", [True, False], ids=["with a compiler", "without a compiler"])
 def test_make_run_in_a_clean_clone_serves(has_compiler: bool, tmp_path: Path) -> None:
-    """`make run` sets up the clone, says whether there is a fast path, and serves; without a compiler tests pass too."""
+    """`make run` sets up the clone, reports the fast path and serves; without a compiler, tests pass too."""
     if not (PROJECT / ".git").exists():
         pytest.skip("not a git checkout")
     clone = tmp_path / "echod"
