@@ -117,7 +117,7 @@ coverage: $(VENV)/.echod $(VENV)/.dev ## run the tests without the fast path, an
 # These tests install packages and compile, which takes long; they measure nothing, so they run side by side.
 .PHONY: test-build
 test-build: $(VENV)/.echod $(VENV)/.dev ## test wheels, `make install`, and a clean clone with and without a C compiler
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests/system/build tests/system/install --timeout 300 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/system/build tests/system/install --timeout 300 $(PYTEST_ARGS)
 
 .PHONY: test-faults
 test-faults: $(VENV)/.echod $(VENV)/.dev ## attack a real echod, fuzz it for a moment, and print the figures; run it alone

@@ -68,8 +68,8 @@ class Scene:
     def assert_bystander_unaffected(self, *, slack_ms: float = 25.0) -> None:
         """Assert that the median round trip is as before, and the 99th percentile at most `slack_ms` longer.
 
-        As before is give or take a time slice or two of a busy neighbour, 4 ms each. On a machine that hardly let the
-        daemon run, round trips say nothing about it.
+        As before allows for a time slice or two of a neighbour, 4 ms each. If the machine hardly let the daemon run,
+        nothing is asserted.
         """
         assert self.during
         if self.starved_share > STARVED:

@@ -17,6 +17,6 @@ def test_whatever_attackers_do_at_once_others_are_served_in_time(
     number: int, seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
     """Clients, health checks, signals, the watchdog and a stop stay prompt, and memory stays bounded."""
-    it = play(drawn(seed, number, 15.0 if request.config.getoption("--full") else SECONDS))
+    it = play(drawn(seed, number, 10.0 if request.config.getoption("--full") else SECONDS))
     report({"mix": str(it), **it.figures})
     assert not it.counted, f"{it}\n{it.outcome}"

@@ -9,7 +9,7 @@ from tests.faults.model import STEPS, explore
 from tests.faults.scene import Figures
 
 SECONDS = 40.0
-FULL_S = 90.0
+FULL_S = 60.0
 
 
 @pytest.mark.timeout(300)
