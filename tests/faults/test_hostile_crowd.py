@@ -332,7 +332,7 @@ def test_an_hour_of_hostility_in_a_minute(
     seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
     """With every misbehaviour at once, each client gets a correct prefix of what it was owed, and nothing leaks."""
-    seconds = 45 if request.config.getoption("--full") else 30
+    seconds = 60 if request.config.getoption("--full") else 30
     limits = settings(timeouts_line=1, timeouts_idle=1.5, timeouts_write=1, limits_connections=CLIENTS_LIMIT)
     with serving(*limits) as echod:
         before = acquainted(echod)
