@@ -25,7 +25,7 @@ STUCK_S = 0.5
 @pytest.mark.timeout(180)
 def test_50_streams_through_20_upgrades(report: Callable[[Figures], None]) -> None:
     """Every stream is byte-exact, the pid stays, no client is refused or reset; the waiting time is reported."""
-    with serving(*settings(timeouts_write=60)) as echod:
+    with serving(*settings(timeouts_write=60, timeouts_line=0)) as echod:
         with scene(f"{ROUNDS} upgrades, 50 streams", echod) as it:
             verdicts = asyncio.run(stream_through_upgrades(echod, ROUNDS))
         gaps = [verdict["gap_ms"] for verdict in verdicts]

@@ -52,7 +52,7 @@ OTHERS = 20
 
 def test_connections_stay_established(full: bool) -> None:
     """50 streaming clients and some upgrades: streams are byte-exact, the pid stays, nobody is refused or reset."""
-    with serving(*settings(timeouts_write=60)) as echod:
+    with serving(*settings(timeouts_write=60, timeouts_line=0)) as echod:
         rounds = 4 if full else 2
         done = asyncio.run(stream_through_upgrades(echod, rounds))
         assert {each["pid"] for each in done} == {echod.pid}
