@@ -70,7 +70,7 @@ def test_50_pipelining_clients_and_term_at_a_random_moment(full: bool) -> None:
             assert sum(event["lines"] for event in closed) == sum(client.received.count(b"\n") for client in clients)
             assert sum(client.received.count(b"\n") for client in clients) > 0
 
-    _rounds(50 if full else 6, one_round)
+    _rounds(50 if full else 4, one_round)
 
 
 @pytest.mark.timeout(180)
