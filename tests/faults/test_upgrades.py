@@ -36,7 +36,7 @@ def test_50_streams_through_20_upgrades(report: Callable[[Figures], None]) -> No
 
 
 @pytest.mark.timeout(180)
-def test_an_upgrade_with_1_000_connections_that_are_owed_12_kb_each(
+def test_an_upgrade_with_12_kb_pending_on_each_of_1_000_connections(
     tmp_path: Path, report: Callable[[Figures], None]
 ) -> None:
     """The replies owed to each client cross byte-exact; memory and gap are reported."""

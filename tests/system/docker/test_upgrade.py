@@ -23,7 +23,7 @@ def upgrade(container: Container, verdict: str = "upgrade done") -> dict[str, An
     return found
 
 
-def test_10_upgrades_are_nothing_to_the_engine(start: Start, report: Report) -> None:
+def test_10_upgrades_go_unnoticed_by_the_engine(start: Start, report: Report) -> None:
     """In a confined container, upgrades cause no restart and no failed health check, and streams are byte-exact."""
     container = start(*CONFINED)
     container.wait_until(lambda: container.health == "healthy", "not healthy")

@@ -32,7 +32,7 @@ def another(machine: Machine) -> Iterator[Machine]:
 
 
 @pytest.mark.parametrize("with_socket", [True, False], ids=["with the socket unit", "without"])
-def test_10_upgrades_are_nothing_to_systemd(machine: Machine, report: Report, with_socket: bool) -> None:
+def test_10_upgrades_go_unnoticed_by_systemd(machine: Machine, report: Report, with_socket: bool) -> None:
     """Upgrades keep MainPID, connections and sockets, feed the watchdog, and leave reload and stop working."""
     machine.drop_in("echod.service", f"[Service]\nWatchdogSec={WATCHDOG_S}\n")
     machine.configure("[timeouts]\ndrain = 1\n")
