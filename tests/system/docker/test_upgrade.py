@@ -15,11 +15,11 @@ CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privil
 PACKAGE = "/opt/echod/lib/python3*/site-packages/echod"
 
 
-def upgrade(container: Container, verdict: str = "upgrade done") -> dict[str, Any]:
+def upgrade(container: Container, event: str = "upgrade done") -> dict[str, Any]:
     """Request an upgrade as an operator does, and return the event with its result."""
-    known = len(container.events(verdict))
+    known = len(container.events(event))
     container.kill("USR2")
-    found: dict[str, Any] = container.wait_until(lambda: container.events(verdict)[known:], f"no {verdict}")[0]
+    found: dict[str, Any] = container.wait_until(lambda: container.events(event)[known:], f"no {event}")[0]
     return found
 
 

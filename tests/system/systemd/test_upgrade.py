@@ -15,11 +15,11 @@ WATCHDOG_S = 3
 PACKAGE = "/usr/local/lib/echod/lib/python3*/site-packages/echod"
 
 
-def upgrade(machine: Machine, verdict: str = "upgrade done") -> dict[str, Any]:
+def upgrade(machine: Machine, event: str = "upgrade done") -> dict[str, Any]:
     """Request an upgrade as an operator does, and return the event with its result."""
     cursor = machine.cursor()
     machine("systemctl", "kill", "--signal=USR2", "--kill-whom=main", "echod")
-    found: dict[str, Any] = machine.wait_for(lambda: machine.events("echod", verdict, cursor), f"no {verdict}")[0]
+    found: dict[str, Any] = machine.wait_for(lambda: machine.events("echod", event, cursor), f"no {event}")[0]
     return found
 
 
