@@ -106,8 +106,9 @@ SIMILAR = ("import error", "killed", "no preflight")
 def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) -> None:
     """The old program serves on with nothing lost, and the log says why."""
     changes, complaint = BROKEN[name]
-    installed.add("hasty", {"upgrade.preflight": "PREFLIGHT_S = 1.0"})
-    installed.switch("hasty")
+    if complaint.startswith("no answer"):
+        installed.add("hasty", {"upgrade.preflight": "PREFLIGHT_S = 1.0"})
+        installed.switch("hasty")
     installed.add("two", changes)
     _is_refused(installed, complaint, lambda: installed.switch("two"))
 
@@ -165,7 +166,7 @@ def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], obj
     with installed.serving() as echod, connect(echod.port) as begun, connect(echod.port) as stuck:
         begun.sendall(b"begun ")
         send_until_stuck(stuck)
-        before = echod.stats()
+        before = _unchanging_stats(echod)
         break_it()
         refused = upgrade(echod, "upgrade refused")
         assert any(re.search(complaint, error) for error in refused["errors"]), refused
@@ -180,6 +181,14 @@ def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], obj
         assert set(read_to_end(stuck).split(b"\n")) <= {b"NO REPLY IS READ", b"NO REPLY IS", b"NO REPLY", b"NO", b""}
         echod.reload("reload applied")
         begun.close()
+
+
+def _unchanging_stats(echod: Daemon) -> Event:
+    """Return the statistics once echod has read and written all that it can: between two dumps the loop has a turn."""
+    previous, stats = echod.stats(), echod.stats()
+    while any(stats[key] != previous[key] for key in ("bytes_in", "bytes_out", "held_bytes")):
+        previous, stats = stats, echod.stats()
+    return stats
 
 
 # -- the configuration is read again -----------------------------------------------------------------------------------
