@@ -37,7 +37,7 @@ SECONDS = 0.25
 
 
 @pytest.mark.timeout(180)
-def test_a_line_costs_little(harness: Harness, report: Report, tmp_path: Path) -> None:
+def test_the_cost_of_a_line_is_bounded(harness: Harness, report: Report, tmp_path: Path) -> None:
     """Every feature on, a line costs little more CPU time than with a loop that does nothing else."""
     ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
     with ExitStack() as stack:

@@ -80,7 +80,7 @@ def test_it_counts_what_was_answered(harness: Harness, tmp_path: Path, workload:
     ],
     ids=["one letter", "more than that", "no reply", "half a reply"],
 )
-def test_it_notices(
+def test_a_wrong_server_is_noticed(
     harness: Harness, tmp_path: Path, answer: Callable[[socket.socket], object], complaint: str
 ) -> None:
     """The measurement of a server with wrong replies fails."""
@@ -91,7 +91,7 @@ def test_it_notices(
 
 
 @pytest.mark.parametrize("workload", [Workload("two", "", 2), replace(STEADY, connections=2)], ids=["blocks", "rate"])
-def test_it_misses_a_reply_among_many(harness: Harness, tmp_path: Path, workload: Workload) -> None:
+def test_one_missing_reply_among_many_is_noticed(harness: Harness, tmp_path: Path, workload: Workload) -> None:
     """A client that is never answered fails the measurement, although another one is answered."""
     with _answering(_answer_all) as port:  # one client after the other
         done = _run(harness, tmp_path, port, 1, workload)

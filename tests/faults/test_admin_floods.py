@@ -29,7 +29,9 @@ ASKING = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("name", "sent"), [("silent", b""), ("asking", ASKING)])
-def test_a_flood_of_the_endpoint(name: str, sent: bytes, report: Callable[[Figures], None]) -> None:
+def test_clients_are_served_during_a_flood_of_the_endpoint(
+    name: str, sent: bytes, report: Callable[[Figures], None]
+) -> None:
     """With a thousand connections a second, silent or asking, clients and health checks are served."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod:
         port = _admin_port(echod)
@@ -88,7 +90,7 @@ def test_the_endpoint_s_share_of_the_loop(kind: str, attackers: int, report: Cal
 
 
 @pytest.mark.parametrize("kind", ["scrapes", "says_nothing"])
-def test_one_address_shuts_nobody_else_out(kind: str) -> None:
+def test_a_greedy_address_does_not_lock_out_other_addresses(kind: str) -> None:
     """While one address opens 200 connections, each scrape from another address is answered."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod:
         port = _admin_port(echod)
@@ -102,7 +104,7 @@ def test_one_address_shuts_nobody_else_out(kind: str) -> None:
         assert set(answers) == {b"HTTP/1.1 200 "}
 
 
-def test_a_flood_over_tcp_leaves_the_unix_socket_alone(tmp_path: Path) -> None:
+def test_the_unix_socket_works_during_a_flood_over_tcp(tmp_path: Path) -> None:
     """While the endpoint is flooded over TCP, it works over the Unix socket."""
     runtime = {"RUNTIME_DIRECTORY": str(tmp_path)}
     with serving("--set", "admin.listen=127.0.0.1:0", environment=runtime) as echod:
@@ -120,7 +122,7 @@ def test_a_flood_over_tcp_leaves_the_unix_socket_alone(tmp_path: Path) -> None:
         assert echod.stats()["reloads"]["applied"] == 10
 
 
-def test_a_stop_amid_a_flood() -> None:
+def test_a_stop_during_a_flood_is_prompt() -> None:
     """Attackers of the endpoint do not delay a stop."""
     with serving("--set", "admin.listen=127.0.0.1:0") as echod, attack("streams_a_body", 50, _admin_port(echod)):
         wait_until_answered(_admin_port(echod))

@@ -119,7 +119,9 @@ class Operator:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("company", ["polite", "hostile"])
-def test_chaos(company: str, seed: str, tmp_path: Path, report: Callable[[Figures], None]) -> None:
+def test_random_operations_lose_no_reply(
+    company: str, seed: str, tmp_path: Path, report: Callable[[Figures], None]
+) -> None:
     """Under random reloads, signals and a stop, each client gets what it is owed, and every count is right."""
     is_polite = company == "polite"
     rules = Rules(LINE_BYTES, IDLE_S, SHORT_S, SHORT_S, REJECTIONS, may_refuse=True)

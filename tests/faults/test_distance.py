@@ -18,7 +18,7 @@ CAN_LAY_A_WIRE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and shutil
 
 @pytest.mark.skipif(not CAN_LAY_A_WIRE, reason="needs root, a TUN device, ip and unshare")
 @pytest.mark.parametrize("round_trip_s", [0.02, 0.1, 0.3])
-def test_a_stop_resets_nobody_far_away(round_trip_s: float, report: Callable[[Figures], None]) -> None:
+def test_a_stop_resets_no_client_behind_a_delay(round_trip_s: float, report: Callable[[Figures], None]) -> None:
     """A client whose handshake is in progress at the stop is served; later ones are refused; none is reset."""
     ended = subprocess.run(
         ["unshare", "--net", sys.executable, "-m", "tests.faults.distance", str(round_trip_s / 2)],

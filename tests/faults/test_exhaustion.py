@@ -36,9 +36,7 @@ BYSTANDER, CROWD = "127.0.0.1", "127.0.0.2"
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("relief", ["the limit is raised", "others leave"])
-def test_clients_for_whom_no_descriptor_is_left_wait_and_are_served_once_there_is(
-    relief: str, report: Callable[[Figures], None]
-) -> None:
+def test_clients_without_a_descriptor_wait_until_there_is_one(relief: str, report: Callable[[Figures], None]) -> None:
     """Without a descriptor, new clients wait, others are served, the loop does not spin, and echod recovers."""
     with serving() as echod, contextlib.ExitStack() as clients:
         others = _connected(clients, echod.port, WAITING)
@@ -101,7 +99,7 @@ def _starve(echod: Daemon, waiting: list[socket.socket], served: list[socket.soc
         ),
     ],
 )
-def test_each_of_2_000_clients_too_many_is_told_and_nobody_else_notices(
+def test_2_000_clients_over_the_limit_are_rejected_with_an_error(
     options: dict[str, int], source: str, reason: str, words: str, report: Callable[[Figures], None]
 ) -> None:
     """At the limit, new clients are rejected at once within the reserved descriptors; the others are served."""

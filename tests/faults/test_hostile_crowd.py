@@ -38,7 +38,7 @@ FLOOD_LIMIT = 1000
 
 
 @pytest.mark.timeout(120)
-def test_a_flood_of_6_000_connections_is_served_or_told_one_by_one(report: Callable[[Figures], None]) -> None:
+def test_a_flood_of_6_000_connections_is_served_or_rejected(report: Callable[[Figures], None]) -> None:
     """Of 6 000 connections at once a sixth is accepted and the rest rejected; none is reset or uncounted."""
     with serving(*settings(limits_connections=FLOOD_LIMIT)) as echod:
         before = acquainted(echod)
@@ -78,7 +78,7 @@ RESETS = 10_000
 
 
 @pytest.mark.timeout(120)
-def test_10_000_clients_that_reset_at_once_are_counted_and_forgotten(report: Callable[[Figures], None]) -> None:
+def test_10_000_clients_that_reset_at_once_are_counted_and_released(report: Callable[[Figures], None]) -> None:
     """Clients that reset before or after the accept, with a line or without, are all counted and released."""
     with serving() as echod:
         before = acquainted(echod)
@@ -103,7 +103,7 @@ TIMEOUT_S = 2.0
 
 
 @pytest.mark.timeout(120)
-def test_half_open_peers_are_gone_within_the_timeouts(report: Callable[[Figures], None]) -> None:
+def test_half_open_connections_end_within_the_timeouts(report: Callable[[Figures], None]) -> None:
     """Peers that vanish in any state or stay after the half-close are closed for the right reason in time."""
     with serving(*settings(timeouts_idle=TIMEOUT_S, timeouts_line=TIMEOUT_S, timeouts_write=TIMEOUT_S)) as echod:
         before = acquainted(echod)
@@ -164,7 +164,7 @@ LEAVING = 50
 
 
 @pytest.mark.timeout(120)
-def test_clients_that_close_while_they_are_written_to_leave_nothing(report: Callable[[Figures], None]) -> None:
+def test_clients_that_close_with_pending_replies_leak_nothing(report: Callable[[Figures], None]) -> None:
     """Clients that close with pending replies are noticed without reading, and their memory is freed."""
     with serving(*settings(timeouts_write=60)) as echod:
         before = acquainted(echod)
@@ -203,7 +203,7 @@ ENDLESS = 200
 
 
 @pytest.mark.timeout(120)
-def test_64_kib_lines_without_end_cost_what_the_limit_says(report: Callable[[Figures], None]) -> None:
+def test_unterminated_lines_of_64_kib_cost_what_the_limit_allows(report: Callable[[Figures], None]) -> None:
     """Lines of exactly the limit may wait; one byte more is an error; memory is the limit times the clients."""
     with serving() as echod:
         before = acquainted(echod)
@@ -232,7 +232,7 @@ NOISES = 400
 
 
 @pytest.mark.timeout(120)
-def test_binary_noise_gets_exactly_what_the_protocol_owes(seed: str, report: Callable[[Figures], None]) -> None:
+def test_binary_noise_is_answered_as_the_protocol_says(seed: str, report: Callable[[Figures], None]) -> None:
     """For any bytes in any chunks, the lines before the first invalid one are answered, then comes the error."""
     rng = random.Random(f"{seed}: noise")
     noises = [_noise(rng) for _ in range(NOISES)]
@@ -296,7 +296,7 @@ CHARACTERS = ("é", "ß", "ŉ", "€", "ΐ", "ﬃ", "😀", "𐐨")
 
 
 @pytest.mark.timeout(120)
-def test_utf_8_cut_anywhere_is_answered_or_told_by_its_bytes_alone(report: Callable[[Figures], None]) -> None:
+def test_utf_8_cut_anywhere_is_judged_by_its_bytes_alone(report: Callable[[Figures], None]) -> None:
     """Every prefix of a multi-byte character, in every two reads, is judged by its bytes alone."""
     texts = [
         b"whole\n" + b"pre" + character.encode()[:length] + end
@@ -328,7 +328,7 @@ CLIENTS_LIMIT = 90
 
 
 @pytest.mark.timeout(240)
-def test_an_hour_of_hostility_in_a_minute(
+def test_every_misbehaviour_at_once_leaves_others_unaffected(
     seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
     """With every misbehaviour at once, each client gets a correct prefix of what it was owed, and nothing leaks."""

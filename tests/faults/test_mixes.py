@@ -13,7 +13,7 @@ SECONDS = 5.0
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("number", range(1, 1 + ROUNDS))
-def test_whatever_attackers_do_at_once_others_are_served_in_time(
+def test_clients_are_served_in_time_during_mixed_attacks(
     number: int, seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
     """Clients, health checks, signals, the watchdog and a stop stay prompt, and memory stays bounded."""

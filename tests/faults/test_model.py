@@ -13,7 +13,7 @@ FULL_S = 60.0
 
 
 @pytest.mark.timeout(300)
-def test_a_daemon_does_what_the_model_of_it_does_in_any_order(
+def test_a_daemon_agrees_with_its_model_in_any_order_of_steps(
     seed: str, report: Callable[[Figures], None], request: pytest.FixtureRequest
 ) -> None:
     """After every step every reply and every count agrees with the model."""

@@ -33,7 +33,7 @@ STATES = {"01": "ESTABLISHED", "04": "FIN_WAIT1", "05": "FIN_WAIT2", "06": "TIME
 
 
 @pytest.mark.timeout(120)
-def test_a_port_is_bound_at_once_whatever_its_connections_were(report: Callable[[Figures], None]) -> None:
+def test_a_port_is_bound_at_once_after_a_kill_with_connections(report: Callable[[Figures], None]) -> None:
     """After kill -9 with partial lines, unread replies and closed clients, the next start is not delayed."""
     usual_s = [_start_s("127.0.0.1:0") for _ in range(STARTS)]
     port = free_port()

@@ -37,7 +37,7 @@ def _client(stack: contextlib.ExitStack, port: int, host: str, *, is_patient: bo
 
 
 @pytest.mark.timeout(120)
-def test_rejected_clients_that_never_leave_keep_nobody_out(report: Callable[[Figures], None]) -> None:
+def test_rejected_clients_that_never_leave_do_not_block_others(report: Callable[[Figures], None]) -> None:
     """While one address exceeds its limit and closes nothing, another address is served at once."""
     # Descriptors remain for 32 rejected clients at once.
     flags = settings(limits_connections=allowed_open_files() - RESERVED_FILES - 2, limits_connections_per_address=5)
@@ -65,7 +65,7 @@ def test_rejected_clients_that_never_leave_keep_nobody_out(report: Callable[[Fig
 
 
 @pytest.mark.timeout(120)
-def test_clients_that_hold_much_are_bounded_together(report: Callable[[Figures], None]) -> None:
+def test_memory_held_for_clients_is_bounded_in_total(report: Callable[[Figures], None]) -> None:
     """Clients that never read stay within limits.held_bytes together, and a bystander is served."""
     flags = settings(limits_held_bytes=HELD_BYTES, timeouts_write=60)
     with serving(*flags) as echod, contextlib.ExitStack() as clients:

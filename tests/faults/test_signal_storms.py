@@ -21,7 +21,7 @@ CLIENTS = 500
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("number", "event"), [(signal.SIGUSR1, "stats"), (signal.SIGHUP, "reload applied")])
-def test_a_storm_of_one_signal(
+def test_clients_are_served_during_a_storm_of_one_signal(
     number: signal.Signals, event: str, tmp_path: Path, report: Callable[[Figures], None]
 ) -> None:
     """Clients are served as before, no signal is queued twice, and the last one is handled."""
@@ -52,7 +52,7 @@ def test_a_storm_of_one_signal(
         it.assert_bystander_unaffected()
 
 
-def test_a_stop_is_followed_at_once_in_a_storm() -> None:
+def test_a_stop_is_handled_at_once_during_a_storm() -> None:
     """During a storm of USR1, TERM begins a drain within a second, and a second TERM ends it."""
     with serving() as echod, connect(echod.port) as client:
         client.sendall(b"half a line")

@@ -29,7 +29,7 @@ GROWING = "\u0390"
 
 
 @pytest.mark.timeout(120)
-def test_2_000_slow_lorises_are_gone_within_the_line_timeout(report: Callable[[Figures], None]) -> None:
+def test_2_000_slow_lorises_end_within_the_line_timeout(report: Callable[[Figures], None]) -> None:
     """2 000 clients that send a byte a second all get the error and are closed within the `line` timeout."""
     with serving(*settings(timeouts_line=LINE_S)) as echod:
         with scene("2 000 slow lorises", echod) as it:
@@ -72,7 +72,7 @@ async def _slow_loris(port: int, number: int) -> tuple[bytes, float]:
         pytest.param(GROWING * 32_767 + "\n", id="long lines that grow"),
     ],
 )
-def test_200_clients_that_never_read_are_cut_off_and_nobody_else_is_harmed(
+def test_200_clients_that_never_read_are_aborted_and_others_served(
     lines: str, request: pytest.FixtureRequest, report: Callable[[Figures], None]
 ) -> None:
     """200 clients that pipeline and never read are bounded in memory and aborted at the `write` timeout."""
@@ -131,7 +131,7 @@ async def _send_until_cut_off(port: int, lines: bytes, number: int) -> CutOff:
 
 
 @pytest.mark.timeout(120)
-def test_lines_cut_where_it_hurts_most_cost_no_more(report: Callable[[Figures], None]) -> None:
+def test_the_most_expensive_partial_lines_stay_within_the_bound(report: Callable[[Figures], None]) -> None:
     """200 clients with the most expensive combination of partial lines stay within the bound, repeatedly."""
     with serving() as echod:
         idle_bytes = _rss_bytes_once_read(echod)

@@ -157,7 +157,7 @@ def _unlogged(stats: Event, events: list[Event]) -> int:
 # -- the reader --------------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_stops_and_goes_on(config: Path, report: Report) -> None:
+def test_a_log_reader_that_pauses_loses_only_counted_events(config: Path, report: Report) -> None:
     """While the reader stands still for 10 000 connections, each event is logged later or counted as lost."""
     with reading(config) as (echod, reader, tally):
         with scene("log reader stops, goes on", echod) as it:
@@ -173,7 +173,7 @@ def test_a_reader_that_stops_and_goes_on(config: Path, report: Report) -> None:
     it.assert_bystander_unaffected()
 
 
-def test_a_log_turned_away_from_a_stuck_reader(config: Path, tmp_path: Path, report: Report) -> None:
+def test_a_reload_turns_the_log_away_from_a_stuck_reader(config: Path, tmp_path: Path, report: Report) -> None:
     """While the reader is stuck, a reload sends the log to a file; a stop does not wait for the reader."""
     log = tmp_path / "log"
     with reading(config) as (echod, reader, tally):
@@ -196,7 +196,7 @@ def test_a_log_turned_away_from_a_stuck_reader(config: Path, tmp_path: Path, rep
     it.assert_bystander_unaffected()
 
 
-def test_a_reader_that_is_killed(config: Path, tmp_path: Path, report: Report) -> None:
+def test_a_killed_log_reader_loses_only_what_it_held(config: Path, tmp_path: Path, report: Report) -> None:
     """When the stuck reader is killed, what it held is lost; every other event is logged or counted as lost."""
     log = tmp_path / "log"
     with reading(config) as (echod, reader, tally):
@@ -220,7 +220,7 @@ def test_a_reader_that_is_killed(config: Path, tmp_path: Path, report: Report) -
 
 
 @pytest.mark.parametrize("owed", [False, True])
-def test_a_stop_with_a_stuck_reader(owed: bool, config: Path, report: Report) -> None:
+def test_a_stop_with_a_stuck_log_reader_is_in_time(owed: bool, config: Path, report: Report) -> None:
     """With pipe and queue full, TERM drains in time, and the exit status tells whether a client was aborted."""
     with reading(config) as (echod, reader, tally), contextlib.ExitStack() as clients:
         with scene(f"log reader stuck, stop, {'one' if owed else 'nobody'} cut off", echod) as it:
@@ -288,7 +288,7 @@ def _fill(pipe: str) -> None:
 # -- the disk ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_that_takes_nothing(config: Path, report: Report) -> None:
+def test_a_log_on_a_full_device_is_counted_as_lost(config: Path, report: Report) -> None:
     """With `log.file` on /dev/full each event is counted as lost, until a reload names another file; a stop works."""
     with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS) as echod, visited(echod) as tally:
         with scene("log to /dev/full", echod) as it:
@@ -321,7 +321,7 @@ def _open_files(pid: int) -> set[str]:
     return names
 
 
-def test_a_disk_that_fills_up(disk: Path, config: Path, report: Report) -> None:
+def test_a_log_continues_after_a_full_disk(disk: Path, config: Path, report: Report) -> None:
     """While the disk is full events are counted as lost, and complete lines follow once there is room."""
     log, ballast = disk / "log", disk / "ballast"
     with serving("-l", "127.0.0.1:0", "-c", str(config), *OPTIONS) as echod, visited(echod) as tally:
@@ -351,7 +351,7 @@ def test_a_disk_that_fills_up(disk: Path, config: Path, report: Report) -> None:
 
 
 @pytest.mark.parametrize("what", ["vanished", "read-only"])
-def test_a_folder_that_can_t_be_reopened_in(what: str, config: Path, tmp_path: Path, report: Report) -> None:
+def test_a_log_that_can_t_be_reopened_is_kept_open(what: str, config: Path, tmp_path: Path, report: Report) -> None:
     """A reload that can't reopen the log is refused; the old file is used on, and no event is lost."""
     directory, old = tmp_path / "folder", tmp_path / "old"
     log = directory / "log"

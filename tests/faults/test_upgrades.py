@@ -27,16 +27,16 @@ def test_50_streams_through_20_upgrades(report: Callable[[Figures], None]) -> No
     """Every stream is byte-exact, the pid stays, no client is refused or reset; the waiting time is reported."""
     with serving(*settings(timeouts_write=60, timeouts_line=0)) as echod:
         with scene(f"{ROUNDS} upgrades, 50 streams", echod) as it:
-            verdicts = asyncio.run(stream_through_upgrades(echod, ROUNDS))
-        gaps = [verdict["gap_ms"] for verdict in verdicts]
+            results = asyncio.run(stream_through_upgrades(echod, ROUNDS))
+        gaps = [result["gap_ms"] for result in results]
         it.notes |= {"gap p50 ms": statistics.median(gaps), "gap p99 ms": max(gaps), "lost": 0}
         report(it.row())
-        assert {verdict["pid"] for verdict in verdicts} == {echod.pid}
+        assert {result["pid"] for result in results} == {echod.pid}
         assert settled(echod, 0)["upgrades"] == ROUNDS
 
 
 @pytest.mark.timeout(180)
-def test_an_upgrade_with_1_000_connections_that_are_owed_12_kb_each(
+def test_an_upgrade_with_12_kb_pending_on_each_of_1_000_connections(
     tmp_path: Path, report: Callable[[Figures], None]
 ) -> None:
     """The replies owed to each client cross byte-exact; memory and gap are reported."""

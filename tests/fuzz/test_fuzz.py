@@ -9,7 +9,7 @@ SECONDS = 2.0
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_seeds(name: str) -> None:
+def test_the_seeds_pass(name: str) -> None:
     """The seeds of a long run pass."""
     for seed in TARGETS[name].seeds:
         TARGETS[name].check(seed)

@@ -194,7 +194,7 @@ def test_the_endpoint_has_moved_but_the_daemon_is_still_at_its_runtime_directory
 # -- no answer ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("question", ["stats", "reload"])
+@pytest.mark.parametrize("question", ["stats", pytest.param("reload", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("arguments", "more", "words"),
     [

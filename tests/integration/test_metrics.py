@@ -35,8 +35,8 @@ def expected(stats: dict[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
     for kind in ("rejected", "closed"):
         for reason, count in stats["connections"][kind].items():
             yield (f"echod_connections_{kind}_total", reason), count
-    for verdict in ("applied", "refused"):
-        yield ("echod_reloads_total", verdict), stats["reloads"][verdict]
+    for result in ("applied", "refused"):
+        yield ("echod_reloads_total", result), stats["reloads"][result]
     yield ("echod_config_generation", ""), stats["config_generation"]
     yield ("echod_held_bytes", ""), stats["held_bytes"]
     yield ("echod_draining", ""), stats["state"] == "draining"

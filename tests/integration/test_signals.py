@@ -49,7 +49,7 @@ def _is_armed(pid: int) -> bool:
 
 def _moments(request: pytest.FixtureRequest) -> list[int]:
     """Every 5 ms of the first 400 ms with --full, else some of them, spread over the whole."""
-    return list(FIRST_MS if request.config.getoption("--full") else FIRST_MS[::13])
+    return list(FIRST_MS if request.config.getoption("--full") else FIRST_MS[::20])
 
 
 def _start_until(moment_ms: int) -> Daemon:

@@ -106,8 +106,9 @@ SIMILAR = ("import error", "killed", "no preflight")
 def test_a_broken_next_version_changes_nothing(installed: Installed, name: str) -> None:
     """The old program serves on with nothing lost, and the log says why."""
     changes, complaint = BROKEN[name]
-    installed.add("hasty", {"upgrade.preflight": "PREFLIGHT_S = 1.0"})
-    installed.switch("hasty")
+    if complaint.startswith("no answer"):
+        installed.add("hasty", {"upgrade.preflight": "PREFLIGHT_S = 1.0"})
+        installed.switch("hasty")
     installed.add("two", changes)
     _is_refused(installed, complaint, lambda: installed.switch("two"))
 
@@ -165,7 +166,7 @@ def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], obj
     with installed.serving() as echod, connect(echod.port) as begun, connect(echod.port) as stuck:
         begun.sendall(b"begun ")
         send_until_stuck(stuck)
-        before = echod.stats()
+        before = _unchanging_stats(echod)
         break_it()
         refused = upgrade(echod, "upgrade refused")
         assert any(re.search(complaint, error) for error in refused["errors"]), refused
@@ -180,6 +181,14 @@ def _is_refused(installed: Installed, complaint: str, break_it: Callable[[], obj
         assert set(read_to_end(stuck).split(b"\n")) <= {b"NO REPLY IS READ", b"NO REPLY IS", b"NO REPLY", b"NO", b""}
         echod.reload("reload applied")
         begun.close()
+
+
+def _unchanging_stats(echod: Daemon) -> Event:
+    """Return the statistics once echod has read and written all that it can: between two dumps the loop has a turn."""
+    previous, stats = echod.stats(), echod.stats()
+    while any(stats[key] != previous[key] for key in ("bytes_in", "bytes_out", "held_bytes")):
+        previous, stats = stats, echod.stats()
+    return stats
 
 
 # -- the configuration is read again -----------------------------------------------------------------------------------
@@ -418,7 +427,7 @@ REACTIONS = {
 @pytest.mark.parametrize(
     "order",
     [
-        pytest.param(order, id="-".join(n.name for n in order), marks=() if number % 4 == 0 else pytest.mark.full)
+        pytest.param(order, id="-".join(n.name for n in order), marks=() if number % 6 == 0 else pytest.mark.full)
         for number, order in enumerate(itertools.permutations(REACTIONS))
     ],
 )
@@ -513,7 +522,7 @@ def test_signals_are_handled_in_order(installed: Installed) -> None:
         assert events.index("reload started") < events.index("drain started")
 
 
-@pytest.mark.parametrize("wait_s", [0, 1])
+@pytest.mark.parametrize("wait_s", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_stop_is_bounded_although_the_next_program_hangs(installed: Installed, wait_s: float) -> None:
     """The next program passes the preflight and then hangs: a stop ends it in time, with exit status 3."""
     installed.add("slow", SLOW)

@@ -120,11 +120,11 @@ class Daemon:
         self.send(signal.SIGUSR1)
         return self.wait_for("stats", after=known)
 
-    def reload(self, verdict: str) -> Event:
+    def reload(self, event: str) -> Event:
         """Request a reload and return the event `reload applied` or `reload refused`."""
         known = len(self.events)
         self.send(signal.SIGHUP)
-        return self.wait_for(verdict, after=known)
+        return self.wait_for(event, after=known)
 
     def events_named(self, name: str) -> list[Event]:
         return [event for event in self.events if event["event"] == name]

@@ -13,11 +13,11 @@ from tests.support.clients import Tally, come_and_go, finished, pipeline
 from tests.support.daemon import DEADLINE_S, Daemon, Event
 
 
-def upgrade(echod: Daemon, verdict: str = "upgrade done") -> Event:
+def upgrade(echod: Daemon, event: str = "upgrade done") -> Event:
     """Request an upgrade and return the event with its result."""
     known = len(echod.events)
     echod.send(signal.SIGUSR2)
-    return echod.wait_for(verdict, after=known)
+    return echod.wait_for(event, after=known)
 
 
 def descriptors(echod: Daemon) -> int:
@@ -90,10 +90,10 @@ async def stream_through_upgrades(echod: Daemon, rounds: int) -> list[Event]:
     idle = [await _begin_line(port, b"") for _ in range(10)]
     await _until(lambda: echod.stats()["connections"]["open"] >= 50, "not all are accepted")
     before = await asyncio.to_thread(descriptors, echod)
-    verdicts = []
+    results = []
     async with passers_by(address, 3) as tally:
         for number in range(rounds):
-            verdicts.append(await asyncio.to_thread(upgrade, echod))
+            results.append(await asyncio.to_thread(upgrade, echod))
             for _, writer in begun:
                 writer.write(b"%d " % number)
     assert tally.served > rounds
@@ -114,7 +114,7 @@ async def stream_through_upgrades(echod: Daemon, rounds: int) -> list[Event]:
     for each in slow:
         each.check()
     assert tally.complaints == []
-    return verdicts
+    return results
 
 
 async def _until(look: Callable[[], bool], complaint: str) -> None:

@@ -15,7 +15,7 @@ LAME_DUCK_S = 3
 LAME_DUCK = settings(timeouts_lame_duck=LAME_DUCK_S)
 
 
-def test_the_configuration_of_the_page_is_sound(tmp_path: Path) -> None:
+def test_haproxy_accepts_the_documented_configuration(tmp_path: Path) -> None:
     """HAProxy accepts the configuration of the page without a warning."""
     file = tmp_path / "haproxy.cfg"
     file.write_text(fenced("/etc/haproxy/haproxy.cfg"))
@@ -32,7 +32,7 @@ def by_tcp_check(fleet: Fleet) -> str:
 @pytest.mark.parametrize(
     ("kind", "configuration", "code"), [("httpchk", Fleet.configuration, "503"), ("tcp-check", by_tcp_check, "")]
 )
-def test_a_check_of_readyz_knows_before_the_port_closes(
+def test_a_check_of_readyz_fails_before_the_port_closes(
     tmp_path: Path, report: Report, kind: str, configuration: Callable[[Fleet], str], code: str
 ) -> None:
     """A draining instance is marked down while it still accepts clients."""
@@ -47,7 +47,7 @@ def test_a_check_of_readyz_knows_before_the_port_closes(
     report(f"/readyz by {kind}, every 100 ms, fall 2: marked down", after_TERM=f"{down_ms} ms", lame_duck=LAME_DUCK_S)
 
 
-def test_a_check_of_the_data_port_knows_too_late(tmp_path: Path, report: Report) -> None:
+def test_a_check_of_the_data_port_fails_too_late(tmp_path: Path, report: Report) -> None:
     """A check of the data port fails only after the port has closed."""
     down_ms = []
     with balanced(tmp_path, *LAME_DUCK, configuration=Fleet.on_data_ports) as (fleet, haproxy):

@@ -29,7 +29,7 @@ def figures(load: Load, rounds: int) -> dict[str, object]:
     }
 
 
-def test_a_rolling_restart_fails_nobody(tmp_path: Path, report: Report) -> None:
+def test_a_rolling_restart_loses_no_client(tmp_path: Path, report: Report) -> None:
     """Every client is answered, although HAProxy retries nothing and every second client is silent at first."""
     with balanced(tmp_path) as (fleet, haproxy), coming(fleet.port) as load:
         for _ in range(ROUNDS):
@@ -40,7 +40,7 @@ def test_a_rolling_restart_fails_nobody(tmp_path: Path, report: Report) -> None:
     assert load.slowest_ms < 900  # no SYN was lost and retransmitted after a second
 
 
-def test_what_the_lame_duck_is_for(tmp_path: Path, report: Report) -> None:
+def test_without_a_lame_duck_some_clients_fail(tmp_path: Path, report: Report) -> None:
     """Without a lame duck some clients fail, but none gets a wrong reply."""
     with balanced(tmp_path, *settings(timeouts_lame_duck=0)) as (fleet, haproxy), coming(fleet.port) as load:
         for _ in range(ROUNDS_WITHOUT):

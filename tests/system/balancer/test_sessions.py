@@ -61,7 +61,7 @@ def test_a_pipelining_session_gets_every_reply_and_a_clean_end(tmp_path: Path, r
     assert (drained["clean"], drained["cut"]) == (len(ended), 0)
 
 
-def test_an_idle_session_sees_the_end_of_the_stream(tmp_path: Path) -> None:
+def test_an_idle_session_ends_cleanly_in_a_drain(tmp_path: Path) -> None:
     """An idle session ends without a reset or an extra byte, and the client can reconnect at once."""
     with balanced(tmp_path, *QUICK) as (fleet, haproxy), connect(fleet.port) as idle:
         assert ask(idle, b"hello\n") == b"HELLO\n"
@@ -76,7 +76,7 @@ def test_an_idle_session_sees_the_end_of_the_stream(tmp_path: Path) -> None:
         assert not complaints(haproxy)
 
 
-def test_a_half_close_passes_both_ways(tmp_path: Path) -> None:
+def test_a_half_close_passes_in_both_directions(tmp_path: Path) -> None:
     """After a client's half-close its last line is answered; after echod's, the client may still send."""
     with balanced(tmp_path) as (fleet, _):
         with connect(fleet.port) as client:

@@ -8,7 +8,7 @@ from tests.system.balancer.fleet import NAMES, balanced
 from tests.system.balancer.load import coming
 
 
-def test_an_upgrade_is_nothing_to_the_balancer(tmp_path: Path, report: Report) -> None:
+def test_an_upgrade_goes_unnoticed_by_the_balancer(tmp_path: Path, report: Report) -> None:
     """No client and no health check fails during an upgrade."""
     gaps_ms = []
     with balanced(tmp_path) as (fleet, haproxy), coming(fleet.port) as load:

@@ -168,7 +168,7 @@ def test_a_wheel_is_pure_where_the_fast_path_cannot_be_compiled(
     assert said.count("\n") == 1
 
 
-def test_missing_headers_are_a_reason(tmp_path: Path) -> None:
+def test_a_wheel_is_pure_without_the_headers(tmp_path: Path) -> None:
     """Debian's interpreter comes without headers; the reason names them."""
     command = (
         "import runpy, sysconfig; sysconfig.get_path = lambda name: '/nowhere'; "
@@ -187,7 +187,7 @@ def test_missing_headers_are_a_reason(tmp_path: Path) -> None:
 
 
 @needs_headers
-def test_a_strict_build_fails_instead(tmp_path: Path) -> None:
+def test_a_strict_build_fails_without_the_fast_path(tmp_path: Path) -> None:
     """The error has the compiler's messages; with ECHOD_FASTPATH=0 there is neither a fast path nor an error."""
     talkative = script(
         tmp_path / "cc", "#!/bin/sh\necho 'In file included from here' >&2; echo 'a.c:1: error: no' >&2; exit 2\n"
@@ -205,7 +205,7 @@ def test_a_strict_build_fails_instead(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["wheel", "sdist"])
-def test_what_was_compiled_in_place_is_never_packed(target: str, project: Path, tmp_path: Path) -> None:
+def test_a_file_compiled_in_place_is_never_packed(target: str, project: Path, tmp_path: Path) -> None:
     """A compiled file may be for another Python, so it is left out even without .gitignore."""
     (project / ".gitignore").unlink()
     (project / "echod/server" / EXTENSION).write_text("compiled in place")

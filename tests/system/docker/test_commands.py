@@ -27,7 +27,7 @@ from tests.system.docker.engine import Engine
         ((), ("--set", "limits.connections=0"), 78, "--set: limits.connections: "),
     ],
 )
-def test_a_command_and_its_exit_status(
+def test_docker_run_returns_the_exit_status(
     engine: Engine, image: str, *, options: tuple[str, ...], command: tuple[str, ...], status: int, words: str
 ) -> None:
     """`docker run` returns output and exit status unchanged."""
@@ -48,7 +48,7 @@ def test_config_prints_the_defaults(engine: Engine, image: str) -> None:
     assert engine("run", "--rm", image, "config") == toml.render(default, with_comments=True).strip()
 
 
-def test_a_mounted_file_says_where_to_listen(start: Start, open_path: Path) -> None:
+def test_a_mounted_file_sets_the_address(start: Start, open_path: Path) -> None:
     """A mounted file can set the address; the environment wins over it."""
     (open_path / "echod.toml").write_text('[[listen]]\naddress = "0.0.0.0:7777"\n')
     mounted = ("--volume", f"{open_path}:/etc/echod:ro", "--env", "ECHOD_CONFIG=/etc/echod/echod.toml")
@@ -70,7 +70,7 @@ NO_IPV6 = {
 }
 
 
-def test_all_addresses_are_those_that_there_can_be(start: Start, engine: Engine, image: str, tmp_path: Path) -> None:
+def test_without_ipv6_echod_listens_on_ipv4(start: Start, engine: Engine, image: str, tmp_path: Path) -> None:
     """Without IPv6 in the kernel echod listens on IPv4; an explicit IPv6 address is an error with the reason."""
     profile = tmp_path / "no-ipv6.json"
     profile.write_text(json.dumps(NO_IPV6))
@@ -81,7 +81,7 @@ def test_all_addresses_are_those_that_there_can_be(start: Start, engine: Engine,
     assert "[::]:8888: this kernel has no IPv6" in done.stderr
 
 
-def test_a_client_that_was_cut_off_shows_in_the_exit_status(start: Start, report: Report) -> None:
+def test_an_aborted_client_gives_exit_status_3(start: Start, report: Report) -> None:
     """An aborted client gives exit status 3, as without a container."""
     container = start("--env", "ECHOD_TIMEOUTS_DRAIN=1")
     with container.connect() as client:

@@ -49,7 +49,7 @@ def test_it_serves_a_thousand_clients_in_64_megabytes_as_any_user(start: Start, 
     )
 
 
-def test_it_can_do_nothing_but_answer(start: Start, engine: Engine, report: Report) -> None:
+def test_the_process_has_no_privileges(start: Start, engine: Engine, report: Report) -> None:
     """The process has no capability, no new privileges, a seccomp filter, and no writable file."""
     container = start(*CONFINED)
     script = f"""if 1:
@@ -66,7 +66,7 @@ def test_it_can_do_nothing_but_answer(start: Start, engine: Engine, report: Repo
     report("4 confined", user=10001, capabilities="none", new_privileges="none", seccomp="on", writable_folders="none")
 
 
-def test_the_limit_of_open_files_is_kept(engine: Engine, image: str) -> None:
+def test_the_limit_of_open_files_lowers_the_default(engine: Engine, image: str) -> None:
     """The default of connections is lowered to fit, with a warning; a value that was set is an error."""
     few = ("run", "--rm", "--ulimit", "nofile=1024:1024")
     done = engine.run(*few, image, "check")

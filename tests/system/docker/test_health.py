@@ -50,7 +50,7 @@ def test_it_is_unhealthy_when_the_loop_is_stuck(start: Start, report: Report) ->
     )
 
 
-def test_it_can_be_told_where_echod_listens(start: Start) -> None:
+def test_the_health_check_can_use_another_address(start: Start) -> None:
     """The health check can use another address, as docs/docker.md says."""
     there = ("--env", "ECHOD_LISTEN=0.0.0.0:7777", "--health-cmd", "echod ping -c 1 -W 1 127.0.0.1:7777")
     container = start(*there)

@@ -60,7 +60,7 @@ def steps(output: str) -> dict[str, bool]:
     return found
 
 
-def test_a_clean_clone_builds_and_a_change_of_the_source_installs_no_dependency_again(
+def test_a_second_build_installs_no_dependency_again(
     engine: Engine, image: str, tmp_path: Path, report: Report
 ) -> None:
     """A second build repeats only the steps that depend on the source; the image is small."""
@@ -89,7 +89,7 @@ def test_a_clean_clone_builds_and_a_change_of_the_source_installs_no_dependency_
     )
 
 
-def test_nothing_is_added_that_is_not_needed_to_run(engine: Engine, image: str, report: Report) -> None:
+def test_the_image_has_only_what_is_needed_to_run(engine: Engine, image: str, report: Report) -> None:
     """The image adds echod's environment and the bytecode of the standard library, and removes pip."""
     files = added(engine, image, len(layers(engine, image)))
     gone = [name for name in files if "/.wh." in name]
@@ -118,7 +118,7 @@ def test_the_fast_path_is_compiled_and_stripped(engine: Engine, image: str) -> N
     assert engine("run", "--rm", "--entrypoint", "python", image, "-c", look) == "True False"
 
 
-def test_no_start_compiles_anything(start: Start, engine: Engine, image: str) -> None:
+def test_every_module_has_bytecode(start: Start, engine: Engine, image: str) -> None:
     """Every module that any command of echod imports has bytecode."""
     is_told = ("--env", "PYTHONVERBOSE=1", "--env", "ECHOD_ADMIN_LISTEN=127.0.0.1:8889")
     serving = start(*is_told)
@@ -143,7 +143,7 @@ def test_no_start_compiles_anything(start: Start, engine: Engine, image: str) ->
     assert re.search(r"# code object from '\S*/echod/__pycache__/server\S*\.pyc'$", said, re.MULTILINE)
 
 
-def test_the_image_says_what_it_is(engine: Engine, image: str) -> None:
+def test_the_image_has_its_metadata(engine: Engine, image: str) -> None:
     """The image has labels, a numeric user other than root, and an entry point without a shell."""
     about = engine.inspect(image)["Config"]
     labels = {

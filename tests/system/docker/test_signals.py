@@ -68,7 +68,7 @@ def test_usr1_shows_the_statistics_in_the_log(start: Start, report: Report) -> N
     report("3 kill -s USR1", stats_in_docker_logs="yes", lines=stats["lines"], pid=stats["pid"])
 
 
-def test_signals_that_come_with_the_start_are_kept(start: Start, engine: Engine, image: str, report: Report) -> None:
+def test_signals_during_the_start_are_held(start: Start, engine: Engine, image: str, report: Report) -> None:
     """Signals sent as soon as the container runs are handled once echod serves."""
     containers = [engine.create(image) for _ in range(STARTS)]
     kept = 0

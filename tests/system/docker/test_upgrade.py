@@ -15,15 +15,15 @@ CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privil
 PACKAGE = "/opt/echod/lib/python3*/site-packages/echod"
 
 
-def upgrade(container: Container, verdict: str = "upgrade done") -> dict[str, Any]:
+def upgrade(container: Container, event: str = "upgrade done") -> dict[str, Any]:
     """Request an upgrade as an operator does, and return the event with its result."""
-    known = len(container.events(verdict))
+    known = len(container.events(event))
     container.kill("USR2")
-    found: dict[str, Any] = container.wait_until(lambda: container.events(verdict)[known:], f"no {verdict}")[0]
+    found: dict[str, Any] = container.wait_until(lambda: container.events(event)[known:], f"no {event}")[0]
     return found
 
 
-def test_10_upgrades_are_nothing_to_the_engine(start: Start, report: Report) -> None:
+def test_10_upgrades_go_unnoticed_by_the_engine(start: Start, report: Report) -> None:
     """In a confined container, upgrades cause no restart and no failed health check, and streams are byte-exact."""
     container = start(*CONFINED)
     container.wait_until(lambda: container.health == "healthy", "not healthy")

@@ -119,7 +119,7 @@ def test_the_fast_path_is_compiled_where_it_can_be(installation: Installation) -
     assert found.stdout == f"{bool(can_be)}\n", found.stderr
 
 
-def test_what_is_installed_believes_to_be_where_it_will_be(installation: Installation) -> None:
+def test_no_installed_file_contains_destdir(installation: Installation) -> None:
     """No file contains DESTDIR; scripts, links and bytecode name the final place."""
     for path in installation.root.rglob("*"):
         if path.is_file():
@@ -134,7 +134,7 @@ def test_what_is_installed_believes_to_be_where_it_will_be(installation: Install
         assert f"/opt/tools{str(source).partition('/opt/tools')[2]}".encode() in compiled.read_bytes()
 
 
-def test_everybody_may_read_what_is_installed(installation: Installation) -> None:
+def test_every_user_can_read_the_installation(installation: Installation) -> None:
     """Other users can read everything, whatever the umask of the installing user."""
     for name in tree(installation.root) - Installation.OTHERS:
         mode = (installation.root / name).lstat().st_mode
@@ -161,9 +161,7 @@ def test_the_units_name_the_place_where_the_program_is(installation: Installatio
     assert "ExecStart=/opt/tools/bin/echod serve -c /etc/echod/echod.toml\n" in service
 
 
-def test_a_second_install_keeps_the_configuration_and_so_does_uninstall_if_it_was_changed(
-    installation: Installation, tmp_path: Path
-) -> None:
+def test_install_and_uninstall_keep_a_changed_configuration(installation: Installation, tmp_path: Path) -> None:
     """A changed configuration is kept, and nothing else."""
     it = installation.copy(tmp_path / "root")
     assert it.config.read_text() == (PROJECT / "systemd/echod.toml").read_text()
@@ -194,7 +192,7 @@ def test_uninstall_removes_exactly_what_install_made(installation: Installation,
         (("PYTHON=no-such-python",), "no-such-python not found"),
     ],
 )
-def test_what_no_service_could_run_is_refused(arguments: tuple[str, ...], advice: str, tmp_path: Path) -> None:
+def test_a_place_that_no_service_can_use_is_refused(arguments: tuple[str, ...], advice: str, tmp_path: Path) -> None:
     """A prefix or a Python that a service can't use is refused with advice, and nothing is created."""
     done = make("install", f"DESTDIR={tmp_path}", f"PYTHON={system_python()}", *arguments, check=False)
     assert done.returncode != 0
@@ -255,7 +253,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         ),
     ],
 )
-def test_what_comes_after_an_installation(
+def test_the_next_steps_depend_on_the_running_units(
     tool: ModuleType,
     systemd: Callable[..., None],
     units: tuple[str, ...],
@@ -270,7 +268,7 @@ def test_what_comes_after_an_installation(
 
 
 @pytest.mark.parametrize(("destdir", "is_told"), [("", True), ("/pack", False)])
-def test_an_uninstall_tells_of_a_service_that_runs_still(
+def test_an_uninstall_names_a_running_service(
     tool: ModuleType,
     systemd: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -288,7 +286,7 @@ def test_an_uninstall_tells_of_a_service_that_runs_still(
     assert ("systemctl stop echod.service echod.socket" in capsys.readouterr().out) == is_told
 
 
-def test_without_systemd_nothing_runs(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_systemctl_no_unit_is_running(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without systemctl no unit is running."""
     monkeypatch.setenv("PATH", "/nowhere")
     assert tool.running_units() == []
@@ -307,7 +305,7 @@ def test_the_shipped_configuration_is_the_defaults_commented_out() -> None:
     assert shown.strip() == defaults.strip(), "keys have changed: run `make config`"
 
 
-def test_the_template_is_the_service_but_for_the_instance() -> None:
+def test_the_template_unit_equals_the_service() -> None:
     """The template unit has the same settings as the service."""
     service, template = (
         (PROJECT / f"systemd/{unit}").read_text().partition("[Unit]")[2].splitlines() for unit in UNITS[:2]

@@ -10,7 +10,7 @@ INSTANCES = ("echod@1", "echod@2", "echod@3")
 CLIENTS = 60
 
 
-def test_three_instances_share_the_port_and_one_can_go(machine: Machine, report: Report) -> None:
+def test_three_instances_share_a_port_and_one_can_stop(machine: Machine, report: Report) -> None:
     """Stopping one instance ends its clients at a line boundary, and none of the others'."""
     machine.configure(f"[[listen]]\naddress = '{ADDRESS}'\nreuse_port = true\n[timeouts]\ndrain = 2\n")
     machine("systemctl", "start", *INSTANCES)

@@ -22,7 +22,7 @@ def in_force(machine: Machine, line_bytes: int) -> bool:
     return bool(reply == f"ERROR line longer than {line_bytes} bytes\n")
 
 
-def test_20_good_reloads_are_in_force_when_they_return(machine: Machine, report: Report) -> None:
+def test_20_valid_reloads_are_in_force_when_they_return(machine: Machine, report: Report) -> None:
     """After each reload the next line meets the new limit; the process and its connections stay."""
     machine("systemctl", "start", "echod")
     before = machine.show("echod", "MainPID")
@@ -45,7 +45,7 @@ def test_20_good_reloads_are_in_force_when_they_return(machine: Machine, report:
     )
 
 
-def test_20_bad_reloads_fail_with_the_fault_and_change_nothing(machine: Machine, report: Report) -> None:
+def test_20_invalid_reloads_fail_and_change_nothing(machine: Machine, report: Report) -> None:
     """An invalid file or a port in use fails the reload, with the error in the status and nothing changed."""
     machine.configure(limited(99))
     machine("systemctl", "start", "echod")
@@ -79,7 +79,7 @@ def test_20_bad_reloads_fail_with_the_fault_and_change_nothing(machine: Machine,
     )
 
 
-def test_what_needs_a_restart_is_in_the_status_until_then(machine: Machine) -> None:
+def test_the_status_names_keys_that_need_a_restart(machine: Machine) -> None:
     """A reload that leaves a key to a restart succeeds, and the status names the key."""
     listen = f"[[listen]]\naddress = '{ADDRESS}'\n"
     machine.configure(listen)

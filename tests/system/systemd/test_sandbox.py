@@ -19,13 +19,13 @@ def exposure(machine: Machine, unit: str) -> float:
 
 
 @pytest.mark.parametrize("unit", ["echod.service", "echod@.service", "echod.socket"])
-def test_verify_has_nothing_to_say(machine: Machine, unit: str) -> None:
+def test_systemd_analyze_verify_prints_nothing(machine: Machine, unit: str) -> None:
     """`systemd-analyze verify` prints nothing, not even about unknown keys, for which it returns 0."""
     done = machine.run("systemd-analyze", "verify", unit.replace("@", "@1"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_exposure(machine: Machine, report: Report) -> None:
+def test_the_exposure_level_is_low(machine: Machine, report: Report) -> None:
     """The exposure level is 1.1 as shipped, and 0.9 with the address filter that the unit shows."""
     machine("systemctl", "start", "echod", "echod.socket", "--no-block")
     shipped = exposure(machine, "echod.service")
@@ -36,9 +36,7 @@ def test_exposure(machine: Machine, report: Report) -> None:
     report("6 systemd-analyze", exposure_as_shipped=shipped, with_the_address_filter=filtered)
 
 
-def test_from_inside_nothing_can_be_written_no_privilege_gained_no_packet_seen(
-    machine: Machine, report: Report
-) -> None:
+def test_the_sandbox_denies_files_privileges_and_packets(machine: Machine, report: Report) -> None:
     """Every attempt succeeds outside of the sandbox, and fails inside."""
     outside = json.loads(machine("python3", f"{THERE}/tests/system/systemd/probe.py"))["attempts"]
     assert set(outside.values()) == {"done"}, outside

@@ -17,7 +17,7 @@ def listening(machine: Machine, cursor: str) -> list[str]:
     return found
 
 
-def test_several_sockets_under_names_and_one_of_its_own(machine: Machine, report: Report) -> None:
+def test_several_named_sockets_and_one_bound_by_echod(machine: Machine, report: Report) -> None:
     """An entry takes the socket with its name or address, one more is bound, and the rest is served with defaults."""
     machine.write("/run/systemd/system/echod-other.socket", OTHER)
     machine.drop_in("echod.socket", "[Socket]\nListenStream=7777\n")
@@ -49,7 +49,7 @@ def test_the_documented_drop_in_allows_a_low_port_and_a_log_file(machine: Machin
     assert '"event":"ready"' in machine("cat", "/var/log/echod/echod.log")
 
 
-def test_a_service_that_cannot_start_is_not_started_for_ever_by_its_socket(machine: Machine, report: Report) -> None:
+def test_a_socket_does_not_start_a_failing_service_for_ever(machine: Machine, report: Report) -> None:
     """With an invalid configuration and a waiting client the starts end, and a manual start shows the error."""
     machine.drop_in("echod.service", "[Unit]\nStartLimitBurst=5\n")
     machine.configure("[limits]\nconnections = 0\n")

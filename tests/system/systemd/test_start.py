@@ -27,7 +27,7 @@ def test_start_returns_when_clients_are_served(machine: Machine, report: Report,
     )
 
 
-def test_start_fails_with_every_fault_of_the_configuration(machine: Machine, report: Report) -> None:
+def test_start_fails_with_every_configuration_error(machine: Machine, report: Report) -> None:
     """An invalid configuration is not retried; the status has the key and the value of each error."""
     machine.configure("[limits]\nconnections = 0\nline_byte = 5\n")
     assert machine.systemctl("start", "echod").returncode != 0
@@ -39,7 +39,7 @@ def test_start_fails_with_every_fault_of_the_configuration(machine: Machine, rep
     report("1 start, bad configuration", exit_status=78, faults_in_status="2 of 2", tried_again="no")
 
 
-def test_start_fails_with_the_port_that_is_taken_and_goes_on_trying(machine: Machine, report: Report) -> None:
+def test_start_names_a_port_in_use_and_is_retried(machine: Machine, report: Report) -> None:
     """The status names the port; once it is free, the service starts by itself."""
     with machine.load("hold", ADDRESS) as holder:
         assert holder.next() == "held"

@@ -15,11 +15,11 @@ WATCHDOG_S = 3
 PACKAGE = "/usr/local/lib/echod/lib/python3*/site-packages/echod"
 
 
-def upgrade(machine: Machine, verdict: str = "upgrade done") -> dict[str, Any]:
+def upgrade(machine: Machine, event: str = "upgrade done") -> dict[str, Any]:
     """Request an upgrade as an operator does, and return the event with its result."""
     cursor = machine.cursor()
     machine("systemctl", "kill", "--signal=USR2", "--kill-whom=main", "echod")
-    found: dict[str, Any] = machine.wait_for(lambda: machine.events("echod", verdict, cursor), f"no {verdict}")[0]
+    found: dict[str, Any] = machine.wait_for(lambda: machine.events("echod", event, cursor), f"no {event}")[0]
     return found
 
 
@@ -32,7 +32,7 @@ def another(machine: Machine) -> Iterator[Machine]:
 
 
 @pytest.mark.parametrize("with_socket", [True, False], ids=["with the socket unit", "without"])
-def test_10_upgrades_are_nothing_to_systemd(machine: Machine, report: Report, with_socket: bool) -> None:
+def test_10_upgrades_go_unnoticed_by_systemd(machine: Machine, report: Report, with_socket: bool) -> None:
     """Upgrades keep MainPID, connections and sockets, feed the watchdog, and leave reload and stop working."""
     machine.drop_in("echod.service", f"[Service]\nWatchdogSec={WATCHDOG_S}\n")
     machine.configure("[timeouts]\ndrain = 1\n")
