@@ -1,7 +1,7 @@
 """The phase that the daemon is in, from its start to its end.
 
 One `Life` per process holds it. Whatever behaves differently while echod stops reads it there; only `lifecycle.run`
-(and `service`, for the end) changes it.
+(and `service`, for the end) changes it. It is in this package because every layer above reads it.
 """
 
 from enum import IntEnum

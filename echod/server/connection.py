@@ -44,7 +44,8 @@ class State(Enum):
       └─── finish: timeout, error line, drain ─────────────┘  └── last one sent ──► LINGERING┘
                                                                   client's end of stream, or LINGER_S
 
-    A reset or an abort leads to CLOSED from every state.
+    A reset or an abort leads to CLOSED from every state. During a drain, the client's end of stream leads to LINGERING,
+    so that its kernel acknowledges every reply before the close.
     """
 
     OPEN = "reads and answers"
@@ -211,8 +212,8 @@ class Connection(HotPath):
     def _read(self) -> None:
         """Read once, and less if it continues a partial line.
 
-        The smaller read bounds what one client can make us hold: three times 64 KiB plus the smallest read, because
-        upper-casing can triple the size of UTF-8 text.
+        The smaller read bounds what one client can make us hold: about three times the line limit plus one read,
+        because upper-casing can triple the size of UTF-8 text. `memory` bounds all clients together.
         """
         partial_bytes = self.echo.partial_bytes
         room = _chunk[: max(CHUNK_BYTES - partial_bytes, MIN_CHUNK_BYTES)] if partial_bytes else _chunk

@@ -1,7 +1,7 @@
 """Runs the next program in a child process that shows whether it could take over.
 
-The child is bounded in time and in how much it may print. Its exit status and its output are all that counts: this
-module does not know what it checks.
+The child is bounded in time and in how much it may print. Its exit status and its output are all that counts; what
+it checks is in `service.preflight`.
 """
 
 import asyncio

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.scene import Figures
+from tests.faults.measurements import Figures
 from tests.support.report import ROWS, row
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tests.bench.peers import compiled
 from tests.bench.workloads import Workload
+from tests.faults.measurements import Usage, assert_adds_up
 from tests.faults.model import UnixConnection
-from tests.faults.scene import Usage, assert_adds_up
 from tests.support.daemon import DEADLINE_S, UNMEASURED, Daemon, Event, ask, connect, settled
 from tests.support.report import row
 from tests.support.streams import upgrade

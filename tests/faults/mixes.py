@@ -23,8 +23,8 @@ from pathlib import Path
 from echod.config.schema import Limits
 from tests.bench.harness import cores
 from tests.faults.attackers import IDLE_S, KINDS, LINE_S, VISITS, WRITE_S, Attack, Attackers, Target
-from tests.faults.scene import Usage
-from tests.faults.vigil import HELD_BYTES, POLL_S, WATCHDOG_S, Instant, Vigil, hurry
+from tests.faults.invariants import HELD_BYTES, POLL_S, WATCHDOG_S, Instant, InvariantMonitor, hurry
+from tests.faults.measurements import Usage
 from tests.support.daemon import UNMEASURED, Daemon, read_to_end
 from tests.support.report import row
 
@@ -139,17 +139,17 @@ def play(it: Round) -> Round:
         admin_port = int(echod.wait_for("admin endpoint")["listen"][0].rpartition(":")[2])
         port, proxy_port = echod.ports
         target = Target(echod.pid, port, proxy_port, admin_port)
-        vigil = Vigil(echod, notifications, str(directory / "admin"), target.port, admin_port)
-        vigil.begin()
+        monitor = InvariantMonitor(echod, notifications, str(directory / "admin"), target.port, admin_port)
+        monitor.begin()
         honest = playing.enter_context(Attackers(Attack("polite", 3, 0, it.name), target, core.load))
         attackers = [playing.enter_context(Attackers(attack, target, core.load)) for attack in it.attacks]
         for each in [honest, *attackers]:
             each.await_begin()
-        vigil.forget()
+        monitor.forget()
         usage, began_at = Usage.of(echod.pid), time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             echod.process.wait(it.seconds)
-        vigil.end()
+        monitor.end()
         spent, lasted_s = Usage.of(echod.pid), time.monotonic() - began_at
         it.starved_share = (spent.starved_s - usage.starved_s) / lasted_s
         everyone = [honest, *attackers]
@@ -160,20 +160,20 @@ def play(it: Round) -> Round:
             for complaint in each.end():
                 what = it.late if "TimeoutError" in complaint else it.findings
                 what.append(f"{each.attack.kind}: {complaint}")
-        vigil.check_log()
-        it.findings += vigil.findings
-        it.late += vigil.late
+        monitor.check_log()
+        it.findings += monitor.findings
+        it.late += monitor.late
     it.figures = {
-        "talks": len(vigil.talk.seconds),
-        "p50 ms": round(vigil.talk.share_s(0.5) * 1000, 1),
-        "p99": round(vigil.talk.share_s(0.99) * 1000, 1),
-        "max": round(vigil.talk.worst_s * 1000, 1),
-        "visit max": round(vigil.visit.worst_s * 1000, 1),
-        "health max": round(vigil.health.worst_s * 1000, 1),
-        "USR1 max": round(vigil.dump.worst_s * 1000, 1),
-        "HUP max": round(vigil.reload.worst_s * 1000, 1),
-        "beat gap s": round(vigil.fed.worst_s, 2),
-        "memory MB": f"+{vigil.growth_bytes / 1e6:.0f}",
+        "talks": len(monitor.talk.seconds),
+        "p50 ms": round(monitor.talk.share_s(0.5) * 1000, 1),
+        "p99": round(monitor.talk.share_s(0.99) * 1000, 1),
+        "max": round(monitor.talk.worst_s * 1000, 1),
+        "visit max": round(monitor.visit.worst_s * 1000, 1),
+        "health max": round(monitor.health.worst_s * 1000, 1),
+        "USR1 max": round(monitor.dump.worst_s * 1000, 1),
+        "HUP max": round(monitor.reload.worst_s * 1000, 1),
+        "beat gap s": round(monitor.fed.worst_s, 2),
+        "memory MB": f"+{monitor.growth_bytes / 1e6:.0f}",
         "CPU %": round(100 * (spent.cpu_s - usage.cpu_s) / lasted_s),
         "starved %": round(100 * it.starved_share),
         "stop s": round(stop_s, 2),

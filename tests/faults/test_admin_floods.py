@@ -12,7 +12,7 @@ import pytest
 
 from echod.admin.endpoint import EXCHANGES, IN_TURN
 from tests.faults.admin_attackers import attack
-from tests.faults.scene import STARVED, Figures, scene
+from tests.faults.measurements import STARVED, Figures, scene
 from tests.support.daemon import DEADLINE_S, Daemon, connect, serving
 
 FLOOD_S = 4.0

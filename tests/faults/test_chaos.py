@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.hostile import HOSTILE, POLITE, Behaviour, Crowd, Rules
-from tests.faults.scene import Figures, assert_adds_up, scene
+from tests.faults.measurements import Figures, assert_adds_up, scene
 from tests.support.clients import Pipeliner, pipeline
 from tests.support.daemon import DEADLINE_S, Daemon
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.endurance import run
-from tests.faults.scene import Figures
+from tests.faults.measurements import Figures
 
 SECONDS, RELOADS, UPGRADES = 15.0, 40, 5
 

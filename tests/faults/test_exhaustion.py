@@ -15,7 +15,7 @@ from statistics import median
 import pytest
 
 from echod.config.schema import RESERVED_FILES
-from tests.faults.scene import Figures, Usage, scene
+from tests.faults.measurements import Figures, Usage, scene
 from tests.support.daemon import DEADLINE_S, Daemon, ask, leave_descriptors, read_line, serving, settings, settled
 
 ESTABLISHED = 10

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.faults.hostile import GONE_WITH_A_RESET, IP_MINTTL, Client, Crowd, Rules
-from tests.faults.scene import Figures, acquainted, closed_since, left_alone, scene
+from tests.faults.measurements import Figures, acquainted, closed_since, left_alone, scene
 from tests.support.daemon import Daemon, ask, connect, read_to_end, serving, settings, settled
 from tests.support.reference import INVALID, reference
 

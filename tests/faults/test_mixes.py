@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.faults.measurements import Figures
 from tests.faults.mixes import drawn, play
-from tests.faults.scene import Figures
 
 ROUNDS = 2
 SECONDS = 5.0

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import hypothesis
 import pytest
 
+from tests.faults.measurements import Figures
 from tests.faults.model import STEPS, explore
-from tests.faults.scene import Figures
 
 SECONDS = 40.0
 FULL_S = 60.0

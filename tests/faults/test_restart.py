@@ -14,7 +14,7 @@ from statistics import median
 
 import pytest
 
-from tests.faults.scene import Figures
+from tests.faults.measurements import Figures
 from tests.support.clients import open_stream
 from tests.support.daemon import DEADLINE_S, UNMEASURED, Daemon, ask, connect, free_port, read_to_end, serving
 

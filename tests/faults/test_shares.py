@@ -10,7 +10,7 @@ import pytest
 
 from echod.config.schema import RESERVED_FILES
 from echod.process.limits import allowed_open_files
-from tests.faults.scene import Figures, scene
+from tests.faults.measurements import Figures, scene
 from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, serving, settings, settled
 
 GREEDY, MODEST = "127.0.0.2", "127.0.0.3"

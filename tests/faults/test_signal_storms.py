@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scene import Figures, scene
+from tests.faults.measurements import Figures, scene
 from tests.support.daemon import DEADLINE_S, ask, connect, serving
 
 STORM_S = 4.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.faults.scene import Figures, Usage, scene
+from tests.faults.measurements import Figures, Usage, scene
 from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, serving, settings, settled
 
 LORISES = 2000

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from echod.telemetry.log_writer import QUEUED_LINES
-from tests.faults.scene import Figures, scene
+from tests.faults.measurements import Figures, scene
 from tests.integration.test_admin_endpoint import get
 from tests.integration.test_admin_endpoint import reload as http_reload
 from tests.support.clients import Tally, come_and_go

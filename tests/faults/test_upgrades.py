@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scene import Figures, Usage, scene
+from tests.faults.measurements import Figures, Usage, scene
 from tests.support.daemon import DEADLINE_S, Daemon, read_to_end, serving, settings, settled
 from tests.support.streams import stream_through_upgrades, upgrade
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.distance import CLIENTS
-from tests.faults.scene import Figures
+from tests.faults.delayed_network import CLIENTS
+from tests.faults.measurements import Figures
 from tests.support.daemon import DEADLINE_S, UNMEASURED, clean_environment
 
 CAN_LAY_A_WIRE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and shutil.which("ip") and shutil.which("unshare")
@@ -21,7 +21,7 @@ CAN_LAY_A_WIRE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and shutil
 def test_a_stop_resets_no_client_behind_a_delay(round_trip_s: float, report: Callable[[Figures], None]) -> None:
     """A client whose handshake is in progress at the stop is served; later ones are refused; none is reset."""
     ended = subprocess.run(
-        ["unshare", "--net", sys.executable, "-m", "tests.faults.distance", str(round_trip_s / 2)],
+        ["unshare", "--net", sys.executable, "-m", "tests.faults.delayed_network", str(round_trip_s / 2)],
         capture_output=True,
         timeout=2 * DEADLINE_S,
         env=clean_environment() | UNMEASURED,

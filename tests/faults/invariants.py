@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.attackers import IP_BIND_ADDRESS_NO_PORT
-from tests.faults.scene import assert_adds_up
+from tests.faults.measurements import assert_adds_up
 from tests.support.daemon import Daemon
 
 FED_S = 2.0
@@ -64,7 +64,7 @@ class WrongError(Exception):
     """An answer was wrong."""
 
 
-class Vigil:
+class InvariantMonitor:
     """Checks a daemon from `begin` to `end`; `findings` lists what was wrong."""
 
     def __init__(self, echod: Daemon, notifications: socket.socket, admin: str, port: int, admin_port: int) -> None:
