@@ -65,8 +65,8 @@ def chosen(running: Interpreter, others: Sequence[Interpreter]) -> Interpreter:
 def others() -> Iterator[Interpreter]:
     """Find the interpreters that a user would name, the system's first."""
     names = ["python3", *(f"python3.{minor}" for minor in range(_NEWEST_MINOR, _OLDEST[1] - 1, -1))]
-    folders = ["/usr/bin", *os.get_exec_path()]
-    candidates = [shutil.which(name, path=directory) for directory in folders for name in names]
+    directories = ["/usr/bin", *os.get_exec_path()]
+    candidates = [shutil.which(name, path=directory) for directory in directories for name in names]
     for candidate in dict.fromkeys(filter(None, candidates)):
         if found := _ask(candidate):
             yield found

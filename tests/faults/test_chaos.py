@@ -41,7 +41,7 @@ FAULTS = {
     "listen 127.0.0.1:{taken}": "address already in use",
     "listen 192.0.2.1:9": "not an address of this machine",
     "listen unix:{directory}/in-the-way": "the file exists and is not a socket",
-    "log.file = '/no/such/folder/log'": "no such file or directory",
+    "log.file = '/no/such/directory/log'": "no such file or directory",
 }
 """Invalid configurations ("": the file is missing), and their errors."""
 

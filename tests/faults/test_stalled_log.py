@@ -223,7 +223,7 @@ def test_a_killed_log_reader_loses_only_what_it_held(config: Path, tmp_path: Pat
 def test_a_stop_with_a_stuck_log_reader_is_in_time(owed: bool, config: Path, report: Report) -> None:
     """With pipe and queue full, TERM drains in time, and the exit status tells whether a client was aborted."""
     with reading(config) as (echod, reader, tally), contextlib.ExitStack() as clients:
-        with scene(f"log reader stuck, stop, {'one' if owed else 'nobody'} cut off", echod) as it:
+        with scene(f"log reader stuck, stop, {'one' if owed else 'no'} client aborted", echod) as it:
             _stall(reader, tally)
         if owed:
             send_until_stuck(clients.enter_context(connect(echod.port, receive_buffer=4096)))
@@ -353,7 +353,7 @@ def test_a_log_continues_after_a_full_disk(disk: Path, config: Path, report: Rep
 @pytest.mark.parametrize("what", ["vanished", "read-only"])
 def test_a_log_that_can_t_be_reopened_is_kept_open(what: str, config: Path, tmp_path: Path, report: Report) -> None:
     """A reload that can't reopen the log is refused; the old file is used on, and no event is lost."""
-    directory, old = tmp_path / "folder", tmp_path / "old"
+    directory, old = tmp_path / "directory", tmp_path / "old"
     log = directory / "log"
     directory.mkdir()
     command = (*WITHOUT_PRIVILEGE, sys.executable, "-m", "echod")

@@ -1,6 +1,6 @@
 """Run each target under every fuzzer, for this many seconds in all, and print what was tried, reached and found.
 
-Inputs that reach new code, and findings, are kept in FOLDER, where the next run begins.
+Inputs that reach new code, and findings, are kept in DIRECTORY, where the next run begins.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from tests.fuzz.hunt import hunt
 from tests.fuzz.targets import TARGETS
 from tests.support.daemon import UNMEASURED
 
-FOLDER = ".fuzz"
+DIRECTORY = ".fuzz"
 
 FOUND = "FOUND, see above"
 
@@ -58,7 +58,7 @@ def _atheris(name: str, seconds: int) -> str:
         [
             *(sys.executable, "-m", "tests.fuzz.guided", name, corpus),
             *(f"-max_total_time={seconds}", f"-max_len={LONGEST_INPUT}", f"-dict={_dictionary(name)}"),
-            *(f"-artifact_prefix={FOLDER}/{name}-", "-timeout=10", "-print_final_stats=1"),
+            *(f"-artifact_prefix={DIRECTORY}/{name}-", "-timeout=10", "-print_final_stats=1"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -76,7 +76,7 @@ def _atheris(name: str, seconds: int) -> str:
 
 
 def _corpus(name: str) -> str:
-    directory = os.path.join(FOLDER, name)
+    directory = os.path.join(DIRECTORY, name)
     os.makedirs(directory, exist_ok=True)
     for number, seed in enumerate(TARGETS[name].seeds):
         with open(os.path.join(directory, f"seed-{number}"), "wb") as file:
@@ -85,7 +85,7 @@ def _corpus(name: str) -> str:
 
 
 def _dictionary(name: str) -> str:
-    path = os.path.join(FOLDER, f"{name}.dict")
+    path = os.path.join(DIRECTORY, f"{name}.dict")
     with open(path, "w") as file:
         for word in TARGETS[name].words:
             print('"', *(f"\\x{byte:02x}" for byte in word), '"', sep="", file=file)

@@ -126,13 +126,15 @@ def test_an_sdist_holds_the_source_and_builds_the_same_wheel_elsewhere(compiled:
     sdist, _ = build(tmp_path / "sdist", target="sdist")
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
-        archive.extractall(tmp_path / "a-folder", filter="data")
+        archive.extractall(tmp_path / "a-directory", filter="data")
     assert [name for name in names if name.startswith("echod/server/_fastpath")] == [
         "echod/server/_fastpath.pyi",
         "echod/server/_fastpath.pyx",
     ]
     assert "tools/build_fastpath.py" in names
-    there, _ = build(tmp_path / "there", tmp_path / "a-folder" / f"echod-{__version__}", more={"TMPDIR": str(tmp_path)})
+    there, _ = build(
+        tmp_path / "there", tmp_path / "a-directory" / f"echod-{__version__}", more={"TMPDIR": str(tmp_path)}
+    )
     assert there.name == compiled.name
     assert there.read_bytes() == compiled.read_bytes()
 

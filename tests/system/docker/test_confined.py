@@ -11,7 +11,7 @@ from tests.system.docker.engine import Container, Engine
 
 CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 CONNECTIONS = 1000
-FOLDERS = ("/", "/etc", "/opt/echod", "/run", "/tmp", "/usr/local/lib", "/var/tmp")
+DIRECTORIES = ("/", "/etc", "/opt/echod", "/run", "/tmp", "/usr/local/lib", "/var/tmp")
 
 
 async def _crowd(container: Container) -> tuple[int, int]:
@@ -55,7 +55,7 @@ def test_the_process_has_no_privileges(start: Start, engine: Engine, report: Rep
     script = f"""if 1:
         import json, os
         status = dict(line.split(":\\t") for line in open("/proc/1/status").read().splitlines() if ":\\t" in line)
-        print(json.dumps([status, [directory for directory in {FOLDERS} if os.access(directory, os.W_OK)]]))
+        print(json.dumps([status, [directory for directory in {DIRECTORIES} if os.access(directory, os.W_OK)]]))
     """
     status, writable = json.loads(engine("exec", container.name, "python", "-c", script))
     assert status["Uid"].split() == ["10001"] * 4

@@ -22,7 +22,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     python = machine("python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
     wheels = tmp_path_factory.mktemp("wheels")
     download_wheels(wheels, python)
-    machine.copy_folder(wheels, f"{THERE}-wheels")
+    machine.copy_directory(wheels, f"{THERE}-wheels")
     machine.copy_project()
     options = f"PIP_OPTIONS=--no-index --find-links {THERE}-wheels"
     machine("make", "-C", THERE, "install", options, deadline_s=300)

@@ -124,7 +124,7 @@ class Machine:
                 archive.add(PROJECT / part, part, filter=_unless_made)
         self("sh", "-c", f"rm -rf {THERE} && mkdir -p {THERE} && tar -C {THERE} -xf -", data=stream.getvalue())
 
-    def copy_folder(self, directory: Path, path: str) -> None:
+    def copy_directory(self, directory: Path, path: str) -> None:
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w") as archive:
             archive.add(directory, ".")

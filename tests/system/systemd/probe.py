@@ -43,7 +43,7 @@ WRITE_AND_EXECUTE = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 
 ATTEMPTS: dict[str, Callable[[], object]] = {
     **{f"write to {directory}": partial(_write, directory) for directory in ("/etc", "/usr/local", "/var/lib", "/dev")},
-    "write beside its own folder": lambda: _write("/run"),
+    "write beside its own directory": lambda: _write("/run"),
     "list /root": lambda: os.listdir("/root"),
     "read /etc/shadow": lambda: Path("/etc/shadow").read_bytes(),
     "see process 1": lambda: Path("/proc/1/stat").read_bytes(),
