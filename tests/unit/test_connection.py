@@ -351,6 +351,29 @@ def test_unanswered_lines_cross_an_upgrade() -> None:
         run(scenario(ours, client))
 
 
+def test_a_connection_that_was_ending_at_an_upgrade_ends_after_its_pending_replies() -> None:
+    """FLUSHING, LINGERING: input that follows is not answered, and the reason stays."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        past = ConnectionState(
+            descriptor=0,
+            family=socket.AF_UNIX,
+            peer=b"",
+            opened_at=0.0,
+            pending=b"OWED\n",
+            reason=CloseReason.IDLE.value,
+        )
+        connection = FakeOwner().open(ours, past=past)
+        client.send(b"too late\n")
+        assert await received(client, 100) == b"OWED\n"
+        assert (connection.state, connection.reason) == (State.LINGERING, CloseReason.IDLE)
+        assert connection.lines == 0
+        connection.close()
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
 def test_a_partial_line_that_crossed_an_upgrade_is_completed_by_the_next_program() -> None:
     """The fast path must not answer the rest of it on its own."""
 
@@ -664,6 +687,30 @@ def test_a_timeout_is_enforced_when_it_has_passed_and_not_before(
         run(scenario(ours, client))
 
 
+def test_a_client_that_accepts_none_of_its_replies_is_reset_when_the_write_timeout_has_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a reset, the kernel would keep trying to send what it holds."""
+    was_reset: list[int] = []
+    monkeypatch.setattr(sockets, "reset_on_close", was_reset.append)
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        client.send(b"a line\n")
+        await until(lambda: connection.pending)
+        limits = Timeouts(idle=0, line=0, write=1)
+        for now in (100.0, 100.9):
+            timeouts.enforce_timeouts(connection, now, limits)
+            assert connection.state is State.OPEN
+        timeouts.enforce_timeouts(connection, 101.0, limits)
+        assert (connection.state, connection.reason) == (State.CLOSED, CloseReason.WRITE_TIMEOUT)
+        assert was_reset == [connection.descriptor]
+
+    with pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
 def test_no_timeout_touches_the_descriptor_of_a_closed_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """The descriptor may already belong to another client, even if the closed one was owed replies."""
     was_reset: list[int] = []
@@ -790,6 +837,22 @@ def test_held_bytes_are_counted_until_they_are_released() -> None:
             run(scenario(ours, client))
 
 
+def test_held_bytes_are_counted_after_each_step_of_costly_input() -> None:
+    """Bytes that were answered are available to others before the whole chunk is."""
+
+    async def scenario(ours: socket.socket) -> None:
+        owner = FakeOwner()
+        connection = owner.open(ours)
+        connection._receive(b" \n" * SLICE_LINES * 4)
+        before = owner.memory.held_bytes
+        assert connection.take_step()
+        assert owner.memory.held_bytes == connection.held_bytes < before
+        connection.abort(CloseReason.CUT)
+
+    with pair() as (ours, _):
+        run(scenario(ours))
+
+
 def test_a_connection_lost_between_steps_holds_nothing() -> None:
     """Its bytes are released once, whatever was still unanswered."""
 
@@ -856,8 +919,9 @@ def test_over_the_limit_reads_are_small() -> None:
         run(scenario(ours, client))
 
 
-def test_a_client_that_waits_for_memory_has_a_line_timeout() -> None:
+def test_a_client_that_waits_for_memory_has_a_line_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise clients with partial lines and unread input could hold all memory forever."""
+    monkeypatch.setattr(sockets, "LINGER_S", 2 * DEADLINE_S)  # the input is read, so the linger is not waited for
 
     async def scenario(ours: socket.socket, client: socket.socket) -> None:
         owner = FakeOwner()
@@ -874,7 +938,9 @@ def test_a_client_that_waits_for_memory_has_a_line_timeout() -> None:
         owner.memory.retry()
         timeouts.enforce_timeouts(connection, start + 2, limits)
         assert connection.reason is CloseReason.LINE_TIMEOUT
-        connection.close()
+        assert await received(client, 100) == b"ERROR line not finished within 1 s\n"
+        client.shutdown(socket.SHUT_WR)
+        await until(lambda: owner.closed)
         assert owner.memory.held_bytes == 0
 
     with pair() as (ours, client):
