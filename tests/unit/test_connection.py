@@ -351,6 +351,47 @@ def test_unanswered_lines_cross_an_upgrade() -> None:
         run(scenario(ours, client))
 
 
+def test_a_connection_that_was_ending_at_an_upgrade_ends_after_its_pending_replies() -> None:
+    """FLUSHING, LINGERING: input that follows is not answered, and the reason stays."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        past = ConnectionState(
+            descriptor=0,
+            family=socket.AF_UNIX,
+            peer=b"",
+            opened_at=0.0,
+            pending=b"OWED\n",
+            reason=CloseReason.IDLE.value,
+        )
+        connection = FakeOwner().open(ours, past=past)
+        client.send(b"too late\n")
+        assert await received(client, 100) == b"OWED\n"
+        assert (connection.state, connection.reason) == (State.LINGERING, CloseReason.IDLE)
+        assert connection.lines == 0
+        connection.close()
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_a_partial_line_that_crossed_an_upgrade_is_completed_by_the_next_program() -> None:
+    """The fast path must not answer the rest of it on its own."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        past = ConnectionState(
+            descriptor=0, family=socket.AF_UNIX, peer=b"", opened_at=0.0, bytes_in=6, unanswered=b"begun "
+        )
+        connection = FakeOwner().open(ours, past=past)
+        assert not connection.is_hot
+        client.send(b"and ended\n")
+        assert await received(client, 16) == b"BEGUN AND ENDED\n"
+        assert connection.is_hot
+        connection.end_now()
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
 # -- states ------------------------------------------------------------------------------------------------------------
 
 
@@ -615,6 +656,163 @@ def test_replies_to_costly_input_count_for_the_write_timeout(monkeypatch: pytest
         run(scenario(ours, client))
 
 
+@pytest.mark.parametrize(
+    ("sent", "limits", "reason"),
+    [
+        (b"", Timeouts(idle=1, line=0, write=0), CloseReason.IDLE),
+        (b"begun", Timeouts(idle=0, line=1, write=0), CloseReason.LINE_TIMEOUT),
+        (b"", Timeouts(idle=0, line=0, write=0), None),
+        (b"begun", Timeouts(idle=1, line=0, write=0), None),
+    ],
+)
+def test_a_timeout_is_enforced_when_it_has_passed_and_not_before(
+    sent: bytes, limits: Timeouts, reason: CloseReason | None
+) -> None:
+    """A timeout of 0 never ends, and a partial line is not idle."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        owner = FakeOwner()
+        connection = owner.open(ours)
+        client.send(sent)
+        await until(lambda: connection.bytes_in == len(sent))
+        connection.activity.quiet_since = 100.0
+        for now in (100.0, 100.9):
+            timeouts.enforce_timeouts(connection, now, limits)
+            assert connection.reason is None
+        timeouts.enforce_timeouts(connection, 101.0, limits)
+        assert connection.reason is reason
+        connection.abort(CloseReason.CUT)
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+def test_a_client_that_accepts_none_of_its_replies_is_reset_when_the_write_timeout_has_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a reset, the kernel would keep trying to send what it holds."""
+    was_reset: list[int] = []
+    monkeypatch.setattr(sockets, "reset_on_close", was_reset.append)
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        client.send(b"a line\n")
+        await until(lambda: connection.pending)
+        limits = Timeouts(idle=0, line=0, write=1)
+        for now in (100.0, 100.9):
+            timeouts.enforce_timeouts(connection, now, limits)
+            assert connection.state is State.OPEN
+        timeouts.enforce_timeouts(connection, 101.0, limits)
+        assert (connection.state, connection.reason) == (State.CLOSED, CloseReason.WRITE_TIMEOUT)
+        assert was_reset == [connection.descriptor]
+
+    with pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
+def test_no_timeout_touches_the_descriptor_of_a_closed_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descriptor may already belong to another client, even if the closed one was owed replies."""
+    was_reset: list[int] = []
+    monkeypatch.setattr(sockets, "reset_on_close", was_reset.append)
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        client.send(b"a line\n")
+        await until(lambda: connection.pending)
+        limits = Timeouts(idle=0, line=0, write=1)
+        timeouts.enforce_timeouts(connection, 100.0, limits)
+        connection.abort(CloseReason.CUT)
+        timeouts.enforce_timeouts(connection, 200.0, limits)
+        assert not was_reset
+        assert connection.reason is CloseReason.CUT
+
+    with pair() as (ours, client):
+        fill(ours)
+        run(scenario(ours, client))
+
+
+# -- drain -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_draining_connection_is_finished_once_it_was_quiet_for_long_enough() -> None:
+    """The quiet time counts from the beginning of the drain."""
+
+    async def scenario(ours: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection.activity.quiet_since = 1.0
+        connection.start_draining(100.0)
+        for now in (100.0, 100.4):
+            timeouts.finish_if_quiet(connection, now, 0.5)
+            assert connection.state is State.OPEN
+        timeouts.finish_if_quiet(connection, 100.5, 0.5)
+        assert (connection.state, connection.reason) == (State.LINGERING, CloseReason.DRAINED)
+        connection.close()
+
+    with pair() as (ours, _):
+        run(scenario(ours))
+
+
+@pytest.mark.parametrize("work", ["partial line", "unaccepted reply", "unread input"])
+def test_a_draining_connection_with_work_left_is_not_finished(work: str) -> None:
+    """Each kind of work alone keeps the connection open, however long ago the last sample saw activity."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        client.send(b"begun" if work == "partial line" else b"a line\n")
+        if work != "unread input":
+            await until(lambda: connection.bytes_in)
+        if work == "unaccepted reply":
+            connection.sample(100.0)
+            assert connection.activity.owed_bytes
+        connection.start_draining(100.0)
+        timeouts.finish_if_quiet(connection, 200.0, 0.5)
+        assert connection.state is State.OPEN
+        connection.abort(CloseReason.CUT)
+
+    with pair() as (ours, client):
+        if work == "unaccepted reply":
+            fill(ours)
+        run(scenario(ours, client))
+
+
+def test_a_client_that_ended_its_stream_while_draining_is_closed_without_a_linger() -> None:
+    """LINGERING, CLOSED: it is closed as soon as its kernel has acknowledged every reply."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection.start_draining(100.0)
+        client.send(b"last")
+        client.shutdown(socket.SHUT_WR)
+        await until(lambda: connection.state is State.LINGERING)
+        assert await received(client, 100) == b"LAST\n"
+        timeouts.enforce_timeouts(connection, 100.0, Timeouts())
+        timeouts.finish_if_quiet(connection, 100.0, 0.5)
+        assert (connection.state, connection.reason) == (State.CLOSED, CloseReason.CLIENT)
+
+    with pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+@pytest.mark.parametrize(("sent", "reason"), [(b"begun", CloseReason.DRAINED), (b"a line\n", CloseReason.CUT)])
+def test_at_the_deadline_of_a_drain_only_replies_are_owed(sent: bytes, reason: CloseReason) -> None:
+    """A client with a partial line ends cleanly; a client with pending replies is aborted."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        client.send(sent)
+        await until(lambda: connection.held_bytes)
+        timeouts.end_at_line_boundary(connection)
+        assert connection.reason is reason
+        assert connection.state is (State.CLOSED if reason is CloseReason.CUT else State.LINGERING)
+        connection.close()
+
+    with pair() as (ours, client):
+        if reason is CloseReason.CUT:
+            fill(ours)
+        run(scenario(ours, client))
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -637,6 +835,22 @@ def test_held_bytes_are_counted_until_they_are_released() -> None:
         ours_too = ours.dup()
         with ours_too:
             run(scenario(ours, client))
+
+
+def test_held_bytes_are_counted_after_each_step_of_costly_input() -> None:
+    """Bytes that were answered are available to others before the whole chunk is."""
+
+    async def scenario(ours: socket.socket) -> None:
+        owner = FakeOwner()
+        connection = owner.open(ours)
+        connection._receive(b" \n" * SLICE_LINES * 4)
+        before = owner.memory.held_bytes
+        assert connection.take_step()
+        assert owner.memory.held_bytes == connection.held_bytes < before
+        connection.abort(CloseReason.CUT)
+
+    with pair() as (ours, _):
+        run(scenario(ours))
 
 
 def test_a_connection_lost_between_steps_holds_nothing() -> None:
@@ -705,8 +919,9 @@ def test_over_the_limit_reads_are_small() -> None:
         run(scenario(ours, client))
 
 
-def test_a_client_that_waits_for_memory_has_a_line_timeout() -> None:
+def test_a_client_that_waits_for_memory_has_a_line_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise clients with partial lines and unread input could hold all memory forever."""
+    monkeypatch.setattr(sockets, "LINGER_S", 2 * DEADLINE_S)  # the input is read, so the linger is not waited for
 
     async def scenario(ours: socket.socket, client: socket.socket) -> None:
         owner = FakeOwner()
@@ -723,7 +938,9 @@ def test_a_client_that_waits_for_memory_has_a_line_timeout() -> None:
         owner.memory.retry()
         timeouts.enforce_timeouts(connection, start + 2, limits)
         assert connection.reason is CloseReason.LINE_TIMEOUT
-        connection.close()
+        assert await received(client, 100) == b"ERROR line not finished within 1 s\n"
+        client.shutdown(socket.SHUT_WR)
+        await until(lambda: owner.closed)
         assert owner.memory.held_bytes == 0
 
     with pair() as (ours, client):
