@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
 
+import msgspec
 import structlog
 from msgspec import Struct
 
@@ -119,6 +120,7 @@ def serve(start: Start) -> int:
         with suppress(OSError):  # no /proc
             limits.rss_bytes()  # opens what it needs while there are free descriptors
         logs = Logs(first.config.log, first.log_descriptor)
+        first = msgspec.structs.replace(first, log_descriptor=None)  # from now on the log owns it
         process = ProcessState(
             pid=os.getpid(),
             version=__version__,

@@ -77,9 +77,11 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
         log=Log(**_section(values, "log")),
         admin=Admin(**_section(values, "admin")),
     )
-    _require_separate_admin(config, last.get("admin.listen"))
-    _require_memory_for_a_line(config.limits, last)
-    fitting, warnings = _fit(config, last.get("limits.connections"), open_files)
+    _check_admin(config, last.get("admin.listen"), errors)
+    _check_memory(config.limits, last.get("limits.held_bytes"), errors)
+    fitting, warnings = _fit(config, last.get("limits.connections"), open_files, errors)
+    if errors:
+        raise ConfigError(errors)
     warnings = (*warnings_of(environment), *warnings)
     return Loaded(fitting, warnings, is_listen_set="listen" in last and last["listen"].source != DEFAULT_LISTEN)
 
@@ -279,30 +281,29 @@ def _got(value: Any) -> str:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def _require_separate_admin(config: Config, setting: Setting | None) -> None:
-    """Raise ConfigError if the admin endpoint has an address that clients are served at."""
+def _check_admin(config: Config, setting: Setting | None, errors: list[str]) -> None:
+    """Add an error if the admin endpoint has an address that clients are served at, or that only `listen` may have."""
     if not setting or not setting.value:
         return
     admin = parse_address(setting.value)
     if isinstance(admin, SystemdAddress):
-        raise ConfigError([f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}"])
+        errors.append(f"{setting.source}: admin.listen: expected host:port or unix:/path{_got(setting.value)}")
+        return
     is_any_port = isinstance(admin, TcpAddress) and admin.port == 0
     clients = [str(identity(parse_address(entry.address))) for entry in config.listen]
     if not is_any_port and str(identity(admin)) in clients:
-        raise ConfigError(
-            [f"{setting.source}: admin.listen: clients are served at this address, choose another{_got(setting.value)}"]
-        )
+        wrong = "clients are served at this address, choose another"
+        errors.append(f"{setting.source}: admin.listen: {wrong}{_got(setting.value)}")
 
 
-def _require_memory_for_a_line(limits: Limits, last: Mapping[str, Setting]) -> None:
-    """Raise ConfigError if a single client could not complete the longest line within `limits.held_bytes`."""
-    if 0 < limits.held_bytes < limits.line_bytes:
-        source = last["limits.held_bytes"].source
-        message = f"expected 0 or at least limits.line_bytes, {limits.line_bytes}{_got(limits.held_bytes)}"
-        raise ConfigError([f"{source}: limits.held_bytes: {message}"])
+def _check_memory(limits: Limits, setting: Setting | None, errors: list[str]) -> None:
+    """Add an error if a single client could not complete the longest line within `limits.held_bytes`."""
+    if setting and 0 < limits.held_bytes < limits.line_bytes:
+        wrong = f"expected 0 or at least limits.line_bytes, {limits.line_bytes}"
+        errors.append(f"{setting.source}: limits.held_bytes: {wrong}{_got(limits.held_bytes)}")
 
 
-def _fit(config: Config, setting: Setting | None, open_files: int) -> tuple[Config, tuple[str, ...]]:
+def _fit(config: Config, setting: Setting | None, open_files: int, errors: list[str]) -> tuple[Config, tuple[str, ...]]:
     """Check that `limits.connections` fits under the limit of open files; lower the default if it does not."""
     fits = open_files - RESERVED_FILES - len(config.listen)
     wanted = config.limits.connections
@@ -316,7 +317,8 @@ def _fit(config: Config, setting: Setting | None, open_files: int) -> tuple[Conf
             if fits > 0
             else f"at least {RESERVED_FILES + len(config.listen) + 1} are needed: raise the hard limit"
         )
-        raise ConfigError([f"{source}: limits.connections: {reason}, {fit}{_got(wanted)}"])
+        errors.append(f"{source}: limits.connections: {reason}, {fit}{_got(wanted)}")
+        return config, ()
     lowered = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, connections=fits))
     return lowered, (f"limits.connections: {reason}, so the default of {wanted} is lowered to {fits}",)
 

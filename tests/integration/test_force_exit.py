@@ -1,6 +1,7 @@
 """The last resort of a stop: how long it may take in each phase, and what happens then."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -172,8 +173,8 @@ def _seconds_of_a_slow_stop(admin: Path) -> float:
                     _fill(Path(f"/proc/{echod.pid}/fd/2"))
                     began = time.monotonic()
                     echod.send(signal.SIGTERM)
-                    assert echod.process.wait(DEADLINE_S) == 0
-                    return time.monotonic() - began
+                    is_clean = echod.process.wait(DEADLINE_S) == 0  # on a busy machine the stop may be forced
+                    return time.monotonic() - began if is_clean else math.inf
             finally:
                 reader.kill()
 

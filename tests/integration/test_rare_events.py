@@ -1,6 +1,7 @@
 """Rare moments that once went wrong, or could: none of them may harm a client or mislead the operator."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -402,3 +403,12 @@ def test_a_start_that_can_t_listen_leaves_no_socket_file(tmp_path: Path) -> None
         assert any(f"listen: 0.0.0.0:{port}: address already in use" in line for line in echod.other_lines)
     assert not sock.exists()
     assert not admin.exists()
+
+
+def test_a_start_that_can_t_listen_is_in_the_log_file(tmp_path: Path) -> None:
+    """The log keeps its file until the process ends, although the generation that opened it is discarded."""
+    file, port = tmp_path / "log", free_port()
+    with Daemon("-l", f"127.0.0.1:{port}", "-l", f"0.0.0.0:{port}", "--set", f"log.file={file}") as echod:
+        assert echod.process.wait(DEADLINE_S) == 1
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(event["event"], event["exit_status"]) for event in events] == [("stopped", 1)]

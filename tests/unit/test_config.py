@@ -393,6 +393,16 @@ def test_not_toml(text: bytes, error: str, file: Path) -> None:
     assert "\n" not in found
 
 
+def test_errors_of_keys_that_do_not_fit_together_are_reported_at_once() -> None:
+    flags = (
+        flag("admin.listen", "127.0.0.1:8888"),
+        flag("limits.held_bytes", "1"),
+        flag("limits.connections", "1000"),
+    )
+    keys = [error.split(": ")[1] for error in errors_of(flags=flags, open_files=100)]
+    assert keys == ["admin.listen", "limits.held_bytes", "limits.connections"]
+
+
 def test_unreadable_file(tmp_path: Path) -> None:
     """A missing file or a directory is one error, reported together with those of the other sources."""
     assert errors_of(None, tmp_path / "no") == ["FILE: cannot be read: No such file or directory"]

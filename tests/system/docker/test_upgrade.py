@@ -60,7 +60,7 @@ def test_from_one_version_to_another(start: Start, engine: Engine) -> None:
     with container.connect() as begun:
         begun.sendall(b"begun")
         assert upgrade(container)["version"] == "2"
-        change("server", "def")
+        change("service", "def")
         refused = upgrade(container, "upgrade refused")
         assert "SyntaxError" in refused["errors"][0]
         begun.sendall(b", ended\n")

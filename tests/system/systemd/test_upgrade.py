@@ -83,7 +83,7 @@ def test_from_one_version_to_another(another: Machine) -> None:
         another("sh", "-c", f"echo '__version__ = \"2.0.0\"' >>$(echo {PACKAGE})/__init__.py")
         done = upgrade(another)
         assert (done["previous_version"], done["version"]) == (first, "2.0.0")
-        another("sh", "-c", f"echo 'def' >>$(echo {PACKAGE})/server.py")
+        another("sh", "-c", f"echo 'def' >>$(echo {PACKAGE})/service.py")
         refused = upgrade(another, "upgrade refused")
         assert "SyntaxError" in refused["errors"][0]
         begun.tell()
