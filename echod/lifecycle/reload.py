@@ -87,7 +87,9 @@ class Reloader:
         _resolve(self._waiting, DRAINING)
 
     async def _work(self) -> None:
-        while not self._runtime.life.is_leaving:
+        task = asyncio.current_task()
+        # `_apply` finishes although it is cancelled, by a stop or by the end of the event loop after a crash.
+        while not (self._runtime.life.is_leaving or (task and task.cancelling())):
             await self._wanted.wait()
             self._wanted.clear()
             waiting, self._waiting = self._waiting, []
@@ -137,7 +139,7 @@ class Reloader:
         self._stats.reload_error = ""
         for warning in generation.warnings:
             log.warning("configuration", warning=warning)
-        with suppress(asyncio.CancelledError):  # by a stop, which waits for retiring listeners itself
+        with suppress(asyncio.CancelledError):  # a stop waits for retiring listeners itself
             await asyncio.gather(self._server.retired(), self._admin_server.retired())
         addresses = self._server.addresses
         log.info("reload applied", changed=changed, restart_needed=self.restart_needed, listen=addresses)
