@@ -318,6 +318,39 @@ def test_a_connection_may_end_before_its_postponed_read() -> None:
         run(scenario([stack.enter_context(pair()) for _ in range(16)]))
 
 
+def test_costly_input_is_not_continued_while_replies_are_pending_or_after_the_end() -> None:
+    """Otherwise the scheduler would take the next step again and again."""
+
+    async def scenario(ours: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection._receive(b" \n" * SLICE_LINES * 4)
+        assert connection.take_step() is False
+        assert connection.pending
+        assert connection.echo.has_more
+        assert connection.take_step() is False
+        connection.abort(CloseReason.CUT)
+        assert connection.take_step() is False
+
+    with pair() as (ours, _):
+        fill(ours)
+        run(scenario(ours))
+
+
+@pytest.mark.parametrize("is_hot", [False, True])
+def test_a_wakeup_without_input_changes_nothing(is_hot: bool) -> None:
+    """Poll may report a descriptor that has nothing to read."""
+
+    async def scenario(ours: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection.is_hot = is_hot
+        connection()
+        assert (connection.state, connection.bytes_in) == (State.OPEN, 0)
+        connection.close()
+
+    with pair() as (ours, _):
+        run(scenario(ours))
+
+
 def test_unanswered_lines_cross_an_upgrade() -> None:
     """Costly input that was read but not answered is answered by the next program, in order."""
     text = "\n".join(f" ß{number} " for number in range(3_000)) + "\nand a partial"
@@ -409,6 +442,18 @@ def test_the_client_ends_its_stream_with_nothing_pending() -> None:
 
     with pair() as (ours, client):
         run(scenario(ours, client))
+
+
+def test_a_client_that_has_ended_its_stream_is_closed_at_once() -> None:
+    """There is nothing left to read, so the connection does not linger."""
+
+    async def scenario(ours: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection._receive_end()
+        assert connection.state is State.CLOSED
+
+    with pair() as (ours, _):
+        run(scenario(ours))
 
 
 def test_the_client_ends_its_stream_with_replies_pending() -> None:
@@ -786,6 +831,7 @@ def test_a_client_that_ended_its_stream_while_draining_is_closed_without_a_linge
         client.shutdown(socket.SHUT_WR)
         await until(lambda: connection.state is State.LINGERING)
         assert await received(client, 100) == b"LAST\n"
+        assert connection.state is State.LINGERING
         timeouts.enforce_timeouts(connection, 100.0, Timeouts())
         timeouts.finish_if_quiet(connection, 100.0, 0.5)
         assert (connection.state, connection.reason) == (State.CLOSED, CloseReason.CLIENT)
