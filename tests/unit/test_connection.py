@@ -502,8 +502,10 @@ def test_lingering_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def scenario(ours: socket.socket) -> None:
         owner = FakeOwner()
-        owner.open(ours).finish(CloseReason.DRAINED)
+        connection = owner.open(ours)
+        connection.finish(CloseReason.DRAINED)
         await until(lambda: owner.closed)
+        assert connection.unacknowledged_bytes == 0
 
     with pair() as (ours, _):
         run(scenario(ours))
@@ -544,6 +546,25 @@ def test_a_reset_is_noticed_even_right_after_input(sent: bytes) -> None:
         reset(client)
         await until(lambda: owner.closed)
         assert connection.reason is CloseReason.RESET
+
+    with tcp_pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+@pytest.mark.parametrize(("sent", "reason"), [(b"", CloseReason.CLIENT), (b"a line\n", CloseReason.RESET)])
+def test_a_health_check_of_a_balancer_may_end_with_a_reset(sent: bytes, reason: CloseReason) -> None:
+    """Its PROXY header names no client; it is a lost client only if it has sent a line."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        owner = FakeOwner()
+        connection = owner.open(ours)
+        connection.is_anonymous = True
+        if sent:
+            client.send(sent)
+            await until(lambda: connection.bytes_in)
+        reset(client)
+        await until(lambda: owner.closed)
+        assert connection.reason is reason
 
     with tcp_pair() as (ours, client):
         run(scenario(ours, client))
