@@ -318,6 +318,39 @@ def test_a_connection_may_end_before_its_postponed_read() -> None:
         run(scenario([stack.enter_context(pair()) for _ in range(16)]))
 
 
+def test_costly_input_is_not_continued_while_replies_are_pending_or_after_the_end() -> None:
+    """Otherwise the scheduler would take the next step again and again."""
+
+    async def scenario(ours: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection._receive(b" \n" * SLICE_LINES * 4)
+        assert connection.take_step() is False
+        assert connection.pending
+        assert connection.echo.has_more
+        assert connection.take_step() is False
+        connection.abort(CloseReason.CUT)
+        assert connection.take_step() is False
+
+    with pair() as (ours, _):
+        fill(ours)
+        run(scenario(ours))
+
+
+@pytest.mark.parametrize("is_hot", [False, True])
+def test_a_wakeup_without_input_changes_nothing(is_hot: bool) -> None:
+    """Poll may report a descriptor that has nothing to read."""
+
+    async def scenario(ours: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection.is_hot = is_hot
+        connection()
+        assert (connection.state, connection.bytes_in) == (State.OPEN, 0)
+        connection.close()
+
+    with pair() as (ours, _):
+        run(scenario(ours))
+
+
 def test_unanswered_lines_cross_an_upgrade() -> None:
     """Costly input that was read but not answered is answered by the next program, in order."""
     text = "\n".join(f" ß{number} " for number in range(3_000)) + "\nand a partial"
@@ -411,6 +444,18 @@ def test_the_client_ends_its_stream_with_nothing_pending() -> None:
         run(scenario(ours, client))
 
 
+def test_a_client_that_has_ended_its_stream_is_closed_at_once() -> None:
+    """There is nothing left to read, so the connection does not linger."""
+
+    async def scenario(ours: socket.socket) -> None:
+        connection = FakeOwner().open(ours)
+        connection._receive_end()
+        assert connection.state is State.CLOSED
+
+    with pair() as (ours, _):
+        run(scenario(ours))
+
+
 def test_the_client_ends_its_stream_with_replies_pending() -> None:
     """OPEN, FLUSHING, CLOSED: pending replies are sent first."""
 
@@ -457,8 +502,10 @@ def test_lingering_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def scenario(ours: socket.socket) -> None:
         owner = FakeOwner()
-        owner.open(ours).finish(CloseReason.DRAINED)
+        connection = owner.open(ours)
+        connection.finish(CloseReason.DRAINED)
         await until(lambda: owner.closed)
+        assert connection.unacknowledged_bytes == 0
 
     with pair() as (ours, _):
         run(scenario(ours))
@@ -499,6 +546,25 @@ def test_a_reset_is_noticed_even_right_after_input(sent: bytes) -> None:
         reset(client)
         await until(lambda: owner.closed)
         assert connection.reason is CloseReason.RESET
+
+    with tcp_pair() as (ours, client):
+        run(scenario(ours, client))
+
+
+@pytest.mark.parametrize(("sent", "reason"), [(b"", CloseReason.CLIENT), (b"a line\n", CloseReason.RESET)])
+def test_a_health_check_of_a_balancer_may_end_with_a_reset(sent: bytes, reason: CloseReason) -> None:
+    """Its PROXY header names no client; it is a lost client only if it has sent a line."""
+
+    async def scenario(ours: socket.socket, client: socket.socket) -> None:
+        owner = FakeOwner()
+        connection = owner.open(ours)
+        connection.is_anonymous = True
+        if sent:
+            client.send(sent)
+            await until(lambda: connection.bytes_in)
+        reset(client)
+        await until(lambda: owner.closed)
+        assert connection.reason is reason
 
     with tcp_pair() as (ours, client):
         run(scenario(ours, client))
@@ -786,6 +852,7 @@ def test_a_client_that_ended_its_stream_while_draining_is_closed_without_a_linge
         client.shutdown(socket.SHUT_WR)
         await until(lambda: connection.state is State.LINGERING)
         assert await received(client, 100) == b"LAST\n"
+        assert connection.state is State.LINGERING
         timeouts.enforce_timeouts(connection, 100.0, Timeouts())
         timeouts.finish_if_quiet(connection, 100.0, 0.5)
         assert (connection.state, connection.reason) == (State.CLOSED, CloseReason.CLIENT)
@@ -919,7 +986,8 @@ def test_over_the_limit_reads_are_small() -> None:
         run(scenario(ours, client))
 
 
-def test_a_client_that_waits_for_memory_has_a_line_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_retried", [False, True])
+def test_a_client_that_waits_for_memory_has_a_line_timeout(is_retried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise clients with partial lines and unread input could hold all memory forever."""
     monkeypatch.setattr(sockets, "LINGER_S", 2 * DEADLINE_S)  # the input is read, so the linger is not waited for
 
@@ -935,7 +1003,8 @@ def test_a_client_that_waits_for_memory_has_a_line_timeout(monkeypatch: pytest.M
         await until(lambda: owner.memory.waiting)
         start = owner.loop.time()
         timeouts.enforce_timeouts(connection, start, limits)
-        owner.memory.retry()
+        if is_retried:
+            owner.memory.retry()
         timeouts.enforce_timeouts(connection, start + 2, limits)
         assert connection.reason is CloseReason.LINE_TIMEOUT
         assert await received(client, 100) == b"ERROR line not finished within 1 s\n"
