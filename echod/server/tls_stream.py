@@ -1,0 +1,108 @@
+"""TLS on a connection's own non-blocking descriptor: the handshake, reads, writes and close_notify.
+
+It turns what OpenSSL reports into what a plain descriptor would: BlockingIOError if a call has to wait, 0 bytes at the
+end of the stream, and OSError if the connection is lost.
+"""
+
+import os
+import socket
+import ssl
+from contextlib import suppress
+
+RECORD_BYTES = 16_384
+"""The most bytes of one TLS record (RFC 8446, 5.1). Larger writes could not report how much of them was sent."""
+
+
+class HandshakeError(Exception):
+    """The client did not complete the handshake; the message is OpenSSL's reason in lower case."""
+
+
+class TlsStream:
+    """The TLS layer of one connection. The descriptor belongs to the caller: call `release` before it is closed."""
+
+    __slots__ = ("_is_discarding", "_socket", "wants_room")
+
+    def __init__(self, descriptor: int, context: ssl.SSLContext) -> None:
+        self._socket = context.wrap_socket(
+            socket.socket(fileno=descriptor),
+            server_side=True,
+            do_handshake_on_connect=False,
+            suppress_ragged_eofs=False,
+        )
+        self._is_discarding = False
+        self.wants_room = False
+        """Whether the last call that had to wait waits for room to send, and not for input."""
+
+    @property
+    def version(self) -> str:
+        """The negotiated version, such as TLSv1.3."""
+        return self._socket.version() or ""
+
+    @property
+    def subject(self) -> str:
+        """The common name, or else the first alternative name, of the client's verified certificate; "" without one."""
+        certificate = self._socket.getpeercert() or {}
+        names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]  # type: ignore[misc]
+        names += [value for _, value in certificate.get("subjectAltName", ())]
+        return str(names[0]) if names else ""
+
+    @property
+    def unread_bytes(self) -> int:
+        """Decrypted bytes that no read has returned yet; the descriptor does not become readable for them."""
+        return 0 if self._is_discarding else self._socket.pending()
+
+    def handshake(self) -> None:
+        """Go on with the handshake; raise BlockingIOError until it is complete, and HandshakeError if it fails."""
+        try:
+            self._socket.do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            self.wants_room = isinstance(error, ssl.SSLWantWriteError)
+            raise BlockingIOError from None
+        except ssl.SSLError as error:
+            raise HandshakeError((error.reason or str(error)).replace("_", " ").lower()) from error
+        except OSError as error:
+            raise HandshakeError((error.strerror or str(error)).lower()) from error
+
+    def read_into(self, room: memoryview) -> int:
+        """Read once and return how many bytes arrived; 0 after the client's close_notify.
+
+        A TCP end of stream without close_notify raises OSError, because the stream may have been cut short.
+        """
+        if self._is_discarding:
+            return os.readv(self._socket.fileno(), (room,))
+        try:
+            return self._socket.recv_into(room)
+        except ssl.SSLZeroReturnError:
+            return 0
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            self.wants_room = isinstance(error, ssl.SSLWantWriteError)
+            raise BlockingIOError from None
+
+    def write(self, data: bytes) -> int:
+        """Send what the kernel accepts, record by record, and return how many bytes that was."""
+        view, sent = memoryview(data), 0
+        while sent < len(data):
+            try:
+                sent += self._socket.send(view[sent : sent + RECORD_BYTES])
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                if not sent:
+                    raise BlockingIOError from None
+                break
+        return sent
+
+    def half_close(self) -> None:
+        """Send close_notify and end our side of the TCP stream; what arrives from now on may only be discarded."""
+        try:
+            self._socket.unwrap()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # the client's close_notify has not arrived yet
+            pass
+        except ssl.SSLError:  # input that nobody will read is in front of it
+            self._is_discarding = True
+        else:
+            self._is_discarding = True
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def release(self) -> None:
+        """Leave the descriptor to the caller."""
+        with suppress(OSError):
+            self._socket.detach()
