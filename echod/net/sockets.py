@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct
 
+from echod.net.access import AccessRules
+from echod.net.tls import Tls
+
 BACKLOG = 4096
 """Complete handshakes that may wait for an accept; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4."""
 
@@ -81,6 +84,11 @@ class ListenerSettings(Struct, frozen=True, omit_defaults=True):
     """Whether other processes of the same user may listen on the same port."""
     is_private: bool = False
     """Whether only our user and root may connect to the Unix socket."""
+    is_tls: bool = False
+    """Whether clients speak TLS; without `tls`, as on a predecessor's listener that retires, they are rejected."""
+    tls: Tls | None = None
+    access: AccessRules | None = None
+    """Which clients may connect; None admits all."""
 
 
 DEFAULT_SETTINGS = ListenerSettings()

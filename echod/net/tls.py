@@ -48,12 +48,13 @@ class TlsSettings(Struct, frozen=True, kw_only=True):
     minimum: Version = "1.2"
 
 
-class Tls(Struct, frozen=True):
-    """A context for new connections, and the end of its certificate in seconds since the epoch."""
+class Tls:
+    """A context for new connections, the end of its certificate in seconds since the epoch, and warnings."""
 
-    context: "ssl.SSLContext"
-    not_after: float
-    warnings: tuple[str, ...] = ()
+    def __init__(self, context: "ssl.SSLContext", not_after: float, warnings: tuple[str, ...]) -> None:
+        self.context = context
+        self.not_after = not_after
+        self.warnings = warnings
 
 
 def load(settings: TlsSettings) -> Tls:

@@ -11,6 +11,7 @@ import structlog
 
 from echod.config.schema import RESERVED_FILES, Limits
 from echod.server.connection import Connection
+from echod.server.rate_limit import RateLimit
 from echod.telemetry.reasons import RejectReason
 from echod.telemetry.stats import Stats
 
@@ -26,6 +27,9 @@ ERRORS = {
     RejectReason.LIMIT: "too many connections",
     RejectReason.ADDRESS: "too many connections from your address",
     RejectReason.PROXY: "",
+    RejectReason.DENIED: "",
+    RejectReason.RATE: "too many new connections from your address",
+    RejectReason.TLS: "",
 }
 """The error line for each rejected client; an empty one is not sent."""
 
@@ -46,6 +50,7 @@ class Admission:
         self._stats = stats
         self._open_files = open_files
         self._per_host: Counter[str | None] = Counter()
+        self._rate = RateLimit()
         self._logged = dict(stats.rejected)
         self._logged_at = float("-inf")
 
@@ -60,11 +65,13 @@ class Admission:
         return bool(self._rejected or self._others)
 
     def check(self, host: str | None, connections: int, limits: Limits) -> RejectReason | None:
-        """Return why one more client from `host` exceeds a limit, or None if it may be admitted."""
+        """Return why one more client from `host` exceeds a limit, or None if it may be admitted; call once per client."""
         if connections >= limits.connections:
             return RejectReason.LIMIT
         if host and 0 < limits.connections_per_address <= self._per_host[_address(host)]:
             return RejectReason.ADDRESS
+        if host and limits.connection_rate and not self._rate.admits(host, limits.connection_rate, time.monotonic()):
+            return RejectReason.RATE
         return None
 
     def admit(self, host: str | None) -> None:

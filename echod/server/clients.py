@@ -8,22 +8,27 @@ import asyncio
 import math
 import socket
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import structlog
 
 from echod.config.schema import Limits
 from echod.net.sockets import ListenerSettings, RawAddress, peer_name
 from echod.process.phase import Life
-from echod.server.admission import LOG_INTERVAL_S, Admission
+from echod.server.admission import LOG_INTERVAL_S, MIN_LINGERING, Admission
+from echod.server.arrival import Arrival
 from echod.server.connection import Connection
 from echod.server.memory import MemoryLimit
 from echod.server.parking import Parking
-from echod.server.proxy_handshake import ProxyHandshake, ProxyHandshakes
+from echod.server.proxy_handshake import ProxyHandshakes
 from echod.server.scheduler import Scheduler
 from echod.server.self_probe import SelfProbe
 from echod.server.state import ConnectionState
 from echod.telemetry.reasons import CloseReason, RejectReason
 from echod.telemetry.stats import Stats
+
+if TYPE_CHECKING:
+    from echod.server.tls_handshake import TlsHandshake
 
 log = structlog.get_logger()
 
@@ -45,6 +50,10 @@ class Clients:
         self.admission = Admission(stats, open_files)
         self.handshakes = ProxyHandshakes(self._on_header, self._on_bad_header)
         """The clients whose PROXY header is not complete yet; they hold a place but are not in the statistics."""
+        self.tls_handshakes: set[TlsHandshake] = set()
+        """The clients whose TLS handshake is not complete yet; they hold a place, too."""
+        self.handshake_s = 0.0
+        """How long a TLS handshake may take; 0 for no timeout."""
         self.self_probe = SelfProbe()
         self.emptied = asyncio.Event()
         """Set when the last connection has closed."""
@@ -57,8 +66,8 @@ class Clients:
     # -- queries ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How many places are in use, including clients that may still be rejected after their PROXY header."""
-        return len(self.served) + len(self.handshakes)
+        """How many places are in use, including clients whose PROXY header or TLS handshake is not complete yet."""
+        return len(self.served) + len(self.handshakes) + len(self.tls_handshakes)
 
     @property
     def has_any(self) -> bool:
@@ -74,25 +83,24 @@ class Clients:
 
     def accept(self, descriptor: int, peer: RawAddress, settings: ListenerSettings) -> None:
         """Serve an accepted client, once its PROXY header is read if it sends one; reject it if a limit is reached."""
-        is_unix = not isinstance(peer, tuple)
+        arrival = Arrival(descriptor, peer, not isinstance(peer, tuple), settings)
         if self.self_probe.is_self_probe(peer):  # by its socket address: a PROXY header could lie
-            connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=False)
+            connection = self._connection(arrival, is_counted=False)
             self.admission.keep(connection)
             connection.open()
         elif not settings.proxy_protocol:
-            self._admit(descriptor, peer, is_unix=is_unix)
+            self._on_identified(arrival)
         elif reason := self.admission.check(None, len(self), self.limits):
-            self._reject(descriptor, peer, reason, is_unix=is_unix)
+            self._reject(arrival, reason)
         else:
-            self.handshakes.begin(descriptor, peer, self.loop.time())
+            self.handshakes.begin(arrival, self.loop.time())
 
-    def adopt(self, descriptor: int, peer: RawAddress, saved: ConnectionState) -> None:
+    def adopt(self, arrival: Arrival, saved: ConnectionState) -> None:
         """Continue to serve a client of the predecessor, regardless of limits; it is in the statistics already."""
         if saved.proxy_header is not None:
-            self.handshakes.begin(descriptor, peer, saved.opened_at, saved.proxy_header)
+            self.handshakes.begin(arrival, saved.opened_at, saved.proxy_header)
             return
-        is_unix = saved.family == socket.AF_UNIX
-        connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=saved.is_counted)
+        connection = self._connection(arrival, is_counted=saved.is_counted)
         connection.restore(saved)
         if saved.is_counted:
             self._serve(connection)
@@ -100,13 +108,43 @@ class Clients:
             self.admission.keep(connection)
         connection.open()
 
-    def _admit(self, descriptor: int, peer: RawAddress, *, is_unix: bool, is_anonymous: bool = False) -> None:
-        host = peer[0] if isinstance(peer, tuple) else None
-        if reason := self.admission.check(host, len(self), self.limits):
-            self._reject(descriptor, peer, reason, is_unix=is_unix)
+    def _on_identified(self, arrival: Arrival) -> None:
+        """Admit a client whose address is known, if the listener lets it connect, after its TLS handshake if any."""
+        settings = arrival.settings
+        if settings.access and arrival.host and not settings.access.admits(arrival.host):
+            self._reject(arrival, RejectReason.DENIED)
+        elif settings.is_tls:
+            self._begin_tls(arrival)
+        else:
+            self._admit(arrival)
+
+    def _begin_tls(self, arrival: Arrival) -> None:
+        from echod.server.tls_handshake import TlsHandshake  # imports ssl (10 ms), for listeners with TLS only
+
+        if not arrival.settings.tls or len(self) >= self.limits.connections + MIN_LINGERING:
+            self._reject(arrival, RejectReason.LIMIT if arrival.settings.tls else RejectReason.TLS)
             return
-        connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=True)
-        connection.is_anonymous = is_anonymous
+        handshake = TlsHandshake(arrival, self.scheduler, self.handshake_s, self._on_tls)
+        self.tls_handshakes.add(handshake)
+
+    def _on_tls(self, handshake: "TlsHandshake", why: str) -> None:
+        self.tls_handshakes.discard(handshake)
+        arrival, stream = handshake.arrival, handshake.stream
+        self._stats.count_handshake(stream.version if not why else "", is_successful=not why)
+        if why:
+            log.debug("TLS handshake failed", peer=_name(arrival), why=why)
+            stream.release()
+            self._reject(arrival, RejectReason.TLS)
+        else:
+            arrival.stream = stream
+            self._admit(arrival)
+
+    def _admit(self, arrival: Arrival) -> None:
+        if reason := self.admission.check(arrival.host, len(self), self.limits):
+            self._reject(arrival, reason)
+            return
+        connection = self._connection(arrival, is_counted=True)
+        connection.is_anonymous = arrival.is_anonymous
         self._serve(connection)
         self._stats.accepted += 1
         if self._life.is_draining:
@@ -118,22 +156,25 @@ class Clients:
         self.active.add(connection)
         self.admission.admit(connection.host)
 
-    def _on_header(self, handshake: ProxyHandshake, descriptor: int, source: RawAddress | None) -> None:
-        peer = handshake.peer if source is None else source
-        self._admit(descriptor, peer, is_unix=handshake.is_unix, is_anonymous=source is None)
+    def _on_header(self, arrival: Arrival, source: RawAddress | None) -> None:
+        arrival.is_anonymous = source is None
+        arrival.peer = arrival.peer if source is None else source
+        self._on_identified(arrival)
 
-    def _on_bad_header(self, handshake: ProxyHandshake, descriptor: int, why: str) -> None:
-        family = socket.AF_UNIX if handshake.is_unix else socket.AF_INET
-        log.debug("no PROXY header", peer=peer_name(family, handshake.peer), why=why)
-        self._reject(descriptor, handshake.peer, RejectReason.PROXY, is_unix=handshake.is_unix)
+    def _on_bad_header(self, arrival: Arrival, why: str) -> None:
+        log.debug("no PROXY header", peer=_name(arrival), why=why)
+        self._reject(arrival, RejectReason.PROXY)
 
-    def _reject(self, descriptor: int, peer: RawAddress, reason: RejectReason, *, is_unix: bool) -> None:
-        connection = self._connection(descriptor, peer, is_unix=is_unix, is_counted=False)
-        self.admission.reject(connection, reason, self.limits)
+    def _reject(self, arrival: Arrival, reason: RejectReason) -> None:
+        self.admission.reject(self._connection(arrival, is_counted=False), reason, self.limits)
 
-    def _connection(self, descriptor: int, peer: RawAddress, *, is_unix: bool, is_counted: bool) -> Connection:
-        now = self.loop.time()
-        return Connection(self, descriptor, peer, self.limits.line_bytes, now, is_unix=is_unix, is_counted=is_counted)
+    def _connection(self, arrival: Arrival, *, is_counted: bool) -> Connection:
+        arguments = (self, arrival.descriptor, arrival.peer, self.limits.line_bytes, self.loop.time())
+        if arrival.stream is None:
+            return Connection(*arguments, is_unix=arrival.is_unix, is_counted=is_counted)
+        from echod.server.tls_connection import TlsConnection
+
+        return TlsConnection(*arguments, stream=arrival.stream, is_unix=arrival.is_unix, is_counted=is_counted)
 
     # -- timeouts and drain ----------------------------------------------------------------------------------------
 
@@ -223,6 +264,7 @@ class Clients:
             bytes_in=connection.bytes_in,
             bytes_out=connection.bytes_out,
             duration_s=round(self.loop.time() - connection.opened_at, 6),
+            **connection.log_fields,
         )
 
     # -- live upgrade ----------------------------------------------------------------------------------------------
@@ -231,3 +273,7 @@ class Clients:
         """Yield each connection, and whether it is served (True) or uncounted (False)."""
         yield from ((connection, True) for connection in self.served)
         yield from ((connection, False) for connection in self.admission.uncounted)
+
+
+def _name(arrival: Arrival) -> str:
+    return peer_name(socket.AF_UNIX if arrival.is_unix else socket.AF_INET, arrival.peer)

@@ -10,9 +10,10 @@ it reports the end of a connection through `Owner.on_closed`.
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from echod.net import sockets
 from echod.protocol.echo import Echo, error_line
@@ -165,6 +166,11 @@ class Connection(HotPath):
         return bytes(self._pending)
 
     @property
+    def log_fields(self) -> dict[str, str]:
+        """What the log says about this kind of connection beyond the common fields, when it closes."""
+        return {}
+
+    @property
     def held_bytes(self) -> int:
         """Memory held for this client: unanswered input and pending replies."""
         return self.echo.held_bytes + len(self._pending)
@@ -225,7 +231,7 @@ class Connection(HotPath):
                 self._watch()
                 return
         try:
-            received = os.readv(self.descriptor, (room,))
+            received = self._read_into(room)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -288,7 +294,7 @@ class Connection(HotPath):
         """Send replies and keep what the kernel does not accept; no reply may be pending."""
         self.bytes_out += len(replies)
         try:
-            sent = os.write(self.descriptor, replies)
+            sent = self._write(self.descriptor, replies)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
@@ -306,7 +312,7 @@ class Connection(HotPath):
 
     def _on_writable(self) -> None:
         try:
-            sent = os.write(self.descriptor, self._pending)
+            sent = self._write(self.descriptor, self._pending)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -323,6 +329,14 @@ class Connection(HotPath):
             self._owner.scheduler.add(self)
         self._watch()
         self._check_hot()
+
+    _write: ClassVar[Callable[[int, bytes | bytearray], int]] = os.write  # a built-in function is no method
+
+    def _read_into(self, room: memoryview) -> int:
+        return os.readv(self.descriptor, (room,))
+
+    def _half_close(self) -> None:
+        sockets.half_close(self.descriptor)
 
     # -- event loop ------------------------------------------------------------------------------------------------
 
@@ -479,7 +493,7 @@ class Connection(HotPath):
             self.close()
             return
         try:
-            sockets.half_close(self.descriptor)
+            self._half_close()
         except OSError as error:
             self._lose(error.errno or 0)
             return

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from echod.net.sockets import RawAddress
 from echod.protocol import proxy_header
 from echod.protocol.proxy_header import ProxyError
+from echod.server.arrival import Arrival
 
 HEADER_S = 5.0
 """The time within which the header must be complete; a balancer sends it at once."""
@@ -22,28 +23,23 @@ class ProxyHandshake:
     `on_end` is called once: with the client's address, None if the header names none, or the error in the header.
     """
 
-    __slots__ = ("_on_end", "_timer", "began_at", "header", "peer", "sock")
+    __slots__ = ("_on_end", "_timer", "arrival", "began_at", "header", "sock")
 
     def __init__(
         self,
-        sock: socket.socket,
-        peer: RawAddress,
+        arrival: Arrival,
         began_at: float,
         header: bytes,
         on_end: Callable[["ProxyHandshake", RawAddress | ProxyError | None], None],
     ) -> None:
-        self.sock = sock
-        self.peer = peer
+        self.arrival = arrival
+        self.sock = socket.socket(fileno=arrival.descriptor)
+        self.sock.setblocking(False)
         self.began_at = began_at
         self.header = header
         """The part of the header that has been read."""
         self._on_end = on_end
         self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def is_unix(self) -> bool:
-        """Whether the client connected through a Unix socket; its header may still name an IP address."""
-        return not isinstance(self.peer, tuple)
 
     def begin(self) -> None:
         """Read what has arrived, usually the whole header, and wait for the rest."""
@@ -101,8 +97,8 @@ class ProxyHandshakes:
 
     def __init__(
         self,
-        on_complete: Callable[[ProxyHandshake, int, RawAddress | None], None],
-        on_failed: Callable[[ProxyHandshake, int, str], None],
+        on_complete: Callable[[Arrival, RawAddress | None], None],
+        on_failed: Callable[[Arrival, str], None],
     ) -> None:
         self._on_complete = on_complete
         self._on_failed = on_failed
@@ -116,11 +112,9 @@ class ProxyHandshakes:
         """Each handshake under way."""
         return iter(self._under_way)
 
-    def begin(self, descriptor: int, peer: RawAddress, began_at: float, header: bytes = b"") -> None:
+    def begin(self, arrival: Arrival, began_at: float, header: bytes = b"") -> None:
         """Wait for a client's header; `header` is the part that the predecessor has read at a live upgrade."""
-        sock = socket.socket(fileno=descriptor)
-        sock.setblocking(False)
-        handshake = ProxyHandshake(sock, peer, began_at, header, self._on_end)
+        handshake = ProxyHandshake(arrival, began_at, header, self._on_end)
         self._under_way.add(handshake)
         handshake.begin()
 
@@ -131,8 +125,8 @@ class ProxyHandshakes:
 
     def _on_end(self, handshake: ProxyHandshake, result: RawAddress | ProxyError | None) -> None:
         self._under_way.discard(handshake)
-        descriptor = handshake.sock.detach()
+        handshake.sock.detach()
         if isinstance(result, ProxyError):
-            self._on_failed(handshake, descriptor, str(result))
+            self._on_failed(handshake.arrival, str(result))
         else:
-            self._on_complete(handshake, descriptor, result)
+            self._on_complete(handshake.arrival, result)

@@ -34,6 +34,12 @@ class RejectReason(Enum):
     """`limits.connections_per_address` is reached for the client's address."""
     PROXY = "proxy"
     """The PROXY header is missing, malformed or late."""
+    DENIED = "denied"
+    """The listener's `allow` or `deny` excludes the client's address."""
+    RATE = "rate"
+    """`limits.connection_rate` is exceeded by the client's address."""
+    TLS = "tls"
+    """The TLS handshake failed or was late."""
 
 
 EndReason = CloseReason | RejectReason
