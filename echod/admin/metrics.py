@@ -41,7 +41,7 @@ def _metric(name: str, figure: Figure, value: Any) -> Metric:
     if figure.label:
         family = new_family(figure.metric, figure.help, labels=[figure.label])
         for key, count in value.items():
-            if isinstance(count, int):  # not the text of the last error
+            if isinstance(count, int | float):  # not the text of the last error
                 family.add_metric([key], count)
         return family
     if name == "state":

@@ -6,6 +6,7 @@ error, never replaced by a default.
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,7 +27,10 @@ from echod.config.schema import (
     Timeouts,
 )
 from echod.config.sources import Setting, Sources, as_number, base
+from echod.net.access import wrong_network
 from echod.net.address import SystemdAddress, TcpAddress, identity, parse_address
+from echod.net.tls import Tls, TlsError, TlsSettings, warning_of_end
+from echod.net.tls import load as load_tls
 from echod.process import files
 
 DEFAULT_LISTEN = "ECHOD_DEFAULT_LISTEN"
@@ -53,13 +57,21 @@ class Loaded(Struct, frozen=True):
     warnings: tuple[str, ...]
     is_listen_set: bool = False
     """Whether a source sets `listen`; False if the default holds."""
+    tls: Mapping[int, Tls] = {}
+    """What was made of the certificate files of each entry of `listen` that speaks TLS, by its index."""
 
 
-def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setting], open_files: int) -> Loaded:
-    """Read every source, a later one winning: default, `file`, `environment`, `flags`.
+def load(
+    file: str | None,
+    environment: Mapping[str, str],
+    flags: Iterable[Setting],
+    open_files: int,
+    directory: str = "",
+) -> Loaded:
+    """Read every source, a later one winning: default, `file`, `environment`, `flags`; and the certificates they name.
 
-    `open_files` is the number of descriptors that this process may have. Raise ConfigError with every error of every
-    source.
+    `open_files` is the number of descriptors that this process may have. Paths are relative to `directory`. Raise
+    ConfigError with every error of every source.
     """
     errors: list[str] = []
     settings = [*_packed(environment), *_from_file(file, errors), *_from_environment(environment, errors), *flags]
@@ -68,6 +80,9 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
     for setting in settings:
         last[setting.key] = setting
         _convert(setting, values, errors)
+    if "listen" in values:
+        values["listen"] = tuple(_with_paths(listen, directory) for listen in values["listen"])
+    tls = dict(_load_tls(values.get("listen", ()), last["listen"].source if "listen" in last else "", errors))
     if errors:
         raise ConfigError(errors)
     config = Config(
@@ -82,8 +97,41 @@ def load(file: str | None, environment: Mapping[str, str], flags: Iterable[Setti
     fitting, warnings = _fit(config, last.get("limits.connections"), open_files, errors)
     if errors:
         raise ConfigError(errors)
-    warnings = (*warnings_of(environment), *warnings)
-    return Loaded(fitting, warnings, is_listen_set="listen" in last and last["listen"].source != DEFAULT_LISTEN)
+    warnings = (*warnings_of(environment), *warnings, *_tls_warnings(config, tls))
+    is_listen_set = "listen" in last and last["listen"].source != DEFAULT_LISTEN
+    return Loaded(fitting, warnings, is_listen_set, tls)
+
+
+def _with_paths(listen: Listen, directory: str) -> Listen:
+    names = ("tls_certificate", "tls_key", "tls_client_ca")
+    paths = {name: os.path.join(directory, path) for name in names if (path := getattr(listen, name))}
+    return msgspec.structs.replace(listen, **paths) if paths else listen
+
+
+def _load_tls(listens: Sequence[Listen], source: str, errors: list[str]) -> Iterator[tuple[int, Tls]]:
+    for index, listen in enumerate(listens):
+        if listen.tls_certificate and listen.tls_key:
+            try:
+                yield index, load_tls(tls_settings(listen))
+            except TlsError as error:
+                errors.append(f"{source}: listen[{index}].{error}")
+
+
+def tls_settings(listen: Listen) -> TlsSettings:
+    """Return the TLS settings of an entry that has a certificate and a key."""
+    return TlsSettings(
+        certificate=listen.tls_certificate,
+        key=listen.tls_key,
+        client_ca=listen.tls_client_ca,
+        minimum=listen.tls_minimum,
+    )
+
+
+def _tls_warnings(config: Config, tls: Mapping[int, Tls]) -> Iterator[str]:
+    for index, each in tls.items():
+        yield from (f"listen[{index}].{warning}" for warning in each.warnings)
+        if warning := warning_of_end(config.listen[index].address, each.not_after, time.time()):
+            yield warning
 
 
 Load = Callable[[], Loaded]
@@ -95,7 +143,7 @@ def reader(sources: Sources, environment: Mapping[str, str], open_files: int, di
     path = os.path.join(directory, file) if file else file
 
     def read() -> Loaded:
-        loaded = load(path, environment, sources.flags, open_files)
+        loaded = load(path, environment, sources.flags, open_files, directory)
         log = loaded.config.log
         if not log.file:
             return loaded
@@ -198,17 +246,41 @@ def _listens(setting: Setting, errors: list[str]) -> Iterator[Listen]:
     seen: set[str] = set()
     for index, entry in enumerate(entries):
         path = f"{setting.source}: listen[{index}]"
-        for key in entry.keys() - LISTEN_KEYS:
+        for key in entry.keys() - LISTEN_KEYS.keys():
             errors.append(f"{path}.{key}: unknown key{_nearest(key, LISTEN_KEYS)}{_got(entry[key])}")
-        address = entry.get("address")
-        wrong = _wrong_address(address, seen) if "address" in entry else "missing"
-        if wrong:
-            errors.append(f"{path}.address: {wrong}{_got(address) if 'address' in entry else ''}")
-        flags = {key: value for key, value in entry.items() if key in LISTEN_KEYS - {"address"}}
-        unfit = [key for key, value in flags.items() if not isinstance(value, bool)]
-        errors += [f"{path}.{key}: expected bool{_got(flags[key])}" for key in unfit]
-        if not wrong and not unfit:
-            yield Listen(address=address, **flags)
+        before = len(errors)
+        if "address" not in entry:
+            errors.append(f"{path}.address: missing")
+        for key in LISTEN_KEYS.keys() & entry.keys():
+            if wrong := _wrong_listen_value(key, entry[key], seen):
+                errors.append(f"{path}.{key}: {wrong}{_got(entry[key])}")
+        if len(errors) == before and (listen := msgspec.convert(entry, Listen)):
+            errors += [f"{path}.{wrong}" for wrong in _wrong_combinations(listen)]
+            yield listen
+
+
+def _wrong_listen_value(key: str, value: Any, seen: set[str]) -> str:
+    """Say what is wrong with the value of a key of a [[listen]]; "" if nothing is."""
+    if key == "address":
+        return _wrong_address(value, seen)
+    if wrong := next(filter(None, map(_unfit_text, value if isinstance(value, list) else [value])), ""):
+        return wrong
+    try:
+        msgspec.convert(value, LISTEN_KEYS[key])
+    except msgspec.ValidationError as error:
+        return _explain(LISTEN_KEYS[key], value, error)
+    if key in ("allow", "deny"):
+        return next(filter(None, map(wrong_network, value)), "")
+    return ""
+
+
+def _wrong_combinations(listen: Listen) -> Iterator[str]:
+    if listen.tls_certificate and not listen.tls_key:
+        yield "tls_key: missing, tls_certificate needs it"
+    if listen.tls_key and not listen.tls_certificate:
+        yield "tls_certificate: missing, tls_key needs it"
+    if listen.tls_client_ca and not (listen.tls_certificate and listen.tls_key):
+        yield "tls_client_ca: needs tls_certificate and tls_key"
 
 
 def _wrong_address(address: Any, seen: set[str]) -> str:

@@ -29,6 +29,21 @@ class Listen(Struct, frozen=True, kw_only=True):
         bool, Meta(description="the client's real address comes in a PROXY v1/v2 header; only behind a balancer")
     ] = False
     reuse_port: Annotated[bool, Meta(description="several instances share the port (same user)")] = False
+    tls_certificate: Annotated[
+        str, Meta(description="PEM chain; with tls_key, the listener speaks TLS, after the PROXY header if any")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="PEM private key, not encrypted")] = ""
+    tls_client_ca: Annotated[
+        str, Meta(description="PEM; if set, clients must present a certificate signed by one of these CAs")
+    ] = ""
+    tls_minimum: Annotated[Literal["1.2", "1.3"], Meta(description="1.2 or 1.3")] = "1.2"
+    allow: Annotated[
+        tuple[str, ...],
+        Meta(description="networks, such as 10.0.0.0/8 or 2001:db8::/32; [] = all clients may connect"),
+    ] = ()
+    deny: Annotated[
+        tuple[str, ...], Meta(description="networks; wins over allow; both look at the address in the PROXY header")
+    ] = ()
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -46,6 +61,14 @@ class Limits(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1_000_000, description="open at once from one IP address; 0 = no limit; Unix sockets are exempt"),
     ] = 0
+    connection_rate: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="new connections per second from one address, in bursts of one second's worth; 0 = no limit",
+        ),
+    ] = 0
     line_bytes: Annotated[int, Meta(ge=1, le=16_777_216, description="longest line, without its LF")] = 65_536
     held_bytes: Annotated[
         int,
@@ -60,6 +83,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 class Timeouts(Struct, frozen=True, kw_only=True):
     """How long clients may take, in seconds; 0 = never, except for drain, drain_quiet and lame_duck."""
 
+    handshake: Annotated[Seconds, Meta(description="the TLS handshake must finish")] = 10
     idle: Annotated[Seconds, Meta(description="no input, no pending reply, no partial line")] = 300
     line: Annotated[Seconds, Meta(description="a partial line must be completed")] = 30
     write: Annotated[Seconds, Meta(description="the client accepts none of its pending replies")] = 30
@@ -114,7 +138,8 @@ SECTIONS: dict[str, type[Limits] | type[Timeouts] | type[Log] | type[Admin]] = {
     "admin": Admin,
 }
 
-LISTEN_KEYS = frozenset(Listen.__struct_fields__)
+LISTEN_KEYS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Listen)}
+"""Type, with description, of each key of a [[listen]]."""
 
 KEYS: dict[str, Any] = {
     f"{section}.{field.name}": field.type

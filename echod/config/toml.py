@@ -65,7 +65,9 @@ def _rendered_keys(struct: Struct, *, with_comments: bool) -> Iterator[str]:
         yield f"{line:<32}# {_description(field.type)}" if with_comments else line
 
 
-def _toml(value: str | float) -> str:
+def _toml(value: str | float | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -10,11 +10,14 @@ from contextlib import ExitStack, contextmanager
 
 from msgspec import Struct, field
 
-from echod.config.loader import ConfigError, Loaded
-from echod.config.schema import Config, Log
+from echod.config.loader import ConfigError, Loaded, tls_settings
+from echod.config.schema import Config, Listen, Log
 from echod.net import bind, sockets
+from echod.net.access import AccessRules
 from echod.net.address import parse_address
 from echod.net.sockets import BoundSocket, ListenerKey, ListenerSettings, Prepared
+from echod.net.tls import Tls, TlsError
+from echod.net.tls import load as load_tls
 from echod.telemetry import logs
 
 
@@ -51,6 +54,12 @@ class Generation(Struct, frozen=True):
     @property
     def _sockets(self) -> list[BoundSocket]:
         return [*bind.new_sockets(self.listeners), *bind.new_sockets(self.admin)]
+
+    @property
+    def settings(self) -> dict[str, ListenerSettings]:
+        """The settings of each listener by its name."""
+        each = (one.settings if isinstance(one, BoundSocket) else one for one in self.listeners.values())
+        return {settings.name: settings for settings in each}
 
     def discard(self) -> None:
         """Close everything that was opened for it."""
@@ -139,12 +148,24 @@ def unchanged(config: Config, listeners: Listeners, admin: Listeners, errors: Se
     except OSError as error:
         errors = [*errors, f"log.file: {config.log.file}: {(error.strerror or str(error)).lower()}"]
         descriptor = None
+    errors = [*errors]
+    served = {key: _completed(bound.settings, config, errors) for key, bound in listeners.items()}
     warnings = tuple(f"the previous configuration stays in force: {message}" for message in errors)
-    return Generation(config, warnings, _settings(listeners), _settings(admin), descriptor)
+    return Generation(config, warnings, served, {key: bound.settings for key, bound in admin.items()}, descriptor)
 
 
-def _settings(listeners: Listeners) -> Prepared:
-    return {key: bound.settings for key, bound in listeners.items()}
+def _completed(settings: ListenerSettings, config: Config, errors: list[str]) -> ListenerSettings:
+    """Return a predecessor's settings with what its state does not hold; without TLS, its clients are rejected."""
+    for index, listen in enumerate(config.listen):
+        if settings.name == f"listen[{index}]":
+            tls = None
+            if settings.is_tls:
+                try:
+                    tls = load_tls(tls_settings(listen))
+                except TlsError as error:
+                    errors.append(f"{settings.name}.{error}")
+            return _listener_settings(index, listen, tls)
+    return settings
 
 
 def restart_needed(listeners: Iterable[BoundSocket]) -> list[str]:
@@ -172,13 +193,22 @@ def _entries(loaded: Loaded, inherited: Sequence[bind.InheritedSocket]) -> list[
     entries = [
         bind.ListenEntry(
             parse_address(listen.address),
-            ListenerSettings(
-                name=f"listen[{index}]", proxy_protocol=listen.proxy_protocol, reuse_port=listen.reuse_port
-            ),
+            _listener_settings(index, listen, loaded.tls.get(index)),
         )
         for index, listen in enumerate(loaded.config.listen)
     ]
     return entries if loaded.is_listen_set else [entry for entry in entries if bind.is_possible(entry.address)]
+
+
+def _listener_settings(index: int, listen: Listen, tls: Tls | None) -> ListenerSettings:
+    return ListenerSettings(
+        name=f"listen[{index}]",
+        proxy_protocol=listen.proxy_protocol,
+        reuse_port=listen.reuse_port,
+        is_tls=bool(listen.tls_certificate),
+        tls=tls,
+        access=AccessRules(listen.allow, listen.deny) if listen.allow or listen.deny else None,
+    )
 
 
 def _private(address: str) -> bind.ListenEntry:

@@ -5,6 +5,7 @@ What each signal means while clients are served is decided here; during a stop, 
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -15,17 +16,18 @@ import structlog
 
 from echod import __version__
 from echod.admin.endpoint import AdminServer
-from echod.config.schema import Config
 from echod.lifecycle.drain import Stop
 from echod.lifecycle.generation import Generation
 from echod.lifecycle.reload import Reloader, put_in_force
 from echod.lifecycle.runtime import Runtime
 from echod.lifecycle.status import dump_stats
 from echod.lifecycle.watchdog import supervise
+from echod.net.sockets import DEFAULT_SETTINGS
 from echod.process import tasks
 from echod.process.phase import Phase
 from echod.process.signals import Action, SignalEvent
 from echod.process.stall_detector import BEAT_S, StallDetector
+from echod.server.arrival import Arrival
 from echod.server.server import Server
 from echod.upgrade.coordinator import Upgrader
 from echod.upgrade.snapshot import Predecessor
@@ -65,7 +67,7 @@ async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server
     server = Server(first.config, runtime.stats, runtime.open_files, runtime.life)
     admin_server = AdminServer(server.snapshot, lambda: reloads.reload(by="admin endpoint"), runtime.life)
     if runtime.predecessor:
-        _take_over(runtime.predecessor, first.config, server, admin_server)
+        _take_over(runtime.predecessor, first, server, admin_server)
     put_in_force(first, server, admin_server)
     reloads = Reloader(first, server, admin_server, runtime)
     for warning in first.warnings:
@@ -91,13 +93,17 @@ async def _run(first: Generation, runtime: Runtime, on_serving: Callable[[Server
     return Outcome.ABORTED if drained.cut else Outcome.STOPPED
 
 
-def _take_over(predecessor: Predecessor, config: Config, server: Server, admin_server: AdminServer) -> None:
+def _take_over(predecessor: Predecessor, first: Generation, server: Server, admin_server: AdminServer) -> None:
     """Continue where the predecessor stopped: first with its listeners, whatever the configuration says now."""
     server.clients.self_probe.expect(predecessor.self_probes)
-    with admin_server.change(predecessor.admin_listeners), server.change(config, predecessor.listeners):
+    with admin_server.change(predecessor.admin_listeners), server.change(first.config, predecessor.listeners):
         pass
+    # For clients that are not admitted yet, the settings of now hold, and those of before if the listener is gone.
+    settings = {each.settings.name: each.settings for each in predecessor.listeners.values()} | first.settings
     for descriptor, peer, state in predecessor.clients:
-        server.clients.adopt(descriptor, peer, state)
+        is_unix = state.family == socket.AF_UNIX
+        arrival = Arrival(descriptor, peer, is_unix, settings.get(state.listener, DEFAULT_SETTINGS))
+        server.clients.adopt(arrival, state)
 
 
 def _log_upgrade(predecessor: ProcessState, server: Server) -> None:

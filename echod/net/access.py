@@ -45,6 +45,20 @@ class AccessRules:
         return packed is not None and packed not in self._deny and (self._allow is None or packed in self._allow)
 
 
+def wrong_network(text: str) -> str:
+    """Say what is wrong with a network in CIDR notation; "" if nothing is."""
+    from ipaddress import ip_network
+
+    try:
+        ip_network(text)
+    except ValueError as error:
+        reason = (
+            "host bits set" if "host bits" in str(error) else "expected a network, such as 10.0.0.0/8"
+        )
+        return f"{text!r}: {reason}"
+    return ""
+
+
 def pack(host: str) -> bytes | None:
     """Return the bytes of an IP address, 4 of an IPv4-mapped one, or None if it is none; a zone (%eth0) is ignored."""
     try:

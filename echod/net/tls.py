@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from msgspec import Struct
 
-from echod.process.files import FileError, read_bounded
+from echod.process.files import read_bounded
 
 if TYPE_CHECKING:
     import ssl
@@ -135,7 +135,7 @@ def _fields(der: bytes) -> Iterator[tuple[int, bytes]]:
 def _read(name: str, path: str) -> bytes:
     try:
         return read_bounded(path)
-    except (FileError, OSError) as error:
+    except OSError as error:
         raise TlsError(f"{name}: {path}: {error}") from error
 
 

@@ -65,7 +65,7 @@ class Admission:
         return bool(self._rejected or self._others)
 
     def check(self, host: str | None, connections: int, limits: Limits) -> RejectReason | None:
-        """Return why one more client from `host` exceeds a limit, or None if it may be admitted; call once per client."""
+        """Return why one more client from `host` exceeds a limit, or None; call it once for each client."""
         if connections >= limits.connections:
             return RejectReason.LIMIT
         if host and 0 < limits.connections_per_address <= self._per_host[_address(host)]:
@@ -85,16 +85,20 @@ class Admission:
         if not self._per_host[address]:
             del self._per_host[address]
 
-    def reject(self, connection: Connection, reason: RejectReason, limits: Limits) -> None:
-        """Send a client its error line and let it linger; call `forget` when it is closed."""
+    def reject(self, connection: Connection, reason: RejectReason, limits: Limits, *, can_be_told: bool = True) -> None:
+        """Send a client its error line, if it can be told, and let it linger; call `forget` when it is closed."""
         self._stats.rejected[reason.value] += 1
         # The client being rejected has its descriptor already.
         unused = self._open_files - RESERVED_FILES // 2 - self.listeners - limits.connections
         if len(self._rejected) >= min(max(unused, MIN_LINGERING), MAX_LINGERING) - 1:
             next(iter(self._rejected)).close_early()
         self._rejected[connection] = None
-        connection.finish(reason, ERRORS[reason])
+        connection.finish(reason, ERRORS[reason] if can_be_told else "")
         log.debug("connection rejected", peer=connection.peer, reason=reason.value)
+
+    def forget_idle(self) -> None:
+        """Forget the connection rates of addresses that have no recent connection; call it periodically."""
+        self._rate.forget_idle(time.monotonic())
 
     def keep(self, connection: Connection) -> None:
         """Keep a connection that is not counted: a self-probe, or a client that the predecessor rejected."""

@@ -79,6 +79,11 @@ class Clients:
         """All connections, including self-probes and clients that are being rejected."""
         return [*self.served, *self.admission.uncounted]
 
+    @property
+    def tls(self) -> list[Connection]:
+        """All TLS connections, including those of clients that are being rejected."""
+        return [connection for connection in self.connections if connection.is_tls]
+
     # -- accept ----------------------------------------------------------------------------------------------------
 
     def accept(self, descriptor: int, peer: RawAddress, settings: ListenerSettings) -> None:
@@ -130,7 +135,7 @@ class Clients:
     def _on_tls(self, handshake: "TlsHandshake", why: str) -> None:
         self.tls_handshakes.discard(handshake)
         arrival, stream = handshake.arrival, handshake.stream
-        self._stats.count_handshake(stream.version if not why else "", is_successful=not why)
+        self._stats.count_handshake("" if why else stream.version)
         if why:
             log.debug("TLS handshake failed", peer=_name(arrival), why=why)
             stream.release()
@@ -166,7 +171,10 @@ class Clients:
         self._reject(arrival, RejectReason.PROXY)
 
     def _reject(self, arrival: Arrival, reason: RejectReason) -> None:
-        self.admission.reject(self._connection(arrival, is_counted=False), reason, self.limits)
+        connection = self._connection(arrival, is_counted=False)
+        # A client that expects TLS cannot read an error line that is sent without it.
+        can_be_told = arrival.stream is not None or not arrival.settings.is_tls
+        self.admission.reject(connection, reason, self.limits, can_be_told=can_be_told)
 
     def _connection(self, arrival: Arrival, *, is_counted: bool) -> Connection:
         arguments = (self, arrival.descriptor, arrival.peer, self.limits.line_bytes, self.loop.time())
@@ -175,6 +183,12 @@ class Clients:
         from echod.server.tls_connection import TlsConnection
 
         return TlsConnection(*arguments, stream=arrival.stream, is_unix=arrival.is_unix, is_counted=is_counted)
+
+    def fail_handshakes(self, why: str) -> None:
+        """Give up every PROXY and TLS handshake that is not complete."""
+        self.handshakes.fail_all(why)
+        for handshake in [*self.tls_handshakes]:
+            handshake.fail(why)
 
     # -- timeouts and drain ----------------------------------------------------------------------------------------
 

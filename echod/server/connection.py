@@ -10,7 +10,6 @@ it reports the end of a connection through `Owner.on_closed`.
 import asyncio
 import os
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from typing import ClassVar, Protocol
@@ -75,6 +74,9 @@ class Connection(HotPath):
     Owns the descriptor, which must be non-blocking, from construction on. While `is_hot` is true, there is no partial
     line, no pending reply and nothing unusual, so the fast path may answer on its own.
     """
+
+    is_tls: ClassVar[bool] = False
+    """Whether the lines travel in TLS records."""
 
     __slots__ = (
         "_counted_bytes",
@@ -330,7 +332,7 @@ class Connection(HotPath):
         self._watch()
         self._check_hot()
 
-    _write: ClassVar[Callable[[int, bytes | bytearray], int]] = os.write  # a built-in function is no method
+    _write = staticmethod(os.write)
 
     def _read_into(self, room: memoryview) -> int:
         return os.readv(self.descriptor, (room,))

@@ -13,6 +13,7 @@ import structlog
 from msgspec import Struct
 
 from echod.config.schema import Config, Timeouts
+from echod.net import sockets
 from echod.net.listener_set import ListenerSet
 from echod.net.sockets import BoundSocket, ListenerKey, Prepared
 from echod.process.limits import allowed_memory_bytes
@@ -21,15 +22,19 @@ from echod.process.tasks import background
 from echod.server import timeouts
 from echod.server.clients import Clients
 from echod.server.connection import Connection
+from echod.server.connection import State as ConnectionPhase
 from echod.server.fastpath import acceptor
 from echod.telemetry.reasons import CloseReason
-from echod.telemetry.stats import Stats
+from echod.telemetry.stats import State, Stats
 
 SWEEP_BATCH = 256
 """Connections that a sweep visits at once, about 0.5 ms; clients are served between the batches."""
 
 PROGRESS_S = 0.9
 """A drain reports its progress this often: at least once a second, however busy the loop is."""
+
+TLS_POLL_S = 0.02
+"""How often an upgrade checks whether the TLS connections have ended."""
 
 MEMORY_SHARE = 4
 """If limits.held_bytes is 0, the limit is the memory that the process may use, divided by this number."""
@@ -81,7 +86,12 @@ class Server:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the statistics of this moment."""
-        return self._stats.snapshot("draining" if self._life.is_leaving else "serving", self.clients.served)
+        state: State = "draining" if self._life.is_leaving else "serving"
+        return self._stats.snapshot(state, self.clients.served, self._certificate_ends())
+
+    def _certificate_ends(self) -> dict[str, float]:
+        listeners = ((listener.address, listener.bound.settings.tls) for listener in self._listeners)
+        return {address: tls.not_after for address, tls in listeners if tls}
 
     async def is_well(self, deadline_s: float) -> bool:
         """Whether a client would be served within `deadline_s`; also True while clients have to wait by intention."""
@@ -103,6 +113,7 @@ class Server:
             yield
         self._config = config
         self.clients.limits = config.limits
+        self.clients.handshake_s = config.timeouts.handshake
         self.clients.admission.listeners = len(listeners)
         self.clients.memory.set_limit(held_bytes)
         for connection in self.clients.served:
@@ -122,6 +133,7 @@ class Server:
             due = self._loop.time() + interval_s
             await asyncio.sleep(interval_s)
             self.clients.admission.log_rejected(len(self.clients.served))
+            self.clients.admission.forget_idle()
             # The recent maximum, which decays.
             self._stats.loop_lag_s = max(self._loop.time() - due, self._stats.loop_lag_s * 0.9)
             self.clients.unpark_due(self._loop.time())
@@ -159,7 +171,7 @@ class Server:
         """End a drain now: close the listeners and abort each client that is still owed a reply."""
         self._is_aborting = True
         self._listeners.close_now()
-        self.clients.handshakes.fail_all("the drain has ended")
+        self.clients.fail_handshakes("the drain has ended")
         for connection in self.clients.connections:
             connection.end_now()
         self.clients.emptied.set()
@@ -175,7 +187,7 @@ class Server:
             if now >= deadline and not self._listeners.are_retiring and not is_over:
                 is_over = True
                 await asyncio.sleep(0)  # one full iteration: answer input that arrived in time
-                self.clients.handshakes.fail_all("the drain has ended")
+                self.clients.fail_handshakes("the drain has ended")
                 for connection in self.clients.connections:
                     timeouts.end_at_line_boundary(connection)
             if now - reported_at >= PROGRESS_S:
@@ -195,6 +207,45 @@ class Server:
                 timeouts.finish_if_quiet(connection, now, limits.drain_quiet)
             await asyncio.sleep(0)
         self.clients.memory.retry()
+
+    # -- live upgrade ----------------------------------------------------------------------------------------------
+
+    async def finish_tls(self) -> int:
+        """Finish the TLS connections as in a drain, because they cannot cross an upgrade; return how many there were.
+
+        Takes as long as a drain may take. All other clients are served meanwhile. New clients of TLS listeners wait in
+        the backlog until `resume_tls` is called.
+        """
+        limits = self._config.timeouts
+        for listener in self._listeners:
+            if listener.bound.settings.is_tls:
+                listener.pause("upgrade")
+        self.clients.unpark_all()
+        now = self._loop.time()
+        deadline = now + limits.drain
+        count = len(self.clients.tls)
+        for connection in self.clients.tls:
+            connection.start_draining(now)
+        while (connections := self.clients.tls) or self.clients.tls_handshakes:
+            now = self._loop.time()
+            if now >= deadline:
+                for handshake in [*self.clients.tls_handshakes]:
+                    handshake.fail("an upgrade has begun")
+            for connection in connections:
+                timeouts.enforce_timeouts(connection, now, limits)
+                if now >= deadline + sockets.LINGER_S:
+                    connection.end_now()
+                elif now >= deadline and connection.state is ConnectionPhase.OPEN:
+                    timeouts.end_at_line_boundary(connection)
+                else:
+                    timeouts.finish_if_quiet(connection, now, limits.drain_quiet)
+            await asyncio.sleep(TLS_POLL_S)
+        return count
+
+    def resume_tls(self) -> None:
+        """Accept clients on TLS listeners again, after an upgrade that failed."""
+        for listener in self._listeners:
+            listener.resume("upgrade")
 
 
 def _sweep_interval(timeouts: Timeouts) -> float:

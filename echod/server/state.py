@@ -31,5 +31,7 @@ class ConnectionState(Struct, kw_only=True, omit_defaults=True):
     reason: str | None = None
     """Why it is ending, if it is."""
     activity: dict[str, float | None] = {}
+    listener: str = ""
+    """The name of its listener, such as `listen[0]`, if the client is not admitted yet."""
     proxy_header: bytes | None = None
     """The part of the PROXY header that was read; None if the header is complete or none is expected."""

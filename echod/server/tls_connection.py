@@ -16,6 +16,8 @@ _TRUNCATING = {CloseReason.CUT, CloseReason.WRITE_TIMEOUT, CloseReason.RESET}
 class TlsConnection(Connection):
     """Echoes one client's lines through its TLS stream. The fast path never answers: it knows no TLS."""
 
+    is_tls = True
+
     __slots__ = ("_has_closed_sending", "_stream", "_subject", "_version")
 
     def __init__(  # noqa: PLR0913 (as Connection, and the stream)
@@ -84,6 +86,6 @@ class TlsConnection(Connection):
     def _spare_bytes(self, room: memoryview) -> int:
         """Return how much may be read while the memory limit is exceeded; the end of a line cannot be looked for."""
         del room
-        if sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES or self.echo.unfinished_bytes > SPARE_BYTES:
+        if sockets.unacknowledged_bytes(self.descriptor) > UNREAD_BYTES or self.echo.partial_bytes > SPARE_BYTES:
             return 0
         return SPARE_BYTES

@@ -1,7 +1,7 @@
 """Clients from the start of their TLS handshake to its end.
 
-A handshake costs up to a millisecond of CPU time. Each part of one is a step of the scheduler, so a flood of them gets a
-bounded share of each iteration of the event loop. Owns the descriptors meanwhile; whether a client is admitted is
+A handshake costs up to a millisecond of CPU time. Each part of one is a step of the scheduler, so a flood of them gets
+a bounded share of each iteration of the event loop. Owns the descriptors meanwhile; whether a client is admitted is
 decided elsewhere.
 """
 

@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 from contextlib import suppress
+from typing import Any
 
 RECORD_BYTES = 16_384
 """The most bytes of one TLS record (RFC 8446, 5.1). Larger writes could not report how much of them was sent."""
@@ -41,8 +42,8 @@ class TlsStream:
     @property
     def subject(self) -> str:
         """The common name, or else the first alternative name, of the client's verified certificate; "" without one."""
-        certificate = self._socket.getpeercert() or {}
-        names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]  # type: ignore[misc]
+        certificate: dict[str, Any] = dict(self._socket.getpeercert() or {})
+        names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
         names += [value for _, value in certificate.get("subjectAltName", ())]
         return str(names[0]) if names else ""
 
@@ -78,7 +79,7 @@ class TlsStream:
             self.wants_room = isinstance(error, ssl.SSLWantWriteError)
             raise BlockingIOError from None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | bytearray) -> int:
         """Send what the kernel accepts, record by record, and return how many bytes that was."""
         view, sent = memoryview(data), 0
         while sent < len(data):

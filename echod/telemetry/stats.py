@@ -97,6 +97,29 @@ class Reloads(Struct, frozen=True, kw_only=True):
     last_error: Annotated[str, Figure("The errors of the last reload if it was refused, else empty.", kind="info")]
 
 
+class TlsStatistics(Struct, frozen=True, kw_only=True):
+    """The statistics of TLS."""
+
+    handshakes: Annotated[
+        dict[str, int],
+        Figure(
+            "TLS handshakes, by the negotiated version, or failed.",
+            kind="counter",
+            metric="echod_tls_handshakes_total",
+            label="result",
+        ),
+    ]
+    certificate_ends: Annotated[
+        dict[str, float],
+        Figure(
+            "When the certificate of each TLS listener ends, in seconds since the epoch.",
+            unit="seconds",
+            metric="echod_tls_certificate_expiry_timestamp_seconds",
+            label="address",
+        ),
+    ]
+
+
 class Statistics(Struct, frozen=True, kw_only=True):
     """Every statistic at one moment, in the order of the table of `echod stats`."""
 
@@ -115,6 +138,7 @@ class Statistics(Struct, frozen=True, kw_only=True):
     ]
     fast_path: Annotated[bool, Figure("Whether the compiled fast path is in use.", kind="info")]
     connections: Connections
+    tls: TlsStatistics
     lines: Annotated[
         int,
         Figure("Messages answered.", kind="counter", metric="echod_lines_total", section="traffic", row="lines"),
@@ -222,6 +246,10 @@ class Statistics(Struct, frozen=True, kw_only=True):
     ]
 
 
+TLS_RESULTS = ("TLSv1.2", "TLSv1.3", "failed")
+NO_CERTIFICATES: Mapping[str, float] = {}
+
+
 @cache
 def figures() -> dict[str, Figure]:
     """Return the metadata of each statistic by its name, in the order of the table; inner names follow a dot."""
@@ -269,6 +297,7 @@ class Stats(Struct):
     lines: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    tls_handshakes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TLS_RESULTS, 0))
     reloads_applied: int = 0
     reloads_refused: int = 0
     reload_error: str = ""
@@ -287,6 +316,10 @@ class Stats(Struct):
             elif name in saved:
                 setattr(self, name, saved[name])
 
+    def count_handshake(self, version: str) -> None:
+        """Count a TLS handshake by its negotiated version; "" means that it failed."""
+        self.tls_handshakes[version or "failed"] += 1
+
     def close(self, reason: CloseReason, traffic: Traffic) -> None:
         """Count a connection as closed and add what it has counted."""
         self.closed[reason.value] += 1
@@ -294,8 +327,12 @@ class Stats(Struct):
         self.bytes_in += traffic.bytes_in
         self.bytes_out += traffic.bytes_out
 
-    def snapshot(self, state: State, live: Iterable[Traffic]) -> dict[str, Any]:
+    def snapshot(
+        self, state: State, live: Iterable[Traffic], certificate_ends: Mapping[str, float] = NO_CERTIFICATES
+    ) -> dict[str, Any]:
         """Return the statistics at this moment, those of the `live` connections included, in the shape of `Statistics`.
+
+        `certificate_ends` says when the certificate of each TLS listener ends, in seconds since the epoch.
 
         They are consistent: accepted = open + closed.
         """
@@ -315,6 +352,7 @@ class Stats(Struct):
             connections=Connections(
                 open=live_connections, accepted=self.accepted, closed=self.closed, rejected=self.rejected
             ),
+            tls=TlsStatistics(handshakes=self.tls_handshakes, certificate_ends=dict(certificate_ends)),
             lines=self.lines + live_lines,
             bytes_in=self.bytes_in + live_in,
             bytes_out=self.bytes_out + live_out,

@@ -105,11 +105,14 @@ class Upgrader:
         """Return or raise only if this program serves on."""
         log.info("upgrade proven", by=await self._prove())
         try:
+            if finished := await self._server.finish_tls():
+                log.info("TLS connections finished", connections=finished, why="they cannot cross an upgrade")
             async with asyncio.timeout(FINISH_S):
                 await self._finish_what_cannot_cross()
             self._replace()
         finally:
             self._admin_server.resume()
+            self._server.resume_tls()
 
     async def _prove(self) -> str:
         """Let the next program show that it could take over; return its name and version.

@@ -61,7 +61,8 @@ def _handshake_state(handshake: ProxyHandshake) -> ConnectionState:
     return ConnectionState(
         descriptor=handshake.sock.fileno(),
         family=handshake.sock.family,
-        peer=saved_address(handshake.peer),
+        peer=saved_address(handshake.arrival.peer),
+        listener=handshake.arrival.settings.name,
         is_counted=False,
         opened_at=handshake.began_at,
         proxy_header=handshake.header,
@@ -76,7 +77,7 @@ def listeners(bound: Mapping[ListenerKey, BoundSocket]) -> list[ListenerState]:
             family=key.address.family,
             address=saved_address(key.address.sockaddr),
             number=key.number,
-            settings=each.settings,
+            settings=msgspec.structs.replace(each.settings, tls=None, access=None),  # the next program reads them anew
             file=each.file,
             is_inherited=each.is_inherited,
         )
