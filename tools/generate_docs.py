@@ -52,7 +52,7 @@ def _values(kind: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(plain))
     if plain in (int, float):
         return f"{_number(_note(kind, 'ge'))} to {_number(_note(kind, 'le'))}"
-    return {bool: "`true`, `false`", str: "text"}[plain]
+    return {bool: "`true`, `false`", str: "text", tuple[str, ...]: "networks"}[plain]
 
 
 def _number(value: float) -> str:
@@ -71,12 +71,12 @@ def _note(kind: Any, name: str) -> Any:
 
 # -- statistics and metrics --------------------------------------------------------------------------------------------
 
-_KINDS = {bool: "boolean", str: "text", float: "number", int: "integer", dict: "counts by reason"}
+_KINDS = {bool: "boolean", str: "text", float: "number", int: "integer"}
 
 
 def _snapshot() -> dict[str, Any]:
     gauges = dict.fromkeys(("log_dropped", "rss_bytes", "open_files"), lambda: 1)
-    return Stats(gauges).snapshot("serving", ())
+    return Stats(gauges).snapshot("serving", (), {"127.0.0.1:8888": 0.0})
 
 
 def statistics() -> str:
@@ -88,7 +88,8 @@ def statistics() -> str:
             value: Any = _snapshot()
             for key in name.split("."):
                 value = value[key]
-            rows.append((f"`{name}`", _KINDS[type(value)], figure.help))
+            kind = f"numbers by {figure.label}" if figure.label else _KINDS[type(value)]
+            rows.append((f"`{name}`", kind, figure.help))
     return _table(("statistic", "type", "meaning"), rows)
 
 

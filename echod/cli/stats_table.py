@@ -3,12 +3,14 @@
 A daemon of another version may have other statistics: a missing one is left out, an unknown one is listed last.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from math import log10
 from typing import Any, NamedTuple
 
 from echod.cli.stats_rates import Rates, flat, number
+from echod.net.tls import WARN_BEFORE_S
 from echod.telemetry.stats import Figure, figures
 
 
@@ -79,6 +81,7 @@ _FORMATS: Mapping[str, Format] = {"": count, "bytes": size, "milliseconds": mill
 
 TITLE = ("version", "pid", "state", "uptime_s", "fast_path")
 LAST_ERROR = "reloads.last_error"
+CERTIFICATE_ENDS = "tls.certificate_ends"
 
 
 def table(stats: Mapping[str, Any], rates: Rates | None = None) -> list[Line]:
@@ -90,6 +93,9 @@ def table(stats: Mapping[str, Any], rates: Rates | None = None) -> list[Line]:
     for name, figure in figures().items():
         names = _names(name, figure, values)
         if not names:
+            continue
+        if name.startswith("tls.") and not any(values[each] for each in names):
+            shown.update(names)  # no listener speaks TLS
             continue
         if figure.section != last_section:
             last_section = figure.section
@@ -130,12 +136,23 @@ def _line(name: str, figure: Figure, values: Mapping[str, Any], rates: Rates | N
     label = Cell(f"  {figure.row:<17}")
     if None in map(number, values.values()):
         return (label, Cell(f"{printable(next(iter(values.values()))):>12}", Meaning.WARNING))
+    if name == CERTIFICATE_ENDS:
+        return (label, *_next_end(values))
     value = sum(values.values())
     cells = [label, Cell(f"{_FORMATS[figure.unit](value):>12}", _meaning(figure, value))]
     if rates:
         cells.append(Cell(f"{_rate(figure, sum(rates.per_second.get(each, 0.0) for each in values)):>14}"))
     cells += _notes(name, figure, values, rates)
     return tuple(cells)
+
+
+def _next_end(ends: Mapping[str, float]) -> Iterator[Cell]:
+    """Yield the time until the first certificate ends, and its listener."""
+    name, end = min(ends.items(), key=lambda item: item[1])
+    left_s = end - time.time()
+    meaning = Meaning.BAD if left_s <= 0 else Meaning.WARNING if left_s <= WARN_BEFORE_S else None
+    yield Cell(f"{'has ended' if left_s <= 0 else f'in {duration(left_s)}':>12}", meaning)
+    yield Cell("   " + printable(name.removeprefix(f"{CERTIFICATE_ENDS}.")))
 
 
 def _meaning(figure: Figure, value: float) -> Meaning | None:
@@ -156,7 +173,7 @@ def _rate(figure: Figure, per_second: float) -> str:
 def _notes(name: str, figure: Figure, values: Mapping[str, Any], rates: Rates | None) -> Iterator[Cell]:
     """Yield what follows a value: what a sum consists of, or a bar."""
     if figure.label:
-        parts = [f"{each.rpartition('.')[2]} {count(value)}" for each, value in values.items() if value]
+        parts = [f"{each.removeprefix(f'{name}.')} {count(value)}" for each, value in values.items() if value]
         yield Cell("   " + printable(", ".join(parts)))
     elif rates and name == "connections.open":
         yield Cell("   " + bar(values[name] / max(rates.peak_open, 1)), Meaning.BAR)

@@ -36,7 +36,9 @@ class Listen(Struct, frozen=True, kw_only=True):
     tls_client_ca: Annotated[
         str, Meta(description="PEM; if set, clients must present a certificate signed by one of these CAs")
     ] = ""
-    tls_minimum: Annotated[Literal["1.2", "1.3"], Meta(description="1.2 or 1.3")] = "1.2"
+    tls_minimum: Annotated[
+        Literal["1.2", "1.3"], Meta(description="the oldest version that is accepted, 1.2 or 1.3")
+    ] = "1.2"
     allow: Annotated[
         tuple[str, ...],
         Meta(description="networks, such as 10.0.0.0/8 or 2001:db8::/32; [] = all clients may connect"),

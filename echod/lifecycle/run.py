@@ -5,7 +5,6 @@ What each signal means while clients are served is decided here; during a stop, 
 
 import asyncio
 import os
-import socket
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -101,9 +100,8 @@ def _take_over(predecessor: Predecessor, first: Generation, server: Server, admi
     # For clients that are not admitted yet, the settings of now hold, and those of before if the listener is gone.
     settings = {each.settings.name: each.settings for each in predecessor.listeners.values()} | first.settings
     for descriptor, peer, state in predecessor.clients:
-        is_unix = state.family == socket.AF_UNIX
-        arrival = Arrival(descriptor, peer, is_unix, settings.get(state.listener, DEFAULT_SETTINGS))
-        server.clients.adopt(arrival, state)
+        listener = settings.get(state.listener, DEFAULT_SETTINGS)
+        server.clients.adopt(Arrival(descriptor, peer, state.is_unix, listener), state)
 
 
 def _log_upgrade(predecessor: ProcessState, server: Server) -> None:

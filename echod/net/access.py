@@ -52,9 +52,7 @@ def wrong_network(text: str) -> str:
     try:
         ip_network(text)
     except ValueError as error:
-        reason = (
-            "host bits set" if "host bits" in str(error) else "expected a network, such as 10.0.0.0/8"
-        )
+        reason = "host bits set" if "host bits" in str(error) else "expected a network, such as 10.0.0.0/8"
         return f"{text!r}: {reason}"
     return ""
 

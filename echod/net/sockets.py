@@ -333,6 +333,16 @@ def unacknowledged_bytes(descriptor: int) -> int:
     return _queued(descriptor, termios.TIOCOUTQ)
 
 
+def acknowledged_bytes(descriptor: int) -> int:
+    """Return how many bytes the peer's kernel has acknowledged since the connection began (TCP_INFO, Linux 4.1)."""
+    sock = socket.socket(fileno=descriptor)
+    try:
+        (count,) = struct.unpack_from("Q", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128), 120)
+    finally:
+        sock.detach()
+    return int(count)
+
+
 def unread_bytes(descriptor: int) -> int:
     """Return how many bytes have arrived and were not read (SIOCINQ, tcp(7), unix(7))."""
     return _queued(descriptor, termios.FIONREAD)

@@ -28,7 +28,7 @@ ERRORS = {
     RejectReason.ADDRESS: "too many connections from your address",
     RejectReason.PROXY: "",
     RejectReason.DENIED: "",
-    RejectReason.RATE: "too many new connections from your address",
+    RejectReason.RATE: "connecting too often from your address",
     RejectReason.TLS: "",
 }
 """The error line for each rejected client; an empty one is not sent."""

@@ -84,6 +84,11 @@ class Clients:
         """All TLS connections, including those of clients that are being rejected."""
         return [connection for connection in self.connections if connection.is_tls]
 
+    @property
+    def has_tls(self) -> bool:
+        """Whether any TLS connection or handshake is open."""
+        return bool(self.tls or self.tls_handshakes)
+
     # -- accept ----------------------------------------------------------------------------------------------------
 
     def accept(self, descriptor: int, peer: RawAddress, settings: ListenerSettings) -> None:
@@ -125,24 +130,36 @@ class Clients:
 
     def _begin_tls(self, arrival: Arrival) -> None:
         from echod.server.tls_handshake import TlsHandshake  # imports ssl (10 ms), for listeners with TLS only
+        from echod.server.tls_stream import HandshakeError
 
-        if not arrival.settings.tls or len(self) >= self.limits.connections + MIN_LINGERING:
-            self._reject(arrival, RejectReason.LIMIT if arrival.settings.tls else RejectReason.TLS)
-            return
-        handshake = TlsHandshake(arrival, self.scheduler, self.handshake_s, self._on_tls)
-        self.tls_handshakes.add(handshake)
+        if arrival.settings.tls is None:
+            self._reject(arrival, RejectReason.TLS)
+        elif len(self) >= self.limits.connections + MIN_LINGERING:
+            self._reject(arrival, RejectReason.LIMIT)
+        else:
+            try:
+                handshake = TlsHandshake(arrival, self.scheduler, self.handshake_s, self._on_tls)
+            except HandshakeError as error:  # the client is gone, and its descriptor is closed
+                self._count_failed_handshake(arrival, str(error))
+                self._stats.rejected[RejectReason.TLS.value] += 1
+            else:
+                self.tls_handshakes.add(handshake)
 
     def _on_tls(self, handshake: "TlsHandshake", why: str) -> None:
         self.tls_handshakes.discard(handshake)
         arrival, stream = handshake.arrival, handshake.stream
-        self._stats.count_handshake("" if why else stream.version)
         if why:
-            log.debug("TLS handshake failed", peer=_name(arrival), why=why)
+            self._count_failed_handshake(arrival, why)
             stream.release()
             self._reject(arrival, RejectReason.TLS)
         else:
+            self._stats.count_handshake(stream.version)
             arrival.stream = stream
             self._admit(arrival)
+
+    def _count_failed_handshake(self, arrival: Arrival, why: str) -> None:
+        self._stats.count_handshake("")
+        log.debug("TLS handshake failed", peer=_name(arrival), why=why)
 
     def _admit(self, arrival: Arrival) -> None:
         if reason := self.admission.check(arrival.host, len(self), self.limits):
@@ -282,6 +299,18 @@ class Clients:
         )
 
     # -- live upgrade ----------------------------------------------------------------------------------------------
+
+    def hold_tls(self) -> None:
+        """Begin no TLS handshake for clients whose PROXY header is not complete yet, until `release_tls` is called."""
+        for handshake in self.handshakes:
+            if handshake.arrival.settings.is_tls:
+                handshake.pause()
+
+    def release_tls(self) -> None:
+        """Undo `hold_tls`."""
+        for handshake in [*self.handshakes]:
+            if handshake.arrival.settings.is_tls:
+                handshake.resume()
 
     def each(self) -> Iterator[tuple[Connection, bool]]:
         """Yield each connection, and whether it is served (True) or uncounted (False)."""

@@ -337,9 +337,6 @@ class Connection(HotPath):
     def _read_into(self, room: memoryview) -> int:
         return os.readv(self.descriptor, (room,))
 
-    def _half_close(self) -> None:
-        sockets.half_close(self.descriptor)
-
     # -- event loop ------------------------------------------------------------------------------------------------
 
     def _detect_iteration(self) -> None:
@@ -359,6 +356,10 @@ class Connection(HotPath):
         self._watch()
 
     @property
+    def _wants_room(self) -> bool:
+        return bool(self._pending)
+
+    @property
     def _wants_input(self) -> bool:
         return not (
             self._pending
@@ -373,7 +374,7 @@ class Connection(HotPath):
         """Register with the event loop for what this connection waits for now: room to send, or input."""
         if self.state is State.CLOSED:
             return
-        wants_room = bool(self._pending)
+        wants_room = self._wants_room
         wants_input = self._wants_input
         loop = self._owner.loop
         # Add before removing: a descriptor without any registration leaves epoll and has to be added again.
@@ -495,7 +496,7 @@ class Connection(HotPath):
             self.close()
             return
         try:
-            self._half_close()
+            sockets.half_close(self.descriptor)
         except OSError as error:
             self._lose(error.errno or 0)
             return
@@ -585,4 +586,8 @@ class Connection(HotPath):
         unsent = len(self._pending)
         queued = sockets.unacknowledged_bytes(self.descriptor)
         owed = unsent if self.is_unix else unsent + queued
-        self.activity.measure(now, accepted_bytes=self.bytes_out - unsent - queued, owed_bytes=owed)
+        self.activity.measure(now, accepted_bytes=self._accepted_bytes(queued), owed_bytes=owed)
+
+    def _accepted_bytes(self, queued: int) -> int:
+        """Return how many bytes of replies the client's kernel has accepted; `queued` has ours not sent, or not yet."""
+        return self.bytes_out - len(self._pending) - queued

@@ -48,6 +48,15 @@ class ProxyHandshake:
             loop.add_reader(self.sock, self._read)
             self._timer = loop.call_at(self.began_at + HEADER_S, self._time_out)
 
+    def pause(self) -> None:
+        """Read nothing until `resume` is called."""
+        self._stop_waiting()
+
+    def resume(self) -> None:
+        """Go on after a pause, if there was one."""
+        if not self._timer:
+            self.begin()
+
     def fail(self, why: str) -> None:
         """Stop waiting for the header."""
         self._end(ProxyError(why))
@@ -83,10 +92,14 @@ class ProxyHandshake:
         return found.source
 
     def _end(self, result: RawAddress | ProxyError | None) -> None:
+        self._stop_waiting()
+        self._on_end(self, result)
+
+    def _stop_waiting(self) -> None:
         if self._timer:
             self._timer.cancel()
+            self._timer = None
             asyncio.get_running_loop().remove_reader(self.sock)
-        self._on_end(self, result)
 
 
 class ProxyHandshakes:

@@ -220,18 +220,19 @@ class Server:
         for listener in self._listeners:
             if listener.bound.settings.is_tls:
                 listener.pause("upgrade")
+        self.clients.hold_tls()
         self.clients.unpark_all()
-        now = self._loop.time()
-        deadline = now + limits.drain
-        count = len(self.clients.tls)
-        for connection in self.clients.tls:
-            connection.start_draining(now)
-        while (connections := self.clients.tls) or self.clients.tls_handshakes:
+        deadline = self._loop.time() + limits.drain
+        finished: set[Connection] = set()
+        while self.clients.has_tls:
             now = self._loop.time()
             if now >= deadline:
                 for handshake in [*self.clients.tls_handshakes]:
                     handshake.fail("an upgrade has begun")
-            for connection in connections:
+            for connection in self.clients.tls:
+                if connection not in finished:
+                    finished.add(connection)
+                    connection.start_draining(now)
                 timeouts.enforce_timeouts(connection, now, limits)
                 if now >= deadline + sockets.LINGER_S:
                     connection.end_now()
@@ -240,12 +241,13 @@ class Server:
                 else:
                     timeouts.finish_if_quiet(connection, now, limits.drain_quiet)
             await asyncio.sleep(TLS_POLL_S)
-        return count
+        return sum(connection.is_counted for connection in finished)
 
     def resume_tls(self) -> None:
         """Accept clients on TLS listeners again, after an upgrade that failed."""
         for listener in self._listeners:
             listener.resume("upgrade")
+        self.clients.release_tls()
 
 
 def _sweep_interval(timeouts: Timeouts) -> float:

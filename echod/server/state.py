@@ -1,5 +1,6 @@
 """The state of an established connection, as one program hands it to the next in a live upgrade."""
 
+import socket
 from typing import Any
 
 from msgspec import Struct
@@ -35,3 +36,8 @@ class ConnectionState(Struct, kw_only=True, omit_defaults=True):
     """The name of its listener, such as `listen[0]`, if the client is not admitted yet."""
     proxy_header: bytes | None = None
     """The part of the PROXY header that was read; None if the header is complete or none is expected."""
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether the client connected through a Unix socket."""
+        return self.family == socket.AF_UNIX

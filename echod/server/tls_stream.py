@@ -15,7 +15,7 @@ RECORD_BYTES = 16_384
 
 
 class HandshakeError(Exception):
-    """The client did not complete the handshake; the message is OpenSSL's reason in lower case."""
+    """The client did not complete the handshake; the message is the reason in lower case."""
 
 
 class TlsStream:
@@ -24,15 +24,19 @@ class TlsStream:
     __slots__ = ("_is_discarding", "_socket", "wants_room")
 
     def __init__(self, descriptor: int, context: ssl.SSLContext) -> None:
-        self._socket = context.wrap_socket(
-            socket.socket(fileno=descriptor),
-            server_side=True,
-            do_handshake_on_connect=False,
-            suppress_ragged_eofs=False,
-        )
+        """Raise HandshakeError, and close the descriptor, if the client has reset the connection already."""
+        sock = socket.socket(fileno=descriptor)
+        try:
+            sock.getpeername()
+            self._socket = context.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+        except OSError as error:
+            sock.close()
+            raise HandshakeError(_reason(error)) from None
         self._is_discarding = False
         self.wants_room = False
-        """Whether the last call that had to wait waits for room to send, and not for input."""
+        """Whether the handshake or the last read waits for room to send, and not for input."""
 
     @property
     def version(self) -> str:
@@ -54,21 +58,21 @@ class TlsStream:
 
     def handshake(self) -> None:
         """Go on with the handshake; raise BlockingIOError until it is complete, and HandshakeError if it fails."""
+        self.wants_room = False
         try:
             self._socket.do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             self.wants_room = isinstance(error, ssl.SSLWantWriteError)
             raise BlockingIOError from None
-        except ssl.SSLError as error:
-            raise HandshakeError((error.reason or str(error)).replace("_", " ").lower()) from error
         except OSError as error:
-            raise HandshakeError((error.strerror or str(error)).lower()) from error
+            raise HandshakeError(_reason(error)) from None
 
     def read_into(self, room: memoryview) -> int:
         """Read once and return how many bytes arrived; 0 after the client's close_notify.
 
         A TCP end of stream without close_notify raises OSError, because the stream may have been cut short.
         """
+        self.wants_room = False
         if self._is_discarding:
             return os.readv(self._socket.fileno(), (room,))
         try:
@@ -91,19 +95,28 @@ class TlsStream:
                 break
         return sent
 
-    def half_close(self) -> None:
-        """Send close_notify and end our side of the TCP stream; what arrives from now on may only be discarded."""
+    def close_sending(self) -> None:
+        """Send close_notify; raise BlockingIOError if the kernel has no room for it.
+
+        Input may be read until the client's close_notify, but only to be discarded.
+        """
         try:
             self._socket.unwrap()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # the client's close_notify has not arrived yet
+        except ssl.SSLWantWriteError:
+            raise BlockingIOError from None
+        except ssl.SSLWantReadError:  # the client's close_notify has not arrived yet
+            return
+        except ssl.SSLError:  # there is input in front of it
             pass
-        except ssl.SSLError:  # input that nobody will read is in front of it
-            self._is_discarding = True
-        else:
-            self._is_discarding = True
-        self._socket.shutdown(socket.SHUT_WR)
+        self._is_discarding = True
 
     def release(self) -> None:
         """Leave the descriptor to the caller."""
         with suppress(OSError):
             self._socket.detach()
+
+
+def _reason(error: OSError) -> str:
+    """Return OpenSSL's reason, or else the operating system's, in lower case."""
+    reason = (error.reason or "").replace("_", " ") if isinstance(error, ssl.SSLError) else ""
+    return (reason or error.strerror or str(error)).lower()

@@ -107,6 +107,8 @@ class TlsStatistics(Struct, frozen=True, kw_only=True):
             kind="counter",
             metric="echod_tls_handshakes_total",
             label="result",
+            section="connections",
+            row="TLS handshakes",
         ),
     ]
     certificate_ends: Annotated[
@@ -116,6 +118,8 @@ class TlsStatistics(Struct, frozen=True, kw_only=True):
             unit="seconds",
             metric="echod_tls_certificate_expiry_timestamp_seconds",
             label="address",
+            section="connections",
+            row="TLS certificate",
         ),
     ]
 

@@ -105,10 +105,7 @@ class Upgrader:
         """Return or raise only if this program serves on."""
         log.info("upgrade proven", by=await self._prove())
         try:
-            if finished := await self._server.finish_tls():
-                log.info("TLS connections finished", connections=finished, why="they cannot cross an upgrade")
-            async with asyncio.timeout(FINISH_S):
-                await self._finish_what_cannot_cross()
+            await self._finish_what_cannot_cross()
             self._replace()
         finally:
             self._admin_server.resume()
@@ -140,7 +137,18 @@ class Upgrader:
             os.close(state)
 
     async def _finish_what_cannot_cross(self) -> None:
-        """Wait for reloads, retiring listeners and admin clients; the admin endpoint stays paused."""
+        """Finish TLS connections, reloads, retiring listeners and admin clients; the admin endpoint stays paused."""
+        while True:
+            if finished := await self._server.finish_tls():
+                log.info("TLS connections finished", connections=finished, why="they cannot cross an upgrade")
+            async with asyncio.timeout(FINISH_S):
+                await self._finish_quick()
+            if not self._server.clients.has_tls:  # a reload may have added a listener
+                return
+            self._admin_server.resume()
+
+    async def _finish_quick(self) -> None:
+        """Finish what takes moments: reloads, retiring listeners and admin clients."""
         while True:
             await self._reloads.idle()
             # A client in the backlog of a retiring listener would be reset.

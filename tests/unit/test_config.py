@@ -68,9 +68,35 @@ def test_defaults() -> None:
     loaded = load(None, {}, (), PLENTY)
     assert loaded == Loaded(Config(), ())
     assert msgspec.to_builtins(loaded.config) == {
-        "listen": ({"address": "127.0.0.1:8888", "proxy_protocol": False, "reuse_port": False},),
-        "limits": {"connections": 10_000, "connections_per_address": 0, "line_bytes": 65_536, "held_bytes": 0},
-        "timeouts": {"idle": 300, "line": 30, "write": 30, "drain": 8, "drain_quiet": 0.5, "lame_duck": 0},
+        "listen": (
+            {
+                "address": "127.0.0.1:8888",
+                "proxy_protocol": False,
+                "reuse_port": False,
+                "tls_certificate": "",
+                "tls_key": "",
+                "tls_client_ca": "",
+                "tls_minimum": "1.2",
+                "allow": (),
+                "deny": (),
+            },
+        ),
+        "limits": {
+            "connections": 10_000,
+            "connections_per_address": 0,
+            "connection_rate": 0,
+            "line_bytes": 65_536,
+            "held_bytes": 0,
+        },
+        "timeouts": {
+            "handshake": 10,
+            "idle": 300,
+            "line": 30,
+            "write": 30,
+            "drain": 8,
+            "drain_quiet": 0.5,
+            "lame_duck": 0,
+        },
         "log": {"level": "info", "format": "auto", "file": ""},
         "admin": {"listen": ""},
     }

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import os
 import socket
 import struct
 import sys
@@ -187,7 +186,7 @@ def test_sending_pending_replies_takes_linear_time(monkeypatch: pytest.MonkeyPat
             sent.append(bytes(memoryview(data)[:portion]))
             return portion
 
-        monkeypatch.setattr(os, "write", write)
+        monkeypatch.setattr(Connection, "_write", staticmethod(write))
         began_at = time.process_time()
         while connection.held_bytes:
             connection._on_writable()

@@ -30,6 +30,7 @@ NAMES = {
     "bytes_out",
     "held_bytes",
     "reloads",
+    "tls",
     "log_dropped",
     "loop_lag_ms",
     "rss_bytes",
@@ -78,11 +79,12 @@ def test_names() -> None:
     assert shown["connections"].keys() == {"open", "accepted", "rejected", "closed"}
     assert shown["connections"]["closed"].keys() == REASONS
     assert shown["reloads"].keys() == {"applied", "refused", "last_error"}
+    assert shown["tls"] == {"handshakes": {"TLSv1.2": 0, "TLSv1.3": 0, "failed": 0}, "certificate_ends": {}}
 
 
 @pytest.mark.parametrize(
     "reason",
-    ["limit", "address"],
+    ["limit", "address", "proxy", "denied", "rate", "tls"],
 )
 def test_names_of_rejections(reason: str) -> None:
     """Each documented reason of a rejection is present from the start."""
@@ -92,7 +94,7 @@ def test_names_of_rejections(reason: str) -> None:
 def test_every_statistic_has_a_help_text() -> None:
     """Each value, or the mapping that it is in, has metadata, from which the metrics and the documentation derive."""
     for name in flat(snapshot(new_stats())):
-        figure = figures().get(name) or figures()[name.rpartition(".")[0]]
+        figure = figures().get(name) or next(each for key, each in figures().items() if name.startswith(f"{key}."))
         assert figure.help.endswith("."), name
 
 

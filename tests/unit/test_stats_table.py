@@ -1,5 +1,7 @@
 """The table of the statistics, and the rates."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +74,25 @@ def test_every_figure_has_its_place() -> None:
     assert "more" not in lines
     assert len(lines) < 24
     assert max(map(len, lines)) < 80
+
+
+def test_tls_has_its_rows_where_a_listener_speaks_it() -> None:
+    """The row of the certificates tells when the first one ends."""
+    gauges = {"log_dropped": lambda: 0, "rss_bytes": lambda: 0, "open_files": lambda: 0}
+    stats = Stats(gauges)
+    stats.count_handshake("TLSv1.3")
+    stats.count_handshake("")
+    day = 86_400
+    ends = {"127.0.0.1:2": time.time() + 100 * day, "127.0.0.1:1": time.time() + 13 * day - 1}
+    lines = table(stats.snapshot("serving", [], ends))
+    assert "  TLS handshakes              2   TLSv1.3 1, failed 1" in text(lines)
+    assert "  TLS certificate  in 12 d 23 h   127.0.0.1:1" in text(lines)
+    assert "more" not in text(lines)
+    assert len(lines) <= 24
+    meanings = {line[0].text.strip(): line[1].meaning for line in lines if len(line) > 1}
+    assert meanings["TLS certificate"] == Meaning.WARNING
+    ended = {line[0].text.strip(): line for line in table(stats.snapshot("serving", [], {"a:1": 0.0})) if line}
+    assert ended["TLS certificate"][1] == Cell("   has ended", Meaning.BAD)
 
 
 def test_what_stands_out() -> None:
