@@ -26,6 +26,7 @@ class TlsStream:
     def __init__(self, descriptor: int, context: ssl.SSLContext) -> None:
         """Raise HandshakeError, and close the descriptor, if the client has reset the connection already."""
         sock = socket.socket(fileno=descriptor)
+        sock.setblocking(False)  # wrap_socket applies the timeout of the object to the descriptor
         try:
             sock.getpeername()
             self._socket = context.wrap_socket(

@@ -13,7 +13,7 @@ import pytest
 
 from echod import __version__
 from echod.cli import args
-from echod.config.schema import Config
+from echod.config.schema import Config, Listen
 from echod.config.sources import Serve, Setting, Sources
 from echod.net.address import TcpAddress, UnixAddress
 from tests.support.gate import Gate
@@ -236,7 +236,7 @@ def test_check_prints_the_config_in_force(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     printed = tomllib.loads(done.stdout)
     assert [printed["timeouts"][name] for name in ("idle", "line", "write", "drain")] == [1, 2, 3, 8]
-    assert printed["listen"] == [{"address": "b:0", "proxy_protocol": False, "reuse_port": False}]
+    assert msgspec.convert(printed["listen"], list[Listen]) == [Listen(address="b:0")]
     assert printed["limits"]["connections"] == 5
 
 

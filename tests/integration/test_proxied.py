@@ -192,7 +192,7 @@ def test_a_bad_header_closes_without_a_byte(tmp_path: Path) -> None:
                 client.sendall(header + b"\r\nhello\n" * 5000)
                 assert read_to_end(client) == b"", name
         counted = _counted(echod)
-        assert counted["rejected"] == {"limit": 0, "address": 0, "proxy": len(BAD)}
+        assert counted["rejected"] == dict.fromkeys(counted["rejected"], 0) | {"proxy": len(BAD)}
         assert (counted["accepted"], counted["open"]) == (0, 0)
         assert len(echod.events_named("no PROXY header")) == len(BAD)
         with connect(echod.port) as client:
