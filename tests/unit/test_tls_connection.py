@@ -361,7 +361,7 @@ def test_trickled_lines_do_not_keep_a_client_that_never_reads(context: ssl.SSLCo
                 client.sendall(b"x\n")
                 await asyncio.sleep(0.001)
                 timeouts.enforce_timeouts(connection, start + step / 10, limits)
-                if connection.state is State.CLOSED:
+                if owner.closed:
                     break
             assert connection.reason is CloseReason.WRITE_TIMEOUT
 
