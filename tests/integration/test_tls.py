@@ -181,8 +181,8 @@ def test_half_a_handshake_ends_by_its_timeout_and_disturbs_nobody(tmp_path: Path
         for number, client in enumerate(silent):
             client.sendall(hello[: number * len(hello) // 20])
         began = time.monotonic()
-        with tls_connect(echod.port) as client:
-            assert client.ask(b"served\n") == b"SERVED\n"
+        with tls_connect(echod.port) as served:
+            assert served.ask(b"served\n") == b"SERVED\n"
         assert time.monotonic() - began < 1
         for sock in silent:
             assert read_to_end(sock) == b""

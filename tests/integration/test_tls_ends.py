@@ -4,67 +4,69 @@ import asyncio
 import random
 import signal
 import ssl
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from echod.telemetry.reasons import CloseReason
-from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, read_line, serving, settings
+from tests.support.clients import finished, pipeline
+from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, serving, settings, settled
 from tests.support.installed import Installed
 from tests.support.streams import upgrade
-from tests.support.tls import TlsClient, client_context, issue, serving_listens, serving_tls, tls_connect, toml
+from tests.support.tls import TlsClient, issue, serving_listens, serving_tls, tls_connect, toml
 
 SHORT = settings(timeouts_drain=1, timeouts_drain_quiet=0.1)
 
 V1 = b"PROXY TCP4 192.0.2.9 198.51.100.2 40001 8888\r\n"
 
 
-class Streamer:
-    """Keeps lines in flight until the stream ends, and records how it ended."""
+class Streamer(threading.Thread):
+    """Keeps lines in flight until close_notify, and records how the stream ended."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, port: int, number: int) -> None:
+        super().__init__()
+        self._port = port
+        self._number = number
         self.sent = bytearray()
         self.received = bytearray()
-        self.error: Exception | None = None
+        self.error: OSError | None = None
 
-    async def run(self, port: int, context: ssl.SSLContext | None) -> None:
-        name = "localhost" if context else None
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name)
-        self._send(writer, 16)
+    def run(self) -> None:
         try:
-            while chunk := await reader.read(65_536):
-                self.received += chunk
-                if not writer.is_closing():
-                    self._send(writer, chunk.count(b"\n"))
-        except (OSError, asyncio.IncompleteReadError) as error:
+            with tls_connect(self._port) as client:
+                self._send(client, 16)
+                while chunk := client.recv():  # a FIN without close_notify is an error
+                    self.received += chunk
+                    self._send(client, chunk.count(b"\n"))
+        except OSError as error:
             self.error = error
-        writer.close()
 
-    def _send(self, writer: asyncio.StreamWriter, count: int) -> None:
+    def _send(self, client: TlsClient, count: int) -> None:
         start = self.sent.count(b"\n")
-        lines = b"".join(f"{self._name} line {start + n}.\n".encode() for n in range(count))
+        lines = b"".join(b"client %d line %d.\n" % (self._number, start + n) for n in range(count))
         self.sent += lines
-        writer.write(lines)
+        client.sendall(lines)
 
     def check(self) -> None:
         """Assert that the replies answer a prefix of the lines, that none is torn, and that there was no reset."""
-        assert self.error is None, f"{self._name}: {self.error!r}"
-        assert self.received == self.sent.upper()[: len(self.received)], f"{self._name}: not a prefix"
-        assert not self.received or self.received.endswith(b"\n"), f"{self._name}: torn reply"
+        self.join(DEADLINE_S)
+        assert self.error is None, repr(self.error)
+        assert self.received == self.sent.upper()[: len(self.received)]
+        assert not self.received or self.received.endswith(b"\n")
 
 
-async def _streamers(
-    port: int, count: int, context: ssl.SSLContext | None
-) -> tuple[list[Streamer], list["asyncio.Task[None]"]]:
-    clients = [Streamer(f"client {number}") for number in range(count)]
-    tasks = [asyncio.create_task(client.run(port, context)) for client in clients]
+def _streamers(port: int, count: int) -> list[Streamer]:
+    """Start this many clients, and wait until each has its first replies."""
+    clients = [Streamer(port, number) for number in range(count)]
+    for client in clients:
+        client.start()
     end = time.monotonic() + DEADLINE_S
     while not all(client.received for client in clients):
         assert time.monotonic() < end
-        await asyncio.sleep(0.01)
-    return clients, tasks
+        time.sleep(0.01)
+    return clients
 
 
 # -- stop --------------------------------------------------------------------------------------------------------------
@@ -73,18 +75,14 @@ async def _streamers(
 @pytest.mark.timeout(600)
 def test_a_stop_under_load_delivers_every_reply(tmp_path: Path, full: bool) -> None:
     """Lines answered are a prefix of lines sent, no torn reply, no reset, exit 0."""
-    issue(tmp_path)
     file = tmp_path / "echod.toml"
-    file.write_text(toml({"tls_certificate": str(tmp_path / "server.pem"), "tls_key": str(tmp_path / "server.key")}))
-
-    async def one_round(number: int) -> None:
+    file.write_text(toml(issue(tmp_path).keys))
+    for number in range(50 if full else 5):
         with Daemon("-c", str(file), *SHORT) as echod:
-            await asyncio.to_thread(echod.wait_for, "ready")
-            clients, tasks = await _streamers(echod.port, 20, client_context())
-            await asyncio.sleep(random.Random(number).uniform(0, 0.3))
+            clients = _streamers(echod.port, 20)
+            time.sleep(random.Random(number).uniform(0, 0.3))  # a random moment
             echod.send(signal.SIGTERM)
-            await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
-            assert await asyncio.to_thread(echod.exit_status) == 0
+            assert echod.exit_status() == 0
             for client in clients:
                 client.check()
             finished = echod.wait_for("drain finished")
@@ -93,9 +91,6 @@ def test_a_stop_under_load_delivers_every_reply(tmp_path: Path, full: bool) -> N
             assert {event["reason"] for event in closed} == {CloseReason.DRAINED.value}
             # Every line echod says it answered reached its client.
             assert sum(event["lines"] for event in closed) == sum(client.received.count(b"\n") for client in clients)
-
-    for number in range(50 if full else 5):
-        asyncio.run(one_round(number))
 
 
 def test_a_stop_waits_for_a_handshake_under_way_no_longer_than_the_drain(tmp_path: Path) -> None:
@@ -131,42 +126,31 @@ def test_a_second_signal_aborts_a_client_that_is_owed_replies(tmp_path: Path) ->
 @pytest.mark.timeout(180)
 def test_an_upgrade_finishes_tls_connections_and_takes_plain_ones_along(tmp_path: Path) -> None:
     """50 plain streams are byte-exact across it, 50 TLS streams end at a line with close_notify; then both go on."""
-    flags = settings(timeouts_drain=2, timeouts_drain_quiet=0.2)
 
     async def scenario(echod: Daemon) -> None:
         secret, plain = echod.ports
-        secrets, ended = await _streamers(secret, 50, client_context())
-        plains, going = await _streamers(plain, 50, None)
-        partial = connect(plain)
-        partial.sendall(b"begun before")
-        done = await asyncio.to_thread(upgrade, echod)
-        assert echod.events_named("TLS connections finished")[-1]["connections"] == 50
-        await asyncio.wait_for(asyncio.gather(*ended), DEADLINE_S)
-        for client in secrets:
-            client.check()
-        assert done["connections"] == 51
-        known = [len(client.received) for client in plains]
-        end = time.monotonic() + DEADLINE_S
-        while not all(len(client.received) > before for client, before in zip(plains, known, strict=True)):
-            assert time.monotonic() < end
-            await asyncio.sleep(0.01)
-        for client in plains:
-            client.check()
-        partial.sendall(b" and ended after\n")
-        assert await asyncio.to_thread(read_line, partial) == b"BEGUN BEFORE AND ENDED AFTER\n"
-        partial.close()
+        plains = await pipeline(f"127.0.0.1:{plain}", 50)
+        secrets = await asyncio.to_thread(_streamers, secret, 50)
+        with connect(plain) as partial:
+            partial.sendall(b"begun before")
+            done = await asyncio.to_thread(upgrade, echod)
+            assert done["connections"] == 51
+            assert echod.events_named("TLS connections finished")[-1]["connections"] == 50
+            for client in secrets:
+                await asyncio.to_thread(client.check)
+            await finished(plains)
+            assert await asyncio.to_thread(ask, partial, b" and ended after\n") == b"BEGUN BEFORE AND ENDED AFTER\n"
         again = await asyncio.to_thread(tls_connect, secret)
-        assert await asyncio.to_thread(again.ask, b"again\n") == b"AGAIN\n"
-        again.sock.close()
-        for task in going:
-            task.cancel()
-        await asyncio.gather(*going, return_exceptions=True)
+        with again:
+            assert await asyncio.to_thread(again.ask, b"again\n") == b"AGAIN\n"
+            again.half_close()
+            assert await asyncio.to_thread(again.read_to_end) == b""
 
+    flags = settings(timeouts_drain=2, timeouts_drain_quiet=0.2)
     with serving_listens(tmp_path, issue(tmp_path).keys, {}, flags=flags) as echod:
-        asyncio.run(scenario(echod))
-        counts = echod.stats()["connections"]
-        assert counts["accepted"] == counts["open"] + sum(counts["closed"].values())
-        assert counts["closed"]["drained"] == 50
+        asyncio.run(asyncio.wait_for(scenario(echod), 120))
+        counts = settled(echod, 0)["connections"]
+        assert (counts["closed"]["drained"], counts["closed"]["reset"], counts["closed"]["cut"]) == (50, 0, 0)
 
 
 def test_clients_that_come_meanwhile_wait_and_are_served_by_the_next_program(tmp_path: Path) -> None:
