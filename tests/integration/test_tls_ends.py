@@ -154,18 +154,30 @@ def test_an_upgrade_finishes_tls_connections_and_takes_plain_ones_along(tmp_path
 
 
 def test_clients_that_come_meanwhile_wait_and_are_served_by_the_next_program(tmp_path: Path) -> None:
-    flags = settings(timeouts_drain=5, timeouts_drain_quiet=1)
-    with serving_tls(tmp_path, *flags) as echod, tls_connect(echod.port) as client:
-        assert client.ask(b"one\n") == b"ONE\n"
-        known = len(echod.events)
-        echod.send(signal.SIGUSR2)
-        echod.wait_for("upgrade proven", after=known)
-        assert client.read_to_end() == b""
-        client.sock.close()
-        with tls_connect(echod.port) as late:
-            assert late.ask(b"late\n") == b"LATE\n"
-        echod.wait_for("upgrade done", after=known)
-        assert echod.stats()["upgrades"] == 1
+    """A partial line holds the upgrade up; a plain client is served all the time."""
+    flags = settings(timeouts_drain=60, timeouts_drain_quiet=0.2)
+    with serving_listens(tmp_path, issue(tmp_path).keys, {}, flags=flags) as echod:
+        secret, plain = echod.ports
+        with tls_connect(secret) as client, connect(plain) as other:
+            assert client.ask(b"one\npartial") == b"ONE\n"
+            known = len(echod.events)
+            echod.send(signal.SIGUSR2)
+            echod.wait_for("upgrade proven", after=known)
+            with connect(secret) as sock:
+                late = TlsClient(sock)
+                sock.sendall(late.hello())
+                sock.settimeout(0.5)
+                with pytest.raises(TimeoutError):
+                    sock.recv(1)
+                assert ask(other, b"plain\n") == b"PLAIN\n"
+                client.sendall(b" line\n")
+                assert client.read_to_end() == b"PARTIAL LINE\n"
+                client.half_close()
+                sock.settimeout(DEADLINE_S)
+                assert late.handshake().ask(b"late\n") == b"LATE\n"
+            echod.wait_for("upgrade done", after=known)
+            assert ask(other, b"plain\n") == b"PLAIN\n"
+            assert echod.stats()["upgrades"] == 1
 
 
 def test_an_upgrade_that_fails_after_that_serves_tls_again(installed: Installed, tmp_path: Path) -> None:

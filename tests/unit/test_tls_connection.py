@@ -165,7 +165,8 @@ def test_replies_follow_the_client_s_close_notify_and_end_with_ours(context: ssl
     run(scenario())
 
 
-def test_an_end_of_stream_without_close_notify_is_a_reset(context: ssl.SSLContext) -> None:
+@pytest.mark.parametrize("text", [b"one\n", b"one\ntw"])
+def test_an_end_of_stream_without_close_notify_is_a_reset(context: ssl.SSLContext, text: bytes) -> None:
     """Whoever can cut the TCP stream could otherwise pass a part of the client's text off as all of it."""
 
     async def scenario() -> None:
@@ -173,7 +174,7 @@ def test_an_end_of_stream_without_close_notify_is_a_reset(context: ssl.SSLContex
             owner, client = FakeOwner(), both.client
             connection = both.connection(owner)
             connection.open()
-            client.sendall(b"one\ntw")
+            client.sendall(text)
             client.sock.shutdown(socket.SHUT_WR)
             await until(lambda: owner.closed)
             assert connection.reason is CloseReason.RESET
