@@ -156,25 +156,31 @@ def test_an_upgrade_finishes_tls_connections_and_takes_plain_ones_along(tmp_path
 def test_clients_that_come_meanwhile_wait_and_are_served_by_the_next_program(tmp_path: Path) -> None:
     """A partial line holds the upgrade up; a plain client is served all the time."""
     flags = settings(timeouts_drain=60, timeouts_drain_quiet=0.2)
-    with serving_listens(tmp_path, issue(tmp_path).keys, {}, flags=flags) as echod:
-        secret, plain = echod.ports
-        with tls_connect(secret) as client, connect(plain) as other:
+    keys = issue(tmp_path).keys
+    with serving_listens(tmp_path, keys, keys | {"proxy_protocol": True}, {}, flags=flags) as echod:
+        secret, proxied, plain = echod.ports
+        with tls_connect(secret) as client, connect(plain) as other, connect(proxied) as begun:
+            begun.sendall(V1[:20])
             assert client.ask(b"one\npartial") == b"ONE\n"
             known = len(echod.events)
             echod.send(signal.SIGUSR2)
             echod.wait_for("upgrade proven", after=known)
-            with connect(secret) as sock:
-                late = TlsClient(sock)
-                sock.sendall(late.hello())
-                sock.settimeout(0.5)
-                with pytest.raises(TimeoutError):
-                    sock.recv(1)
+            assert ask(other, b"plain\n") == b"PLAIN\n"
+            with connect(secret) as late:
+                waiting = [TlsClient(late), TlsClient(begun)]
+                late.sendall(waiting[0].hello())
+                begun.sendall(V1[20:] + waiting[1].hello())
+                for each in waiting:
+                    each.sock.settimeout(0.3)
+                    with pytest.raises(TimeoutError):
+                        each.sock.recv(1)
                 assert ask(other, b"plain\n") == b"PLAIN\n"
                 client.sendall(b" line\n")
                 assert client.read_to_end() == b"PARTIAL LINE\n"
                 client.half_close()
-                sock.settimeout(DEADLINE_S)
-                assert late.handshake().ask(b"late\n") == b"LATE\n"
+                for each in waiting:
+                    each.sock.settimeout(DEADLINE_S)
+                    assert each.handshake().ask(b"late\n") == b"LATE\n"
             echod.wait_for("upgrade done", after=known)
             assert ask(other, b"plain\n") == b"PLAIN\n"
             assert echod.stats()["upgrades"] == 1

@@ -238,6 +238,24 @@ def test_input_in_front_of_our_half_close_is_discarded(context: ssl.SSLContext) 
     run(scenario())
 
 
+def test_an_aborted_stream_ends_without_close_notify(context: ssl.SSLContext) -> None:
+    """The client notices that replies are missing."""
+
+    async def scenario() -> None:
+        with connected(context) as both:
+            owner, client = FakeOwner(), both.client
+            connection = both.connection(owner)
+            connection.open()
+            client.sendall(b"line\n")
+            await until(lambda: connection.lines == 1)
+            connection.abort(CloseReason.CUT)
+            assert client.read_line() == b"LINE\n"
+            with pytest.raises(ssl.SSLEOFError):
+                client.recv()
+
+    run(scenario())
+
+
 class Full(TlsStream):
     """Has no room for close_notify at first."""
 
@@ -348,22 +366,24 @@ def test_trickled_lines_do_not_keep_a_client_that_never_reads(context: ssl.SSLCo
             owner, client = FakeOwner(), both.client
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection = both.connection(owner)
+            with socket.socket(fileno=connection.descriptor) as ours:
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+                ours.detach()
             connection.open()
-            limits = Timeouts(idle=0, line=0, write=1)
-            line = b"x" * 16_000 + b"\n"
-            start = owner.loop.time()
-            while not connection.activity.owed_bytes or connection.state is not State.OPEN:
-                client.sendall(line)
-                timeouts.enforce_timeouts(connection, start, limits)
-                await asyncio.sleep(0.001)
+            lines = 16
+            for number in range(lines):  # more than the client's kernel accepts, less than ours does
+                client.sendall(b"x" * 16_000 + b"\n")
+                await until(lambda wanted=number + 1: connection.lines == wanted)  # type: ignore[misc]
             await asyncio.sleep(0.1)
-            timeouts.enforce_timeouts(connection, start, limits)
-            for step in range(1, 12):
-                client.sendall(b"x\n")
-                await asyncio.sleep(0.001)
+            assert not connection.pending
+            limits, start = Timeouts(idle=0, line=0, write=1), owner.loop.time()
+            for step in range(12):
                 timeouts.enforce_timeouts(connection, start + step / 10, limits)
                 if owner.closed:
                     break
+                assert connection.activity.owed_bytes
+                client.sendall(b"x\n")
+                await until(lambda wanted=lines + step + 1: connection.lines == wanted)  # type: ignore[misc]
             assert connection.reason is CloseReason.WRITE_TIMEOUT
 
     run(scenario())
