@@ -256,6 +256,21 @@ def test_an_aborted_stream_ends_without_close_notify(context: ssl.SSLContext) ->
     run(scenario())
 
 
+def test_a_stream_that_ends_at_once_and_is_owed_nothing_ends_with_close_notify(context: ssl.SSLContext) -> None:
+    async def scenario() -> None:
+        with connected(context) as both:
+            owner, client = FakeOwner(), both.client
+            connection = both.connection(owner)
+            connection.open()
+            client.sendall(b"line\n")
+            await until(lambda: connection.lines == 1)
+            connection.end_now()
+            assert connection.reason is CloseReason.DRAINED
+            assert client.read_to_end() == b"LINE\n"
+
+    run(scenario())
+
+
 class Full(TlsStream):
     """Has no room for close_notify at first."""
 
