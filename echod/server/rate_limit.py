@@ -3,8 +3,11 @@
 from echod.net.access import pack
 
 MOST_ADDRESSES = 16_384
-"""How many addresses are remembered, in about 3 MB. An address is forgotten one second after its last connection. If
-more addresses than this connect within a second, those that connected longest ago are forgotten early."""
+"""How many addresses are remembered, in about 3 MB. If more of them connect within two seconds, those that connected
+longest ago are forgotten early."""
+
+BURST_S = 1.0
+"""How many seconds' worth of connections are admitted at once. After that time without one, an address is as new."""
 
 
 class RateLimit:
@@ -15,10 +18,13 @@ class RateLimit:
     """
 
     def __init__(self) -> None:
-        self._empty_at: dict[bytes, float] = {}  # in the order of the last connection
+        # Two generations, so that forgetting takes no search for the oldest address.
+        self._recent: dict[bytes, float] = {}
+        self._older: dict[bytes, float] = {}
+        self._recent_since = 0.0
 
     def __len__(self) -> int:
-        return len(self._empty_at)
+        return len(self._recent) + len(self._older)
 
     def admits(self, host: str, rate: int, now: float) -> bool:
         """Count a connection from this address at `now` (monotonic seconds); whether it is within `rate` per second."""
@@ -26,14 +32,17 @@ class RateLimit:
         if packed is None:
             return True
         network = packed[:8]  # all four bytes of an IPv4 address
-        empty_at = max(now, self._empty_at.pop(network, now)) + 1 / rate
-        is_admitted = empty_at <= now + 1 + 1e-9
-        self._empty_at[network] = empty_at if is_admitted else empty_at - 1 / rate
-        if len(self._empty_at) > MOST_ADDRESSES:
-            del self._empty_at[next(iter(self._empty_at))]
+        empty_at = max(now, self._older.pop(network, now), self._recent.get(network, now))
+        is_admitted = empty_at + 1 / rate <= now + BURST_S + 1e-9
+        self._recent[network] = empty_at + 1 / rate if is_admitted else empty_at
+        if len(self._recent) >= MOST_ADDRESSES // 2:
+            self._begin_generation(now)
         return is_admitted
 
     def forget_idle(self, now: float) -> None:
-        """Forget the addresses whose bucket is empty; call it periodically."""
-        while self._empty_at and self._empty_at[address := next(iter(self._empty_at))] <= now:
-            del self._empty_at[address]
+        """Forget addresses whose bucket is empty, a few seconds after their last connection; call it periodically."""
+        if now - self._recent_since >= BURST_S:
+            self._begin_generation(now)
+
+    def _begin_generation(self, now: float) -> None:
+        self._older, self._recent, self._recent_since = self._recent, {}, now

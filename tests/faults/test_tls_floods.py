@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scene import Figures, Usage, scene
+from tests.faults.measurements import Figures, Usage, scene
 from tests.support.daemon import DEADLINE_S, settled
 from tests.support.tls import TlsClient, issue, serving_listens, tls_connect
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scene import Usage
+from tests.faults.measurements import Usage
 from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, read_to_end, settings, settled
 from tests.support.reference import BROKEN, CASED, OTHERS, SPACES, reference
 from tests.support.tls import (

@@ -91,7 +91,7 @@ def test_tls_has_its_rows_where_a_listener_speaks_it() -> None:
     assert len(lines) <= 24
     meanings = {line[0].text.strip(): line[1].meaning for line in lines if len(line) > 1}
     assert meanings["TLS certificate"] == Meaning.WARNING
-    ended = {line[0].text.strip(): line for line in table(stats.snapshot("serving", [], {"a:1": 0.0})) if line}
+    ended = {line[0].text.strip(): line for line in table(stats.snapshot("serving", [], {"a:1": 1.0})) if line}
     assert ended["TLS certificate"][1] == Cell("   has ended", Meaning.BAD)
 
 
