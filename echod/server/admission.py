@@ -50,6 +50,7 @@ class Admission:
         self._stats = stats
         self._open_files = open_files
         self._per_host: Counter[str | None] = Counter()
+        self._handshakes: Counter[str | None] = Counter()
         self._rate = RateLimit()
         self._logged = dict(stats.rejected)
         self._logged_at = float("-inf")
@@ -74,16 +75,32 @@ class Admission:
             return RejectReason.RATE
         return None
 
+    def check_handshake(self, host: str | None, connections: int, limits: Limits) -> RejectReason | None:
+        """Return why one more TLS handshake with `host` exceeds a limit, or None.
+
+        The limits are laxer than for connections, because a client can read its error line only after its handshake.
+        """
+        if connections >= limits.connections + MIN_LINGERING:
+            return RejectReason.LIMIT
+        if host and 0 < limits.connections_per_address <= self._handshakes[_address(host)]:
+            return RejectReason.ADDRESS
+        return None
+
+    def begin_handshake(self, host: str | None) -> None:
+        """Count a TLS handshake with this address."""
+        self._handshakes[_address(host)] += 1
+
+    def end_handshake(self, host: str | None) -> None:
+        """Undo `begin_handshake`."""
+        _decrement(self._handshakes, _address(host))
+
     def admit(self, host: str | None) -> None:
         """Count a served client of this address."""
         self._per_host[_address(host)] += 1
 
     def release(self, host: str | None) -> None:
         """Undo `admit` for a served client that has closed."""
-        address = _address(host)
-        self._per_host[address] -= 1
-        if not self._per_host[address]:
-            del self._per_host[address]
+        _decrement(self._per_host, _address(host))
 
     def reject(self, connection: Connection, reason: RejectReason, limits: Limits, *, can_be_told: bool = True) -> None:
         """Send a client its error line, if it can be told, and let it linger; call `forget` when it is closed."""
@@ -126,3 +143,9 @@ class Admission:
 def _address(host: str | None) -> str | None:
     """Normalize an address for counting: an IPv4 client of a dual-stack listener counts under its IPv4 address."""
     return host.removeprefix(_MAPPED) if host and host.startswith(_MAPPED) and "." in host else host
+
+
+def _decrement(counter: Counter[str | None], key: str | None) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

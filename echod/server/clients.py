@@ -15,7 +15,7 @@ import structlog
 from echod.config.schema import Limits
 from echod.net.sockets import ListenerSettings, RawAddress, peer_name
 from echod.process.phase import Life
-from echod.server.admission import LOG_INTERVAL_S, MIN_LINGERING, Admission
+from echod.server.admission import LOG_INTERVAL_S, Admission
 from echod.server.arrival import Arrival
 from echod.server.connection import Connection
 from echod.server.memory import MemoryLimit
@@ -134,8 +134,8 @@ class Clients:
 
         if arrival.settings.tls is None:
             self._reject(arrival, RejectReason.TLS)
-        elif len(self) >= self.limits.connections + MIN_LINGERING:
-            self._reject(arrival, RejectReason.LIMIT)
+        elif reason := self.admission.check_handshake(arrival.host, len(self), self.limits):
+            self._reject(arrival, reason)
         else:
             try:
                 handshake = TlsHandshake(arrival, self.scheduler, self.handshake_s, self._on_tls)
@@ -144,10 +144,12 @@ class Clients:
                 self._stats.rejected[RejectReason.TLS.value] += 1
             else:
                 self.tls_handshakes.add(handshake)
+                self.admission.begin_handshake(arrival.host)
 
     def _on_tls(self, handshake: "TlsHandshake", why: str) -> None:
         self.tls_handshakes.discard(handshake)
         arrival, stream = handshake.arrival, handshake.stream
+        self.admission.end_handshake(arrival.host)
         if why:
             self._count_failed_handshake(arrival, why)
             stream.release()

@@ -138,16 +138,46 @@ def test_clients_over_a_limit_get_their_error_line_through_tls(tmp_path: Path) -
         assert rejected["rate"] == len(lines) - lines.count(b"")
 
 
+def test_one_address_cannot_hold_every_place_with_handshakes(tmp_path: Path) -> None:
+    """As many of its handshakes may be under way as it may have connections; others are closed without a byte."""
+    flags = settings(limits_connections_per_address=3, timeouts_handshake=60)
+    with serving_listens(tmp_path, issue(tmp_path).keys, {}, flags=flags) as echod, contextlib.ExitStack() as stack:
+        secret, plain = echod.ports
+        silent = [stack.enter_context(connect(secret)) for _ in range(10)]
+        assert [read_to_end(client) for client in silent[3:]] == [b""] * 7
+        assert echod.stats()["connections"]["rejected"]["address"] == 7
+        with connect(plain) as client:
+            assert ask(client, b"plain\n") == b"PLAIN\n"
+        silent[0].close()
+        _failed(echod, 1, accepted=1)
+        with tls_connect(secret) as served:
+            assert served.ask(b"served\n") == b"SERVED\n"
+
+
+def test_unix_sockets_speak_tls_too(tmp_path: Path) -> None:
+    path = tmp_path / "echod.sock"
+    with (
+        serving_listens(tmp_path, issue(tmp_path).keys | {"address": f"unix:{path}"}),
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
+        sock.settimeout(DEADLINE_S)
+        sock.connect(str(path))
+        client = TlsClient(sock).handshake()
+        assert client.ask(b"unix\n") == b"UNIX\n"
+        client.half_close()
+        assert client.read_to_end() == b""
+
+
 # -- handshakes that fail ----------------------------------------------------------------------------------------------
 
 
-def _failed(echod: Daemon, count: int) -> None:
-    """Assert that so many handshakes have failed, and that nothing else has been counted."""
+def _failed(echod: Daemon, count: int, *, accepted: int = 0) -> None:
+    """Wait until so many handshakes have failed, and assert that nothing else has been counted."""
     end = time.monotonic() + DEADLINE_S
     while (stats := echod.stats())["tls"]["handshakes"]["failed"] < count:
         assert time.monotonic() < end
     assert stats["tls"]["handshakes"]["failed"] == stats["connections"]["rejected"]["tls"] == count
-    assert stats["connections"]["accepted"] == 0
+    assert stats["connections"]["accepted"] == accepted
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
