@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, Event, ask, connect
 from tests.support.report import Report
-from tests.support.tls import Authority
+from tests.support.tls import authority, ca_file, issue
 from tests.system.balancer.fleet import NAMES, Fleet, balanced, check_lines, free_ports
 from tests.system.balancer.haproxy import POLL_S, HAProxy, fenced, replaced
 from tests.system.balancer.load import coming
@@ -24,31 +24,31 @@ CLIENTS_PER_S = 40
 
 
 @pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path)
+def ca(tmp_path: Path) -> Path:
+    return ca_file(tmp_path)
 
 
 @pytest.fixture
-def keys(authority: Authority) -> str:
+def keys(tmp_path: Path) -> str:
     """The keys of a [[listen]] for TLS behind a PROXY header."""
-    issued = authority.issue("echo.example")
+    issued = issue(tmp_path, hosts=("echo.example",))
     return f'tls_certificate = "{issued.certificate}"\ntls_key = "{issued.key}"\nproxy_protocol = true\n'
 
 
-def over_tls(authority: Authority) -> Callable[[Fleet], str]:
+def over_tls(ca: Path) -> Callable[[Fleet], str]:
     """Return the configuration of docs/scaling.md with the server options of docs/tls.md."""
-    lines = replaced(fenced("TLS to the instances", PAGE), {"/etc/haproxy/echod-ca.pem": str(authority.file)})
+    lines = replaced(fenced("TLS to the instances", PAGE), {"/etc/haproxy/echod-ca.pem": str(ca)})
     before = "    default-server check"
     # On a busy machine a handshake may take long; HAProxy's time to connect includes it.
     changes = {before: lines + before, "timeout connect 2s": "timeout connect 20s"}
     return lambda fleet: replaced(fleet.configuration(), changes)
 
 
-def checked_over_tls(authority: Authority) -> Callable[[Fleet], str]:
+def checked_over_tls(ca: Path) -> Callable[[Fleet], str]:
     """Return the same with health checks that are round trips on the port for clients."""
 
     def configuration(fleet: Fleet) -> str:
-        text = over_tls(authority)(fleet)
+        text = over_tls(ca)(fleet)
         check, _, options = fenced("instead of httpchk", PAGE).partition("    server echo1 127.0.0.1:8881 ")
         changes = {f"port {fleet.admins[name]}\n": options for name in NAMES}
         return replaced(text, changes | {check_lines(text): check})
@@ -56,9 +56,9 @@ def checked_over_tls(authority: Authority) -> Callable[[Fleet], str]:
     return configuration
 
 
-def test_a_rolling_restart_fails_nobody(tmp_path: Path, report: Report, authority: Authority, keys: str) -> None:
+def test_a_rolling_restart_fails_nobody(tmp_path: Path, report: Report, ca: Path, keys: str) -> None:
     """Each client is answered; echod sees its address and TLS."""
-    configuration = over_tls(authority)
+    configuration = over_tls(ca)
     with balanced(tmp_path, configuration=configuration, keys=keys) as (fleet, haproxy):
         with coming(fleet.port, CLIENTS_PER_S) as load:
             for _ in range(ROUNDS):
@@ -89,9 +89,9 @@ def _closed(fleet: Fleet, peer: str) -> Event:
         time.sleep(POLL_S)
 
 
-def test_a_drain_ends_sessions_cleanly(tmp_path: Path, authority: Authority, keys: str) -> None:
+def test_a_drain_ends_sessions_cleanly(tmp_path: Path, ca: Path, keys: str) -> None:
     """Pipelining sessions of a draining instance get every reply, and HAProxy sees no error."""
-    with balanced(tmp_path, *QUICK, configuration=over_tls(authority), keys=keys) as (fleet, haproxy):
+    with balanced(tmp_path, *QUICK, configuration=over_tls(ca), keys=keys) as (fleet, haproxy):
         ended, staying, left = asyncio.run(sessions_through_a_drain(fleet))
         assert not complaints(haproxy)
     for client in ended:
@@ -104,13 +104,13 @@ def test_a_drain_ends_sessions_cleanly(tmp_path: Path, authority: Authority, key
     assert left.wait_for("drain finished")["cut"] == 0
 
 
-def test_a_health_check_verifies_the_certificate(tmp_path: Path, authority: Authority, keys: str) -> None:
+def test_a_health_check_verifies_the_certificate(tmp_path: Path, ca: Path, keys: str) -> None:
     """A check over TLS behind a PROXY header passes; one that trusts another CA marks every instance down."""
-    with balanced(tmp_path, configuration=checked_over_tls(authority), keys=keys) as (fleet, haproxy):
+    with balanced(tmp_path, configuration=checked_over_tls(ca), keys=keys) as (fleet, haproxy):
         assert _last_checks(haproxy) == {"L7OK"}
         stranger = tmp_path / "stranger"
         stranger.mkdir()
-        configuration = checked_over_tls(Authority(stranger))(fleet)
+        configuration = checked_over_tls(ca_file(stranger, authority("other")))(fleet)
         configuration = replaced(configuration, {f"bind 127.0.0.1:{fleet.port}": f"bind 127.0.0.1:{free_ports(1)[0]}"})
         with HAProxy(configuration, stranger) as suspicious:
             for name in NAMES:
