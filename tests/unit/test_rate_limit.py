@@ -37,9 +37,9 @@ def test_never_more_than_two_seconds_worth_in_one_second(pauses: list[float], ra
         assert sum(start <= moment < start + 1 for moment in admitted) <= 2 * rate
 
 
-def test_a_million_addresses_take_no_more_memory_than_documented() -> None:
+def test_a_million_addresses_take_no_more_memory_than_documented(full: bool) -> None:
     limit = RateLimit()
-    for number in range(1_000_000):
+    for number in range(1_000_000 if full else 100_000):
         limit.admits(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 5, 0.0)
     assert MOST_ADDRESSES // 2 <= len(limit) <= MOST_ADDRESSES
     assert (
