@@ -15,6 +15,9 @@ from tests.support.tls import TlsClient, issue, serving_listens, tls_connect
 CLIENTS = 200
 SECONDS = 4.0
 
+MOST_MS = 60.0
+"""The bystander's 99th percentile; 10 ms was measured on two cores, and 28 ms under a load of 25."""
+
 
 @pytest.mark.timeout(120)
 def test_200_clients_that_begin_handshakes_as_fast_as_they_can(
@@ -40,7 +43,10 @@ def test_200_clients_that_begin_handshakes_as_fast_as_they_can(
         report(it.row())
         assert failed == echod.stats()["connections"]["rejected"]["tls"] >= count
         assert it.grown_bytes < 40_000_000
-        it.assert_bystander_unaffected()
+        # The flood takes CPU time from the daemon, so the usual comparison would not apply. Without the scheduler's
+        # bound for an iteration, 200 handshakes in a row delay everyone by 80 to 130 ms.
+        assert it.during
+        assert it.during.p99_ms <= MOST_MS
         assert echod.stop() == 0
 
 
