@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import DEADLINE_S, Daemon, ask, connect, connect_once_open, settings
+from tests.support.tls import ca_file, issue, toml
 
 DEAF = (
     "import sys; from echod import __main__\nfrom echod.net import listener\n"
@@ -137,6 +138,21 @@ def test_the_self_probe_works_on_any_listener(manager: Manager, tmp_path: Path, 
         for _ in range(3):
             manager.wait_for("WATCHDOG=1")
         assert echod.stats()["connections"]["accepted"] == 0
+        assert echod.stop() == 0
+        assert not echod.events_named("self-check failed")
+
+
+def test_the_self_probe_of_a_tls_listener_needs_no_certificate(manager: Manager, tmp_path: Path) -> None:
+    """It is recognized by its address, before any handshake, also if clients must present a certificate."""
+    file = tmp_path / "echod.toml"
+    file.write_text(toml(issue(tmp_path).keys | {"tls_client_ca": str(ca_file(tmp_path)), "deny": ["127.0.0.0/8"]}))
+    environment = manager.environment | {"WATCHDOG_USEC": "3000000"}
+    with Daemon("-c", str(file), environment=environment) as echod:
+        for _ in range(3):
+            manager.wait_for("WATCHDOG=1")
+        stats = echod.stats()
+        assert stats["connections"]["rejected"] == dict.fromkeys(stats["connections"]["rejected"], 0)
+        assert stats["tls"]["handshakes"]["failed"] == 0
         assert echod.stop() == 0
         assert not echod.events_named("self-check failed")
 
