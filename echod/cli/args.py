@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from echod import __version__
-from echod.client.probe import Plan
+from echod.client.probe import Plan, TlsOptions
 from echod.config.sources import Serve, Setting, Sources
 from echod.net.address import Address, SystemdAddress, TcpAddress, UnixAddress, parse_address
 
@@ -69,7 +69,9 @@ def parse(arguments: Sequence[str]) -> Invocation:
         case "check":
             return Check(_sources(options))
         case "ping":
-            plan = Plan(options.target, options.count, options.interval, options.wait, options.size)
+            plan = Plan(
+                options.target, options.count, options.interval, options.wait, options.size, _tls_options(options)
+            )
             return Ping(plan, options.json)
         case "stats":
             return AskStats(Target(options.admin, options.config), options.json, options.watch)
@@ -234,6 +236,35 @@ def _add_ping_options(ping: argparse.ArgumentParser) -> None:
     ping.add_argument(
         "--json", action="store_true", help="print a line of JSON for each round trip and for the summary"
     )
+    ping.add_argument("--tls", action="store_true", help="use TLS, and verify the server's certificate")
+    for flag, metavar, what in (
+        ("--ca", "FILE", "trust the CAs in this PEM file (default: those of the system)"),
+        ("--cert", "FILE", "present this client certificate, in PEM"),
+        ("--key", "FILE", "private key of --cert, in PEM (default: in the same file)"),
+        ("--server-name", "NAME", "expect this name in the server's certificate (default: the host of ADDRESS)"),
+    ):
+        ping.add_argument(flag, metavar=metavar, type=_name, help=what)
+    ping.add_argument("--insecure", action="store_true", help="accept any certificate")
+    ping.set_defaults(usage_error=ping.error)
+
+
+def _tls_options(options: argparse.Namespace) -> TlsOptions | None:
+    """Return the TLS options of ping; options that do not go together are wrong usage, which ends the process."""
+    host = options.target.host if isinstance(options.target, TcpAddress) else ""
+    given = (options.ca, options.cert, options.key, options.server_name)
+    ca, certificate, key, name = (text or "" for text in given)
+    tls = TlsOptions(ca, certificate, key, name or host, options.insecure)
+    if not options.tls:
+        if any(given) or options.insecure:
+            options.usage_error("--ca, --cert, --key, --server-name and --insecure need --tls")
+        return None
+    if tls.key and not tls.certificate:
+        options.usage_error("--key needs --cert")
+    if tls.ca and tls.is_insecure:
+        options.usage_error("--insecure accepts any certificate: leave out --ca")
+    if not (tls.server_name or tls.is_insecure):
+        options.usage_error("a Unix socket has no name that a certificate could be for: give --server-name")
+    return tls
 
 
 def _to_connect_to(text: str) -> TcpAddress | UnixAddress:

@@ -66,7 +66,7 @@ def _ping(asked: args.Ping) -> bool:
 
     try:
         return ping.ping(asked.plan, show_line, as_json=asked.as_json)
-    except dial.UnknownHostError as error:
+    except (dial.UnknownHostError, dial.UnusableFileError) as error:
         complain([f"echod: {error}"])
     return False
 

@@ -20,6 +20,10 @@ class UnknownHostError(Exception):
     """The name cannot be resolved."""
 
 
+class UnusableFileError(Exception):
+    """A certificate or key file cannot be used; the message names it."""
+
+
 class UnreachableError(Exception):
     """No address accepts a connection; the message says why, for each of them."""
 
@@ -109,4 +113,4 @@ def name(address: SocketAddress) -> str:
 
 def words(error: OSError) -> str:
     """Describe an error of a connection."""
-    return "connection timed out" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
+    return "connection timed out" if isinstance(error, TimeoutError) else (error.strerror or "").lower() or str(error)

@@ -9,9 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
+from typing import TYPE_CHECKING
 
 from echod.client import dial, probe
 from echod.client.probe import Plan, Tally
+
+if TYPE_CHECKING:
+    from echod.client.tls import Dialer, Session
 
 REPLY_BYTES = 4096
 """How many bytes are read beyond the expected reply, to be shown."""
@@ -24,7 +28,8 @@ class LostError(Exception):
 def ping(plan: Plan, write: Callable[[str], None], *, as_json: bool) -> bool:
     """Make the round trips and pass a line about each to `write`; return whether every reply was correct.
 
-    KeyboardInterrupt (Ctrl-C) ends them early; an unfinished round trip is not counted. Raise dial.UnknownHostError.
+    KeyboardInterrupt (Ctrl-C) ends them early; an unfinished round trip is not counted. Raise dial.UnknownHostError and
+    dial.UnusableFileError.
     """
     tally = Tally()
     client = _Client(plan)
@@ -38,10 +43,12 @@ def ping(plan: Plan, write: Callable[[str], None], *, as_json: bool) -> bool:
             write((_fields if as_json else _line)(client, sequence, time_ns, error_text))
     client.close()
     elapsed_s = time.monotonic() - start
+    session = client.session
     if as_json:
-        write(_json(tally.as_fields(plan.target, elapsed_s)))
+        tls = {"tls": session and session.as_fields()} if plan.tls else {}
+        write(_json({**tally.as_fields(plan.target, elapsed_s), **tls}))
     else:
-        write(tally.as_text(plan.target, elapsed_s))
+        write(tally.as_text(plan.target, elapsed_s) + (f"\n{session.as_text()}" if session else ""))
     return tally.is_all_right
 
 
@@ -79,15 +86,30 @@ def _json(fields: object) -> str:
     return json.dumps(fields)
 
 
+def _tls_dialer(plan: Plan) -> "Dialer | None":
+    if not plan.tls:
+        return None
+    from echod.client.tls import Dialer  # imports ssl (10 ms)
+
+    return Dialer(plan.tls)
+
+
 class _Client:
-    """Connects to the plan's target, with one connection at a time; raises dial.UnknownHostError."""
+    """Connects to the plan's target, with one connection at a time.
+
+    Raises dial.UnknownHostError, and with TLS dial.UnusableFileError.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.peer: str | None = None
         self.connections = 0
         self.note = ""
+        self.session: Session | None = None
+        """What the latest TLS handshake has negotiated."""
+        self._tls = _tls_dialer(plan)
         self._socket: socket.socket | None = None
+        self._has_reply = False  # on this connection
         self._resolved = dial.resolve(plan.target, plan.wait_s)
         self.first = dial.name(self._resolved[0][1])
 
@@ -103,7 +125,8 @@ class _Client:
         except TimeoutError:
             error_text = f"{self.peer}: no reply within {self.plan.wait_s:g} s"
         except OSError as error:
-            error_text = f"{self.peer}: {dial.words(error)}"
+            hint = self._hint if isinstance(error, ConnectionResetError) else ""
+            error_text = f"{self.peer}: {dial.words(error)}{hint}"
         except LostError as error:
             error_text = str(error)
         self.close()
@@ -121,6 +144,7 @@ class _Client:
         time_ns = time.perf_counter_ns() - start
         if wrong := probe.mismatch(text, reply):
             raise LostError(f"{self.peer}: {wrong}")
+        self._has_reply = True
         return time_ns
 
     def _reply(self, connected: socket.socket, end: float) -> bytes:
@@ -136,12 +160,21 @@ class _Client:
                 wait_s, begun = self.plan.wait_s, probe.shown(bytes(reply))
                 raise LostError(f"{self.peer}: reply not finished within {wait_s:g} s: {begun}") from None
             if not chunk:
-                what = f"in the middle of a reply: {probe.shown(bytes(reply))}" if reply else "without a reply"
+                what = (
+                    f"in the middle of a reply: {probe.shown(bytes(reply))}"
+                    if reply
+                    else f"without a reply{self._hint}"
+                )
                 raise LostError(f"{self.peer}: connection closed {what}")
             reply += chunk
-            if b"\n" in chunk:
+            if b"\n" in chunk or probe.is_tls(reply):
                 break
         return bytes(reply)
+
+    @property
+    def _hint(self) -> str:
+        """What to try if the connection has ended and has never carried a reply: OpenSSL closes on plain text."""
+        return "" if self.plan.tls or self._has_reply else "; if the server expects TLS, use --tls"
 
     def _connected(self, end: float) -> socket.socket:
         """Return the open connection, or a new one."""
@@ -153,12 +186,16 @@ class _Client:
         found = self._resolved or self._resolved_again(end)
         self._resolved = []
         try:
-            self._socket, address = dial.connect(found, end)
+            connected, address = dial.connect(found, end)
         except dial.UnreachableError as error:
             raise LostError(str(error)) from error
         self.peer = dial.name(address)
+        if self._tls:
+            connected, self.session = self._tls.handshake(connected, end)
+        self._socket = connected
+        self._has_reply = False
         self.connections += 1
-        return self._socket
+        return connected
 
     def _check_idle(self) -> str:
         """Drop the connection if the server has closed it; return its error line, if any.

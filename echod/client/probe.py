@@ -20,6 +20,16 @@ SHOWN = 60
 """How many characters of a reply are shown."""
 
 
+class TlsOptions(NamedTuple):
+    """How to use TLS; a path or name is "" if it is not given, and the default CAs are those of the system."""
+
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    server_name: str = ""
+    is_insecure: bool = False
+
+
 class Plan(NamedTuple):
     """What to ping and how: `rounds` is None for no end, `text_bytes` does not include the LF."""
 
@@ -28,6 +38,7 @@ class Plan(NamedTuple):
     interval_s: float
     wait_s: float
     text_bytes: int
+    tls: TlsOptions | None = None
 
 
 def text(sequence: int, size: int) -> str:
@@ -47,6 +58,8 @@ def mismatch(sent: str, reply: bytes) -> str | None:
         return None
     if is_error(reply):
         return f"error line: {shown(reply)}"
+    if is_tls(reply):
+        return "the server speaks TLS: use --tls"
     if reply.startswith(right):
         return f"unexpected data after the reply: {shown(reply[len(right) :])}"
     begin = 0 if max(len(reply), len(right)) <= SHOWN else max(_same(reply, right) - SHOWN // 4, 0)
@@ -63,6 +76,11 @@ def _same(one: bytes, other: bytes) -> int:
 def is_error(received: bytes) -> bool:
     """Whether this is an error line of a server."""
     return received.startswith(ERROR) and received[len(ERROR) :].islower()
+
+
+def is_tls(received: bytes | bytearray) -> bool:
+    """Whether this is the begin of a TLS record: an alert or a handshake message (RFC 8446, 5.1)."""
+    return received[:2] in (b"\x15\x03", b"\x16\x03")
 
 
 def shown(data: bytes) -> str:

@@ -53,11 +53,12 @@ def issue(
     hosts: tuple[str, ...] = HOSTS,
     common_name: str | None = None,
     days: float = 365,
+    begin: datetime | None = None,
     ca: trustme.CA | None = None,
 ) -> Files:
-    """Write a certificate that ends in so many days, which may be negative, and its key."""
+    """Write a certificate that ends in so many days, which may be negative, and its key; it begins a day before."""
     end = datetime.now(UTC) + timedelta(days=days)
-    begin = min(datetime.now(UTC), end) - timedelta(days=1)
+    begin = begin or min(datetime.now(UTC), end) - timedelta(days=1)
     issued = (ca or authority()).issue_cert(*hosts, common_name=common_name, not_after=end, not_before=begin)
     files = Files(directory / f"{name}.pem", directory / f"{name}.key")
     files.certificate.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))

@@ -31,6 +31,12 @@ def test_a_text_has_the_size_that_was_asked_for(sequence: int, size: int) -> Non
     assert size < 2 or mismatch(said, said.encode() + b"\n")
 
 
+@pytest.mark.parametrize("record", ["15030100020246", "160303003a02000036"])
+def test_a_tls_record_is_told_from_a_reply(record: str) -> None:
+    """Both kinds that a TLS server sends first: an alert and a handshake message."""
+    assert mismatch("a", bytes.fromhex(record)) == "the server speaks TLS: use --tls"
+
+
 @given(SEQUENCES, st.integers(1, 300))
 def test_no_two_texts_nearby_are_the_same(sequence: int, size: int) -> None:
     """The reply of a nearby round trip is detected as wrong, whatever the size is."""
