@@ -33,13 +33,18 @@ def free_ports(count: int) -> list[int]:
 class Fleet:
     """The three echods by the names that HAProxy has for them, started by `balanced`."""
 
-    def __init__(self, directory: Path, flags: tuple[str, ...]) -> None:
+    def __init__(self, directory: Path, flags: tuple[str, ...], keys: str) -> None:
+        """`keys` are further lines of the [[listen]] of each echod."""
         self.port, *ports = free_ports(1 + 2 * len(NAMES))
         self.ports = dict(zip(NAMES, ports[: len(NAMES)], strict=True))
         self.admins = dict(zip(NAMES, ports[len(NAMES) :], strict=True))
         self._flags = flags
-        self._file = directory / "echod.toml"
-        self._file.write_text(fenced("/etc/echod/echod.toml"))
+        for name, port in self.ports.items():
+            text = fenced("/etc/echod/echod.toml")
+            listen = f'\n[[listen]]\naddress = "127.0.0.1:{port}"\n{keys}' if keys else ""
+            (directory / f"{name}.toml").write_text(text + listen)
+        self._directory = directory
+        self._is_listed = bool(keys)
         self._instances: dict[str, Daemon] = {}
 
     def __getitem__(self, name: str) -> Daemon:
@@ -62,9 +67,11 @@ class Fleet:
 
     def start(self, name: str) -> None:
         """Start an echod, and return once it serves."""
-        addresses = (f"127.0.0.1:{port[name]}" for port in (self.ports, self.admins))
-        environment = dict(zip(("ECHOD_LISTEN", "ECHOD_ADMIN_LISTEN"), addresses, strict=True))
-        self._instances[name] = Daemon("-c", str(self._file), *self._flags, environment=environment)
+        environment = {"ECHOD_ADMIN_LISTEN": f"127.0.0.1:{self.admins[name]}"}
+        if not self._is_listed:
+            environment["ECHOD_LISTEN"] = f"127.0.0.1:{self.ports[name]}"
+        file = self._directory / f"{name}.toml"
+        self._instances[name] = Daemon("-c", str(file), *self._flags, environment=environment)
         self[name].wait_for("ready")
 
     def leave(self, name: str) -> float:
@@ -94,10 +101,10 @@ def check_lines(configuration: str) -> str:
 
 @contextlib.contextmanager
 def balanced(
-    directory: Path, *flags: str, configuration: Callable[[Fleet], str] = Fleet.configuration
+    directory: Path, *flags: str, configuration: Callable[[Fleet], str] = Fleet.configuration, keys: str = ""
 ) -> Iterator[tuple[Fleet, HAProxy]]:
-    """Run three echods with these additional flags, and an HAProxy that sees them up."""
-    fleet = Fleet(directory, flags)
+    """Run three echods with these additional flags and keys of their [[listen]], and an HAProxy that sees them up."""
+    fleet = Fleet(directory, flags, keys)
     try:
         for name in NAMES:
             fleet.start(name)

@@ -22,10 +22,10 @@ POLL_S = 0.005
 """Interval between two looks at the state of a server, in seconds."""
 
 
-def fenced(name: str) -> str:
-    """Return the block of docs/scaling.md whose first line begins with `# NAME`."""
+def fenced(name: str, page: Path = PAGE) -> str:
+    """Return the block of a page, docs/scaling.md by default, whose first line begins with `# NAME`."""
     (block,) = re.findall(
-        rf"^```\w*\n(# {re.escape(name)}\b[^\n]*\n.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
+        rf"^```\w*\n(# {re.escape(name)}\b[^\n]*\n.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
     )
     return str(block)
 
@@ -81,7 +81,7 @@ class HAProxy:
         end = time.monotonic() + DEADLINE_S
         while True:
             row = self.servers()[server]
-            is_checked = row["check_status"] != "INI"
+            is_checked = not row["check_status"].endswith("INI")  # `* INI` while the first check is under way
             if is_checked and row["status"].startswith(status) and row["check_code"].startswith(code):
                 return time.monotonic()
             assert time.monotonic() < end, f"{server} is not {status}: {row}"

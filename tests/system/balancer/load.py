@@ -66,7 +66,7 @@ async def visit(port: int, number: int, load: Load) -> None:
             writer.close()
 
 
-async def come(port: int, load: Load) -> None:
+async def come(port: int, load: Load, per_s: int) -> None:
     """Start clients until the end; then wait for those that are connected."""
     began = time.monotonic()
     number = 0
@@ -74,12 +74,12 @@ async def come(port: int, load: Load) -> None:
         while not load.is_over:
             clients.create_task(visit(port, number, load))
             number += 1
-            await asyncio.sleep(max(0.0, began + number / CLIENTS_PER_S - time.monotonic()))
+            await asyncio.sleep(max(0.0, began + number / per_s - time.monotonic()))
 
 
-async def main(port: int) -> None:
+async def main(port: int, per_s: int) -> None:
     load = Load()
-    coming = asyncio.create_task(come(port, load))
+    coming = asyncio.create_task(come(port, load, per_s))
     await asyncio.to_thread(sys.stdin.read)
     load.is_over = True
     await coming
@@ -87,11 +87,11 @@ async def main(port: int) -> None:
 
 
 @contextlib.contextmanager
-def coming(port: int) -> Iterator[Load]:
-    """Run clients during the `with`; the results are complete after it."""
+def coming(port: int, per_s: int = CLIENTS_PER_S) -> Iterator[Load]:
+    """Run so many clients per second during the `with`; the results are complete after it."""
     load = Load()
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.system.balancer.load", str(port)],
+        [sys.executable, "-m", "tests.system.balancer.load", str(port), str(per_s)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -106,4 +106,4 @@ def coming(port: int) -> Iterator[Load]:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1])))
+    asyncio.run(main(*map(int, sys.argv[1:])))
