@@ -15,7 +15,7 @@ from tests.bench import machine, plot, report
 from tests.bench.harness import Harness
 from tests.bench.peers import COMPILED, KEYS, MissingError, Peer, everyone
 from tests.bench.results import Results
-from tests.bench.workloads import IDLE, RATES, WORKLOADS
+from tests.bench.workloads import IDLE, RATES, TLS, WORKLOADS
 from tests.support.daemon import CONSOLE_SCRIPT
 
 DOCUMENT = Path("docs/performance.md")
@@ -57,7 +57,7 @@ def main() -> int:
     print(f"\n{found}")
     if is_written:
         DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), found))
-        plot.draw(results, peers, PLOT)
+        plot.draw(results, [peer for peer in peers if not peer.only], PLOT)
         print(f"\nwritten: {DOCUMENT}, {PLOT}")
     return 0
 
@@ -80,7 +80,7 @@ def measured(harness: Harness, peers: Sequence[Peer], wanted: Sequence[str], rou
             _start(harness, peers, results)
         with ExitStack() as stack:
             running = [stack.enter_context(harness.serving(peer)) for peer in peers]
-            for workload in filter(lambda each: is_wanted(each.name), (*WORKLOADS, *RATES)):
+            for workload in filter(lambda each: is_wanted(each.name), (*WORKLOADS, *RATES, *TLS)):
                 for server in turned(running, number):
                     if server.peer.takes(workload):
                         found = harness.measure(server, workload, seconds)
@@ -109,7 +109,7 @@ def without_missing_fastpath(
 
 def _start(harness: Harness, peers: Sequence[Peer], results: Results) -> None:
     for peer in [*peers] * STARTS_A_ROUND:
-        if not peer.does_other_work:
+        if not (peer.does_other_work or peer.only):
             with harness.serving(peer) as server:
                 results.first_reply_s[peer.name].append(server.first_reply_s)
 
@@ -124,7 +124,7 @@ def _fill(harness: Harness, peers: Sequence[Peer], results: Results) -> None:
 
 
 def _options() -> argparse.Namespace:
-    names = [*(workload.name.lower() for workload in (*WORKLOADS, *RATES, IDLE)), START]
+    names = [*(workload.name.lower() for workload in (*WORKLOADS, *RATES, *TLS, IDLE)), START]
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (%(default)s)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for how long each time (%(default)s)")

@@ -4,17 +4,19 @@ CPU time is what the kernel accounted to the server's process, all threads of it
 """
 
 import contextlib
+import functools
 import json
 import os
 import resource
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.peers import PORT, Peer, compiled
+from tests.bench.peers import BACKEND, FILE, PORT, Peer, built, compiled
 from tests.bench.workloads import IDLE, Workload
 from tests.support.daemon import DEADLINE_S, free_port
 
@@ -76,6 +78,13 @@ class Running:
     port: int
     first_reply_s: float
     """Time from its start to its first reply, in seconds."""
+    behind: "subprocess.Popen[bytes] | None" = None
+    """The server that it passes its clients to."""
+
+    @property
+    def pids(self) -> str:
+        """The processes whose CPU time counts, separated by commas."""
+        return ",".join(str(process.pid) for process in (self.process, self.behind) if process)
 
     @property
     def cpu_s(self) -> float:
@@ -107,28 +116,47 @@ class Harness:
     @contextlib.contextmanager
     def serving(self, peer: Peer) -> Iterator[Running]:
         """Start the server on its core, with a log that is read through a pipe on the other core."""
-        port = free_port()
+        port, backend = free_port(), free_port()
+        file = self._folder / f"{peer.key}.conf"
+
+        def filled(text: str) -> str:
+            return text.replace(PORT, str(port)).replace(BACKEND, str(backend)).replace(FILE, str(file))
+
+        if peer.file:
+            file.write_text(filled(peer.file))
         with (
             self._pinned(self.cores.load, ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as log,
             log.stdin or contextlib.nullcontext() as pipe,
+            contextlib.ExitStack() as stack,
         ):
-            command = [part.replace(PORT, str(port)) for part in peer.command]
-            began_at = time.monotonic()
             environment = {**_environment(), **peer.environment}
-            with self._pinned(
-                self.cores.server,
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=pipe,
-                env=environment,
-            ) as process:
-                try:
-                    _await_reply(peer, process, port)
-                    yield Running(peer, process, port, time.monotonic() - began_at)
-                finally:
-                    process.terminate()
-                    _end(process)
+            began_at = time.monotonic()
+            behind = None
+            if peer.behind:
+                behind = stack.enter_context(self._server([*map(filled, peer.behind)], pipe, environment))
+                _await_reply(peer, behind, backend, is_tls=False)
+            process = stack.enter_context(self._server([*map(filled, peer.command)], pipe, environment))
+            _await_reply(peer, process, port, is_tls=peer.is_tls)
+            yield Running(peer, process, port, time.monotonic() - began_at, behind)
+
+    @contextlib.contextmanager
+    def _server(
+        self, command: list[str], log: object, environment: Mapping[str, str]
+    ) -> "Iterator[subprocess.Popen[bytes]]":
+        """Run a server on its core, and stop it."""
+        nothing = subprocess.DEVNULL
+        options = {"stdin": nothing, "stdout": nothing, "stderr": log, "env": environment}
+        with self._pinned(self.cores.server, command, **options) as process:
+            try:
+                yield process
+            finally:
+                process.terminate()
+                _end(process)
+
+    @functools.cached_property
+    def tls_program(self) -> str:
+        """The load generator for TLS; raises MissingError without Go."""
+        return built(Path(__file__).with_name("load_tls.go"), self._folder)
 
     def measure(self, server: Running, workload: Workload, seconds: float) -> Figures:
         """Put the workload on the server."""
@@ -166,10 +194,10 @@ class Harness:
     @contextlib.contextmanager
     def _loading(self, server: Running, workload: Workload, *timed: str) -> "Iterator[subprocess.Popen[bytes]]":
         request, reply = workload.write(self._folder, server.peer.dialect)
-        how = ["-s"] if self.cores.are_one else []
-        whom = [str(server.port), str(server.process.pid)]
+        how = ["-s"] if self.cores.are_one and not server.peer.is_tls else []
+        whom = [str(server.port), server.pids]
         command = [
-            *(self.program, *how, *whom),
+            *(self.tls_program if server.peer.is_tls else self.program, *how, *whom),
             *(workload.mode, str(workload.connections), str(request), str(reply), *timed),
         ]
         with self._pinned(self.cores.load, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as load:
@@ -197,7 +225,7 @@ def _environment() -> Mapping[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("ECHOD_", "PYTHON"))}
 
 
-def _await_reply(peer: Peer, process: "subprocess.Popen[bytes]", port: int) -> None:
+def _await_reply(peer: Peer, process: "subprocess.Popen[bytes]", port: int, *, is_tls: bool) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while True:
         try:
@@ -208,10 +236,17 @@ def _await_reply(peer: Peer, process: "subprocess.Popen[bytes]", port: int) -> N
                 raise
             time.sleep(0.0005)
     request, reply = peer.dialect.ask("ready?")
-    with client:
+    with _secured(client) if is_tls else client as client:
         client.sendall(request)
         if client.recv(64) != reply:
             raise RuntimeError(f"{peer.name}: a wrong reply")
+
+
+def _secured(client: socket.socket) -> socket.socket:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(client)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -1,6 +1,7 @@
 """The compared servers: their commands, protocols and workloads."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -9,16 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bench.dialects import MEMCACHED, REDIS, UPPER, Dialect
-from tests.bench.workloads import IDLE, Workload
+from tests.bench.workloads import IDLE, TLS, Workload
 from tests.support.daemon import CONSOLE_SCRIPT
 
 SERVERS = Path(__file__).with_name("servers")
 
-PORT = "PORT"
-"""Placeholder for the port in a command."""
+PORT, BACKEND, FILE = "PORT", "BACKEND", "FILE"
+"""Placeholders in commands: the port, that of a server behind, and the path of the configuration file."""
 
 COMPILED, PYTHON = "echod", "echod, Python"
 """The names of echod's two paths: with its compiled fast path, and without."""
+
+CHECKED = "echod, checks"
+"""The name of an echod that looks at `allow`, `deny` and the rate of each address."""
+
+OVER_TLS = frozenset(workload.name for workload in TLS)
 
 
 class MissingError(Exception):
@@ -38,6 +44,17 @@ class Peer:
     knows_utf8: bool = True
     keeps_rates: bool = True
     """Whether it takes part in the fixed rates, for which it must be fast enough."""
+    only: frozenset[str] = frozenset()
+    """The names of the only workloads that it takes, for a server of a special kind."""
+    file: str = ""
+    """The text of a configuration file, with placeholders too."""
+    behind: tuple[str, ...] = ()
+    """The command of a second server that this one passes its clients to; its CPU time counts as well."""
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether its clients speak TLS."""
+        return bool(self.only & OVER_TLS)
 
     @property
     def key(self) -> str:
@@ -51,6 +68,8 @@ class Peer:
 
     def takes(self, workload: Workload) -> bool:
         """Return whether the workload applies to the server."""
+        if self.only or workload.name in OVER_TLS:
+            return workload.name in self.only
         return (
             (self.knows_utf8 or not workload.is_mixed)
             and (self.keeps_rates or not workload.per_s)
@@ -71,6 +90,14 @@ def compiled(source: Path, directory: Path) -> str:
     program = directory / source.stem
     # -O3: without it gcc does not vectorize the limit's loop over the bytes, and the limit would be none.
     subprocess.run([compiler, "-O3", "-Wall", "-Wextra", "-Werror", "-o", program, source], check=True)
+    return str(program)
+
+
+def built(source: Path, directory: Path) -> str:
+    """Build a Go program into the directory and return its path; raises MissingError."""
+    _needed("go", "golang-go")
+    program = directory / source.stem
+    subprocess.run(["go", "build", "-o", program, source], check=True)
     return str(program)
 
 
@@ -129,10 +156,66 @@ def _needed(program: str, package: str) -> None:
 
 
 def _go(directory: Path) -> Peer:
-    _needed("go", "golang-go")
-    program = directory / "go-server"
-    subprocess.run(["go", "build", "-o", program, SERVERS / "server.go"], check=True)
-    return Peer(name="Go", about="a goroutine for each connection", command=(str(program), PORT))
+    program = built(SERVERS / "server.go", directory)
+    return Peer(name="Go", about="a goroutine for each connection", command=(program, PORT))
+
+
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """Return the files of a self-signed certificate and its key, ECDSA P-256; raises MissingError."""
+    _needed("openssl", "openssl")
+    pem, key = directory / "tls.pem", directory / "tls.key"
+    if not pem.exists():
+        kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost")
+        made = ("openssl", "req", "-x509", "-days", "2", *kind, "-keyout", str(key), "-out", str(pem))
+        subprocess.run(made, check=True, capture_output=True)
+    return pem, key
+
+
+def echod_checked(command: Sequence[str] = (CONSOLE_SCRIPT,)) -> Peer:
+    """Echod with networks to look up and a rate to check for each connection; every client passes."""
+    networks = 'allow = ["127.0.0.0/8", "2001:db8::/32"]\ndeny = ["192.0.2.0/24", "198.51.100.7/32"]'
+    file = f'[[listen]]\naddress = "127.0.0.1:{PORT}"\n{networks}\n[limits]\nconnection_rate = 1000000\n'
+    about = "with `allow`, `deny` and `connection_rate`"
+    return Peer(
+        name=CHECKED, about=about, command=(*command, "serve", "-c", FILE), file=file, only=frozenset({"churn"})
+    )
+
+
+def echod_tls(directory: Path, command: Sequence[str] = (CONSOLE_SCRIPT,)) -> Peer:
+    """Echod with a TLS listener."""
+    pem, key = certificate(directory)
+    file = f'[[listen]]\naddress = "127.0.0.1:{PORT}"\ntls_certificate = "{pem}"\ntls_key = "{key}"\n'
+    about = "every feature on"
+    return Peer(name="echod, TLS", about=about, command=(*command, "serve", "-c", FILE), file=file, only=OVER_TLS)
+
+
+def _go_tls(directory: Path) -> Peer:
+    pem, key = certificate(directory)
+    command = (built(SERVERS / "server_tls.go", directory), PORT, str(pem), str(key))
+    return Peer(name="Go, TLS", about="crypto/tls", command=command, only=OVER_TLS)
+
+
+def _haproxy_tls(directory: Path, command: Sequence[str]) -> Peer:
+    """HAProxy terminates TLS in front of a plain echod."""
+    program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if not program:
+        raise MissingError("not installed: apt-get install haproxy")
+    pem, key = certificate(directory)
+    both = directory / "haproxy.pem"
+    both.write_bytes(pem.read_bytes() + key.read_bytes())
+    lines = (
+        "global\n    nbthread 1\n    maxconn 4000",
+        "defaults\n    mode tcp\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s",
+        f"listen echo\n    bind 127.0.0.1:{PORT} ssl crt {both}\n    server echo 127.0.0.1:{BACKEND}\n",
+    )
+    return Peer(
+        name="HAProxy, TLS",
+        about="terminates TLS in front of a plain echod; the CPU time is that of both",
+        command=(program, "-db", "-f", FILE),
+        file="\n".join(lines),
+        behind=(*command, "serve", "-l", f"127.0.0.1:{BACKEND}"),
+        only=OVER_TLS,
+    )
 
 
 def _node() -> Peer:
@@ -200,6 +283,10 @@ _MAKERS: Mapping[str, Callable[[Path, Sequence[str]], Peer]] = {
     "Twisted": lambda _folder, _command: _twisted(),
     "memcached": lambda _folder, _command: _memcached(),
     "Redis": lambda directory, _command: _redis(directory),
+    CHECKED: lambda _directory, command: echod_checked(command),
+    "echod, TLS": echod_tls,
+    "Go, TLS": lambda directory, _command: _go_tls(directory),
+    "HAProxy, TLS": _haproxy_tls,
 }
 """By name; each is given a directory to build into and the command of echod."""
 

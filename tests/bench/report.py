@@ -7,7 +7,7 @@ from tests.bench.goals import Judged, judged
 from tests.bench.harness import Figures
 from tests.bench.peers import COMPILED, PYTHON, Peer
 from tests.bench.results import Results, Spread
-from tests.bench.workloads import IDLE, RATES, WORKLOADS, Workload
+from tests.bench.workloads import IDLE, RATES, TLS, WORKLOADS, Workload
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -20,9 +20,12 @@ _MB = 1e6
 
 def tables(results: Results, peers: Sequence[Peer], *, is_brief: bool = False) -> str:
     """Return everything that was measured, or only what the goals are about."""
+    special = [peer for peer in peers if peer.only]
+    peers = [peer for peer in peers if not peer.only]
     first = (
         ("CPU time of the server for one line, in µs", _by_workload(results, peers, WORKLOADS, _cpu)),
         ("The same as a multiple of C's", _multiples(results, peers)),
+        ("Over TLS, and with access checks: CPU time in µs", _special(results, peers, special)),
         ("The goals", _goals(results)),
         ("At a fixed rate: CPU in % of a core, latency p50 / p99 / p99.9 in µs", _rates(results, peers)),
         ("Memory and start", _memory_and_start(results, peers)),
@@ -68,6 +71,15 @@ def _by_workload(
 
     rows = ([workload.about, *(cell(workload, peer) for peer in peers)] for workload in workloads)
     return _table(["workload", *_names(peers)], rows)
+
+
+def _special(results: Results, peers: Sequence[Peer], special: Sequence[Peer]) -> str:
+    """Return what the special servers cost for a line or a connection, with echod itself for the comparison."""
+    if not special:
+        return ""
+    shown = [*(peer for peer in peers if peer.name == COMPILED), *special]
+    workloads = [each for each in (*WORKLOADS, *TLS) if any(each.name in peer.only for peer in special)]
+    return _by_workload(results, shown, workloads, _cpu)
 
 
 def _cpu(found: Sequence[Figures]) -> str:

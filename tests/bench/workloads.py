@@ -69,6 +69,12 @@ WORKLOADS = (
     Workload("churn", "connect, one line, close with a reset; 50 at a time", 50, mode="churn-reset"),
 )
 
+TLS = (
+    Workload("tls", "50 connections, ping-pong, over TLS", 50),
+    Workload("tls-churn", "connect, TLS handshake, one line, close with a reset; 50 at a time", 50, mode="churn-reset"),
+)
+"""Over TLS 1.3 with an ECDSA key; no session is resumed."""
+
 RATES = (
     Workload("rate-10k", "10 000 lines a second", 50, mode="rate", per_s=10_000, is_for_other_work=True),
     Workload("rate-50k", "50 000 lines a second", 50, mode="rate", per_s=50_000, is_for_other_work=True),
