@@ -90,8 +90,9 @@ class Server:
         return self._stats.snapshot(state, self.clients.served, self._certificate_ends())
 
     def _certificate_ends(self) -> dict[str, float]:
-        listeners = ((listener.address, listener.bound.settings.tls) for listener in self._listeners)
-        return {address: tls.not_after for address, tls in listeners if tls}
+        # Not those that retire: one of them may have closed its socket in this iteration of the event loop.
+        tls = (bound.settings.tls for bound in self.listening.values())
+        return {address: each.not_after for address, each in zip(self.addresses, tls, strict=True) if each}
 
     async def is_well(self, deadline_s: float) -> bool:
         """Whether a client would be served within `deadline_s`; also True while clients have to wait by intention."""
