@@ -12,7 +12,7 @@ import asyncio
 import json
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ class AdminServer:
         self._life = life
         self._snapshot = snapshot
         self._reload = reload
-        self._pages: dict[str, Callable[[], Answer | Awaitable[Answer]]] = {
+        self._pages: dict[str, Callable[[], Answer | Coroutine[Any, Any, Answer]]] = {
             "/healthz": lambda: Answer(200, b"ok\n"),
             "/readyz": self._readiness,
             "/stats": lambda: _json(200, snapshot()),
@@ -84,7 +84,7 @@ class AdminServer:
         self._exposition: Callable[[dict[str, Any]], Answer] | None = None
         self._loop = asyncio.get_running_loop()
         self._exchanges: dict[Exchange, None] = {}  # an ordered set, oldest first
-        self._turns: dict[Exchange, Callable[[], Answer | Awaitable[Answer]]] = {}
+        self._turns: dict[Exchange, Callable[[], Answer | Coroutine[Any, Any, Answer]]] = {}
         self._costly = CpuShare(COSTLY_SHARE, lambda: None, partial(self._loop.call_soon, self._take_turns))
         self._sides = (self._side(TCP_SHARE, is_local=False), self._side(UNIX_SHARE, is_local=True))
         self._gone = asyncio.Event()
@@ -182,14 +182,14 @@ class AdminServer:
             exchange = next((each for each in self._turns if each.is_local), next(iter(self._turns)))
             self._costly.run(self._give, exchange, self._turns.pop(exchange))
 
-    def _give(self, exchange: Exchange, find: Callable[[], Answer | Awaitable[Answer]]) -> None:
+    def _give(self, exchange: Exchange, find: Callable[[], Answer | Coroutine[Any, Any, Answer]]) -> None:
         answer = find()
         if isinstance(answer, Answer):
             exchange.reply(answer)
         else:
             exchange.reply_later(answer)
 
-    def _answer(self, request: Request, *, is_local: bool) -> Answer | Awaitable[Answer]:
+    def _answer(self, request: Request, *, is_local: bool) -> Answer | Coroutine[Any, Any, Answer]:
         match request.method, request.path:
             case "POST", "/reload" if is_local:
                 is_full = sum(exchange.is_awaited for exchange in self._exchanges) >= WAITING
@@ -208,7 +208,7 @@ class AdminServer:
     def _readiness(self) -> Answer:
         return Answer(503, b"draining\n") if self._life.is_leaving else Answer(200, b"serving\n")
 
-    def _metrics(self) -> Answer | Awaitable[Answer]:
+    def _metrics(self) -> Answer | Coroutine[Any, Any, Answer]:
         return self._exposition(self._snapshot()) if self._exposition else self._first_metrics()
 
     async def _first_metrics(self) -> Answer:

@@ -7,9 +7,9 @@ imports it.
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -189,11 +189,13 @@ class Exchange:
         if self._unsent:
             self._watch()
 
-    def reply_later(self, answer: Awaitable[Answer]) -> None:
+    def reply_later(self, answer: Coroutine[Any, Any, Answer]) -> None:
         """Send the answer when `answer` has produced it; `answer` must not raise."""
         self._answering = background_once(lambda: self._reply_when_ready(answer), "admin answer")
+        # A task that is cancelled before its first step awaits nothing, and Python warns of a coroutine never awaited.
+        self._answering.add_done_callback(lambda _: answer.close())
 
-    async def _reply_when_ready(self, answer: Awaitable[Answer]) -> None:
+    async def _reply_when_ready(self, answer: Coroutine[Any, Any, Answer]) -> None:
         found = await answer
         self._answering = None
         self._share.run(self.reply, found)
