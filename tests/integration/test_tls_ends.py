@@ -77,7 +77,7 @@ def test_a_stop_under_load_delivers_every_reply(tmp_path: Path, full: bool) -> N
     """Lines answered are a prefix of lines sent, no torn reply, no reset, exit 0."""
     file = tmp_path / "echod.toml"
     file.write_text(toml(issue(tmp_path).keys))
-    for number in range(50 if full else 5):
+    for number in range(50 if full else 2):
         with Daemon("-c", str(file), *SHORT) as echod:
             clients = _streamers(echod.port, 20)
             time.sleep(random.Random(number).uniform(0, 0.3))  # a random moment
