@@ -140,7 +140,7 @@ def test_every_module_has_bytecode(start: Start, engine: Engine, image: str) -> 
         done = engine.run("run", "--rm", *is_told, image, *command)
         said += done.stdout + done.stderr
     assert re.findall(r"# code object from \S*\.py$", said, re.MULTILINE) == []
-    assert re.search(r"# code object from '\S*/echod/__pycache__/server\S*\.pyc'$", said, re.MULTILINE)
+    assert re.search(r"# code object from '\S*/echod/server/__pycache__/server\S*\.pyc'$", said, re.MULTILINE)
 
 
 def test_the_image_has_its_metadata(engine: Engine, image: str) -> None:
