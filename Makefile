@@ -5,7 +5,7 @@ VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
 # More processes than cores, because the tests mostly wait.
-WORKERS ?= 6
+WORKERS ?= 12
 UPGRADE ?=
 COVERAGE_MIN ?= 95
 FUZZ_S ?= 300

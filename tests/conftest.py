@@ -10,8 +10,8 @@ import pytest
 from tests.support.installed import Installed
 from tests.support.report import ROWS, Report, row
 
-EXAMPLES = 50
-"""How many examples hypothesis tries for a property that names no number; ten times as many with `--full`."""
+EXAMPLES = 30
+"""How many examples hypothesis tries for a property that names no number; sixteen times as many with `--full`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the number of examples; no deadline for an example, because its time depends on the machine."""
     hypothesis.settings.register_profile(
         "echod",
-        max_examples=EXAMPLES * (10 if config.getoption("--full") else 1),
+        max_examples=EXAMPLES * (16 if config.getoption("--full") else 1),
         deadline=None,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
