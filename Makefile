@@ -108,6 +108,7 @@ ci: ## run everything at full repetition, as CI does; the steps in CI_STEPS="lin
 
 # The tests of the Python code alone: `make test` has run them on the compiled fast path.
 .PHONY: coverage
+coverage: WORKERS = 6 # at full repetition they compute more
 coverage: $(VENV)/.echod $(VENV)/.dev ## run the tests without the fast path, and require COVERAGE_MIN=95 % of the branches
 	@$(BIN)/coverage erase
 	@ECHOD_FASTPATH=0 $(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
