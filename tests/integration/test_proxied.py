@@ -447,10 +447,11 @@ def test_the_time_for_a_header_continues_across_an_upgrade(tmp_path: Path) -> No
     """It is five seconds from the accept, not from the upgrade."""
     with proxied(tmp_path) as echod:
         port, began_at = echod.port, time.monotonic()
+        changed_at = began_at
         with connect(port) as client:
             client.sendall(V1[:10])
             _taken(client)
-            while time.monotonic() < began_at + 1:
+            while changed_at < began_at + 1:  # a slow machine takes its time for one upgrade
                 gap_s = upgrade(echod)["gap_ms"] / 1000
                 changed_at = time.monotonic() - gap_s
             assert read_to_end(client) == b""
