@@ -109,7 +109,7 @@ def serve(start: Start) -> int:
     forced_exit = ForcedExit(signal_queue.put, unserved=start.statuses.ok, aborted=start.statuses.aborted)
     if predecessor:
         _take_over_signals(predecessor, forced_exit)
-    # The lock is held until the service has ended: whoever sees it released may start the next daemon at once.
+    # The lock is held until the service has ended: once it is released, the next daemon may start.
     with signals.delivered(forced_exit.deliver, forced_exit.seconds_left) as delivery, ExitStack() as at_end:
         lock = _lock(start)
         if lock:
@@ -258,7 +258,7 @@ def _run(start: Start, first: Generation, runtime: Runtime, forced_exit: ForcedE
 
 
 def _announce(start: Start, first: Generation, runtime: Runtime, addresses: Sequence[str]) -> None:
-    """Tell whoever started echod that clients are served; stop if nobody waits for that any more."""
+    """Report that clients are served; stop if nobody waits for that report any more."""
     if os.isatty(STANDARD_ERROR):
         from echod.telemetry.greeting import greeting
 

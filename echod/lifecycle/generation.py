@@ -171,7 +171,7 @@ def _completed(settings: ListenerSettings, config: Config, errors: list[str]) ->
 def restart_needed(listeners: Iterable[BoundSocket]) -> list[str]:
     """Return the configuration keys whose values are not in force on these sockets, because only a bind sets them.
 
-    Keys of an inherited socket are left out: whoever bound it has set its options.
+    Keys of an inherited socket are left out: the service manager that bound it has set its options.
     """
     keys = {
         f"{bound.settings.name}.reuse_port": None  # once, if the address stands for several sockets

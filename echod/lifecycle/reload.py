@@ -160,5 +160,5 @@ def put_in_force(generation: Generation, server: Server, admin_server: AdminServ
 
 def _resolve(waiting: "Collection[asyncio.Future[ReloadResult]]", result: ReloadResult) -> None:
     for each in waiting:
-        if not each.done():  # whoever waited may be gone
+        if not each.done():  # the client that waited may be gone
             each.set_result(result)

@@ -1,7 +1,7 @@
 """The pid file: it names the pid to send signals to, and its lock allows one daemon per file.
 
 Only the lock counts, not the content: the kernel releases it with the process, so a stale file prevents nothing. Only
-echod's user and root can read the file, because whoever can read it could lock it.
+echod's user and root can read the file, because every user who can read it could lock it.
 """
 
 import errno

@@ -14,7 +14,7 @@ class RateLimit:
     """Admits `rate` connections per second from one address, in bursts of at most one second's worth.
 
     It is a leaky bucket, kept as one number per address: the time when the bucket will be empty again (GCRA, ITU-T
-    I.371). An IPv6 address counts by its /64, because whoever has one address usually has the whole network.
+    I.371). An IPv6 address counts by its /64, because a client with one address usually has the network.
     """
 
     def __init__(self) -> None:
